@@ -1,0 +1,77 @@
+"""What every script does the same way: common flags, the device, notices, exit status."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from acla.config import PRESETS
+from acla.errors import AclaError, UsageError
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def notice(text: str) -> None:
+    """Progress and notices go to standard error; results alone go to standard output."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def add_common_flags(parser: argparse.ArgumentParser) -> None:
+    """--device and --data, as every script understands them."""
+    parser.add_argument(
+        "--device", choices=DEVICES, default="auto", help="where to compute (default: auto)"
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        default=os.environ.get("ACLA_DATA") or None,
+        help="folder that holds the sets of pictures (default: the variable ACLA_DATA)",
+    )
+
+
+def add_preset_flag(parser: argparse.ArgumentParser) -> None:
+    """--preset, the size and length that single flags override."""
+    parser.add_argument(
+        "--preset", choices=PRESETS, help="size and length (default: paper on a GPU, tiny on a CPU)"
+    )
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that --device names; auto takes the GPU if there is one. Raises UsageError."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: no CUDA device is available; use --device cpu")
+    gpu = name == "cuda" or (name == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if gpu else "cpu")
+
+
+def pick_preset(name: str | None, device: torch.device) -> str:
+    """The preset that --preset names, or the device's default, with a notice."""
+    if name:
+        return name
+    preset = "paper" if device.type == "cuda" else "tiny"
+    notice(f"preset {preset}: the default on {device.type}; --preset changes it")
+    return preset
+
+
+def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> None:
+    """Run a script: errors that the user can mend become one line and an exit status (1 the work failed,
+    2 the call was wrong)."""
+    try:
+        main(argv)
+    except UsageError as error:
+        notice(f"error: {error}")
+        sys.exit(2)
+    except AclaError as error:
+        notice(f"error: {error}")
+        sys.exit(1)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        notice(f"error: {where}{error.strerror or error}; check the path, its rights and free space")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        notice("stopped; --resume goes on from the last checkpoint of a training or a search")
+        sys.exit(130)

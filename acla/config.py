@@ -1,0 +1,310 @@
+"""Configurations: frozen dataclasses, the paper's presets, and the command-line flags made from their fields."""
+
+import argparse
+import dataclasses
+import json
+import types
+from dataclasses import dataclass, field
+from typing import Any, get_args, get_origin
+
+from acla.errors import UsageError
+
+SETTING_FLAG = {"sr": "scale", "denoise": "sigma", "car": "q"}
+SETTING_DEFAULT = {"sr": 2, "denoise": 30, "car": 10, "demosaic": 0}
+TASKS = tuple(SETTING_DEFAULT)
+BACKBONES = ("edsr", "rcan")
+ATTENTIONS = ("none", "cla", "acla")
+DEFAULT_KEYS = {"none": 0, "cla": 8, "acla": 16}
+PRESETS = ("paper", "small", "tiny")
+
+# Table 9. The depth says for which network the positions were found.
+PAPER_POSITIONS = {
+    ("sr", "edsr"): (3, 12, 26, 31, 32),
+    ("sr", "rcan"): (1, 3, 5, 9),
+    ("denoise", "edsr"): (2, 7, 9, 13, 15),
+    ("demosaic", "edsr"): (2, 5, 11, 14, 16),
+    ("car", "edsr"): (2, 7, 10, 13, 14),
+}
+PAPER_LAMBDA = {
+    ("sr", "edsr"): 0.15,
+    ("sr", "rcan"): 0.3,
+    ("denoise", "edsr"): 0.2,
+    ("demosaic", "edsr"): 0.2,
+    ("car", "edsr"): 0.2,
+}
+
+
+def option(default: Any, help: str, choices: tuple | None = None) -> Any:
+    """A dataclass field that also is a command-line flag: its default, its help with the unit, its known values."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is restored. `setting` is the scale (sr: 2, 3, 4), the noise level in 8-bit levels (denoise: > 0),
+    the JPEG quality (car: 1..100) or 0 (demosaic)."""
+
+    name: str = "car"
+    setting: float = 10
+
+    def __post_init__(self) -> None:
+        known = {
+            "sr": self.setting in (2, 3, 4),
+            "denoise": 0 < self.setting < float("inf"),
+            "car": self.setting in range(1, 101),
+            "demosaic": self.setting == 0,
+        }
+        ranges = {"sr": "2, 3 or 4", "denoise": "above 0", "car": "a whole number of 1 to 100"}
+        if self.name not in known:
+            raise UsageError(f"unknown task {self.name!r}; known: {', '.join(TASKS)}")
+        if not known[self.name]:
+            if self.name == "demosaic":
+                raise UsageError(f"task demosaic takes no setting, not {self.setting:g}")
+            flag = SETTING_FLAG[self.name]
+            raise UsageError(f"--{flag} must be {ranges[self.name]}, not {self.setting:g}")
+
+    @property
+    def scale(self) -> int:
+        """How many times larger the restored picture is, per side."""
+        return int(self.setting) if self.name == "sr" else 1
+
+    @property
+    def channels(self) -> int:
+        """Channels of the network's pictures: 1 (Y) for JPEG artifacts, else 3 (RGB)."""
+        return 1 if self.name == "car" else 3
+
+    @property
+    def label(self) -> str:
+        """The setting as tables name it: x2, sigma30, q10, or nothing."""
+        prefix = {"sr": "x", "denoise": "sigma", "car": "q", "demosaic": ""}[self.name]
+        return f"{prefix}{self.setting:g}" if prefix else ""
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.label}".strip()
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A network, whole: what a checkpoint needs to rebuild it."""
+
+    backbone: str = option("edsr", "the network that the attention is inserted into", BACKBONES)
+    blocks: int = option(16, "EDSR: residual blocks; RCAN: residual groups")
+    width: int = option(128, "feature channels")
+    group_blocks: int = option(20, "RCAN: residual blocks in a group")
+    reduction: int = option(16, "RCAN: squeeze factor of the channel attention")
+    residual_scale: float = option(1.0, "EDSR: factor on each residual branch")
+    attention: str = option("acla", "the attention module", ATTENTIONS)
+    keys: int = option(16, "sampled keys per layer and query (K)")
+    positions: tuple[int, ...] = option((), "insert positions, counted from 1: 2,7,10")
+    channels: int = option(3, "picture channels: 1 gray, 3 colour", (1, 3))
+    scale: int = option(1, "enlargement per side", (1, 2, 3, 4))
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("blocks", "width", "group_blocks", "reduction"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.attention != "none" and self.keys < 1:
+            raise UsageError(f"--keys must be at least 1, not {self.keys}")
+        if list(self.positions) != sorted(set(self.positions)):
+            raise UsageError(f"positions must rise and not repeat: {format_positions(self.positions)}")
+        if self.positions and not 1 <= self.positions[0] <= self.positions[-1] <= self.blocks:
+            raise UsageError(
+                f"positions {format_positions(self.positions)} do not fit {self.blocks} blocks: "
+                f"they count from 1 to {self.blocks} (see --blocks)"
+            )
+        if self.attention == "none" and self.positions:
+            raise UsageError("--attention none takes no --positions")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Training a network (Section 4.1)."""
+
+    steps: int = option(1_000_000, "optimiser steps")
+    epoch_steps: int = option(1000, "steps that count as one epoch")
+    batch: int = option(16, "patches in a step, over all processes")
+    patch: int = option(48, "side of a low-quality patch, in pixels")
+    rate: float = option(1e-4, "learning rate at the start")
+    halve: int = option(200_000, "steps after which the learning rate is halved, again and again")
+    loss: str = option("l1", "training loss", ("l1", "mse"))
+    validate: int = option(5000, "steps between validations and checkpoints")
+    seed: int = option(0, "seed of weights, patches and noise")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_positive(self, "steps", "epoch_steps", "batch", "patch", "rate", "halve", "validate")
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """Searching insert positions (Section 3.2, Table 9)."""
+
+    steps: int = option(200_000, "optimiser steps of both stages together")
+    epoch_steps: int = option(1000, "steps that count as one epoch, one row of search.jsonl")
+    batch: int = option(16, "patches in a step")
+    patch: int = option(48, "side of a low-quality patch, in pixels")
+    rate: float = option(1e-4, "learning rate of the weights at the start, then cosine")
+    alpha_rate: float = option(1e-4, "learning rate of the architecture parameters at the start, then cosine")
+    warmup: float = option(0.5, "share of the steps that train weights alone (first stage), 0..1")
+    tau: float = option(1.0, "gate temperature until the second stage")
+    tau_end: float = option(0.1, "gate temperature at the end")
+    seed: int = option(0, "seed of weights, patches, noise and gates")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_positive(self, "steps", "epoch_steps", "batch", "patch", "rate", "alpha_rate", "tau", "tau_end")
+        if not 0 <= self.warmup < 1:
+            raise UsageError(f"--warmup must lie in 0 <= warmup < 1, not {self.warmup:g}")
+
+
+# ------------------------------------------------------------------ presets
+
+
+def model_preset(preset: str, task: Task, backbone: str = "edsr") -> ModelConfig:
+    """The network of a preset, without attention positions. The depth is the paper's in every preset, so that
+    Table 9's positions fit; small and tiny are narrower."""
+    width = {"paper": 256 if task.name == "sr" else 128, "small": 64, "tiny": 16}[preset]
+    size = dict(backbone=backbone, width=width, channels=task.channels, scale=task.scale)
+    if backbone == "rcan":
+        inner = {"paper": 20, "small": 4, "tiny": 2}[preset]
+        return ModelConfig(blocks=10, group_blocks=inner, **{**size, "width": min(width, 64)})
+    deep = task.name == "sr"
+    wide = width == 256
+    return ModelConfig(blocks=32 if deep else 16, residual_scale=0.1 if wide else 1.0, **size)
+
+
+def train_preset(preset: str) -> TrainConfig:
+    """The length of a training run."""
+    match preset:
+        case "paper":
+            return TrainConfig()
+        case "small":
+            return TrainConfig(steps=20_000, epoch_steps=100, rate=4e-4, halve=5000, validate=1000)
+        case "tiny":
+            return TrainConfig(
+                steps=300, epoch_steps=20, batch=8, patch=32, rate=2e-3, halve=100, validate=100
+            )
+    raise UsageError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
+
+
+def search_preset(preset: str) -> SearchConfig:
+    """The length of a search."""
+    match preset:
+        case "paper":
+            return SearchConfig()
+        case "small":
+            return SearchConfig(steps=10_000, epoch_steps=100, rate=4e-4, alpha_rate=5e-3)
+        case "tiny":
+            return SearchConfig(
+                steps=240, epoch_steps=20, batch=4, patch=24, rate=2e-3, alpha_rate=5e-2
+            )
+    raise UsageError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
+
+
+# ------------------------------------------------------------------ checks, JSON
+
+
+def format_positions(positions: tuple[int, ...]) -> str:
+    """(2, 7, 10) → '2, 7, 10'; nothing → 'none'."""
+    return ", ".join(map(str, positions)) or "none"
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Refuse fields that are not finite and above zero."""
+    for name in names:
+        value = getattr(config, name)
+        if not 0 < value < float("inf"):
+            raise UsageError(f"--{flag_name(name)} must be above 0, not {value:g}")
+
+
+def check_fields(config: Any) -> None:
+    """Refuse values of another type than the field's, or outside its known values: a file may have held them."""
+    for item in dataclasses.fields(config):
+        value, kind = getattr(config, item.name), get_origin(item.type) or item.type
+        number = kind is float and type(value) is int
+        whole = kind is tuple and isinstance(value, tuple) and all(type(p) is int for p in value)
+        if not (type(value) is kind or number) or (kind is tuple and not whole):
+            raise UsageError(f"{item.name} must be {item.type}, not {value!r}")
+        choices = item.metadata.get("choices")
+        if choices and value not in choices:
+            raise UsageError(f"unknown {item.name} {value!r}; known: {', '.join(map(str, choices))}")
+
+
+def to_json(config: Any) -> str:
+    """A configuration as one line of JSON."""
+    return json.dumps(dataclasses.asdict(config), sort_keys=True)
+
+
+def from_dict(kind: type, values: Any) -> Any:
+    """A configuration from JSON's dictionary; every field must be there and none besides. Raises UsageError."""
+    if not isinstance(values, dict):
+        raise UsageError(f"{kind.__name__} must be a JSON object, not {type(values).__name__}")
+    names = {item.name for item in dataclasses.fields(kind)}
+    if values.keys() != names:
+        odd = sorted(values.keys() ^ names)
+        raise UsageError(f"{kind.__name__} has missing or unknown fields: {', '.join(odd)}")
+    as_tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return kind(**as_tuples)
+
+
+# ------------------------------------------------------------------ flags
+
+
+def flag_name(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def parse_positions(text: str) -> tuple[int, ...]:
+    """'2,7,10' → (2, 7, 10); '' or 'none' → (). Raises ValueError, which argparse reports."""
+    return () if text in ("", "none") else tuple(int(part) for part in text.split(","))
+
+
+def add_flags(parser: argparse.ArgumentParser, kind: type, *names: str) -> None:
+    """Add a flag for each named field of a configuration (all of them if none is named). A flag that is not given
+    leaves no trace in the parsed arguments, so that a preset can fill it."""
+    group = parser.add_argument_group((kind.__doc__ or kind.__name__).splitlines()[0])
+    for item in dataclasses.fields(kind):
+        if names and item.name not in names:
+            continue
+        kind_of = parse_positions if get_origin(item.type) is tuple else item.type
+        if isinstance(kind_of, types.UnionType):
+            kind_of = get_args(kind_of)[0]
+        group.add_argument(
+            f"--{flag_name(item.name)}",
+            dest=item.name,
+            type=kind_of,
+            choices=item.metadata.get("choices"),
+            default=argparse.SUPPRESS,
+            metavar=None if item.metadata.get("choices") else item.name.upper(),
+            help=f"{item.metadata['help']} (default: by --preset)",
+        )
+
+
+def override(config: Any, args: argparse.Namespace) -> Any:
+    """The configuration with the flags that were given in place of the preset's values."""
+    names = {item.name for item in dataclasses.fields(config)}
+    return dataclasses.replace(config, **{k: v for k, v in vars(args).items() if k in names})
+
+
+def add_task_flags(parser: argparse.ArgumentParser) -> None:
+    """--task and the setting of each task."""
+    group = parser.add_argument_group("The task")
+    group.add_argument("--task", choices=TASKS, help="what is restored")
+    group.add_argument("--scale", type=int, help="sr: enlargement per side, 2, 3 or 4 (default: 2)")
+    group.add_argument("--sigma", type=float, help="denoise: noise in 8-bit levels (default: 30)")
+    group.add_argument("--q", type=int, help="car: JPEG quality, 1 to 100 (default: 10)")
+
+
+def task_from_flags(args: argparse.Namespace) -> Task | None:
+    """The task that the flags name, or None if they name none. A setting alone names its task: --q 20 is car."""
+    given = {task: getattr(args, flag) for task, flag in SETTING_FLAG.items()}
+    given = {task: value for task, value in given.items() if value is not None}
+    names = {args.task} if args.task else set(given)
+    if not names:
+        return None
+    (name, *more) = sorted(names)
+    stray = [f"--{SETTING_FLAG[task]} belongs to --task {task}" for task in given if task != name]
+    if more or stray:
+        raise UsageError("; ".join(stray) + f"; this call is for --task {name}")
+    return Task(name, given.get(name, SETTING_DEFAULT[name]))
