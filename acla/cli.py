@@ -58,8 +58,8 @@ def pick_preset(name: str | None, device: torch.device) -> str:
 
 
 def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> None:
-    """Run a script: errors that the user can mend become one line and an exit status (1 the work failed,
-    2 the call was wrong)."""
+    """Run a script: errors that the user can mend become one line and an exit status (1 the work
+    failed, 2 the call was wrong)."""
     try:
         main(argv)
     except UsageError as error:
@@ -70,7 +70,9 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
         sys.exit(1)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        notice(f"error: {where}{error.strerror or error}; check the path, its rights and free space")
+        notice(
+            f"error: {where}{error.strerror or error}; check the path, its rights and free space"
+        )
         sys.exit(1)
     except KeyboardInterrupt:
         notice("stopped; --resume goes on from the last checkpoint of a training or a search")

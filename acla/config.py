@@ -1,11 +1,11 @@
-"""Configurations: frozen dataclasses, the paper's presets, and the command-line flags made from their fields."""
+"""Configurations: frozen dataclasses, the paper's presets, and the command-line flags made from
+their fields."""
 
 import argparse
 import dataclasses
 import json
-import types
 from dataclasses import dataclass, field
-from typing import Any, get_args, get_origin
+from typing import Any, get_origin
 
 from acla.errors import UsageError
 
@@ -34,15 +34,18 @@ PAPER_LAMBDA = {
 }
 
 
-def option(default: Any, help: str, choices: tuple | None = None) -> Any:
-    """A dataclass field that also is a command-line flag: its default, its help with the unit, its known values."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+def option(
+    default: Any, help: str | None, choices: tuple | None = None, shown: str = "by --preset"
+) -> Any:
+    """A dataclass field: its default, its known values, and the help with the unit that makes it a
+    command-line flag. `shown` is what --help says of the default."""
+    return field(default=default, metadata={"help": help, "choices": choices, "shown": shown})
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is restored. `setting` is the scale (sr: 2, 3, 4), the noise level in 8-bit levels (denoise: > 0),
-    the JPEG quality (car: 1..100) or 0 (demosaic)."""
+    """What is restored. `setting` is the scale (sr: 2, 3, 4), the noise level in 8-bit levels
+    (denoise: > 0), the JPEG quality (car: 1..100) or 0 (demosaic)."""
 
     name: str = "car"
     setting: float = 10
@@ -97,17 +100,26 @@ class ModelConfig:
     keys: int = option(16, "sampled keys per layer and query (K)")
     positions: tuple[int, ...] = option((), "insert positions, counted from 1: 2,7,10")
     channels: int = option(3, "picture channels: 1 gray, 3 colour", (1, 3))
-    scale: int = option(1, "enlargement per side", (1, 2, 3, 4))
+    scale: int = option(1, None, (1, 2, 3, 4))  # enlargement per side; the task says it
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("blocks", "width", "group_blocks", "reduction"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.attention != "none" and self.keys < 1:
-            raise UsageError(f"--keys must be at least 1, not {self.keys}")
+        largest = {
+            "blocks": 256,
+            "width": 4096,
+            "group_blocks": 256,
+            "reduction": 4096,
+            "keys": 1024,
+        }
+        for name, most in largest.items():
+            least = 0 if name == "keys" and self.attention == "none" else 1
+            if not least <= getattr(self, name) <= most:
+                flag, value = flag_name(name), getattr(self, name)
+                raise UsageError(f"--{flag} must be {least} to {most}, not {value}")
         if list(self.positions) != sorted(set(self.positions)):
-            raise UsageError(f"positions must rise and not repeat: {format_positions(self.positions)}")
+            raise UsageError(
+                f"positions must rise and not repeat: {format_positions(self.positions)}"
+            )
         if self.positions and not 1 <= self.positions[0] <= self.positions[-1] <= self.blocks:
             raise UsageError(
                 f"positions {format_positions(self.positions)} do not fit {self.blocks} blocks: "
@@ -129,7 +141,17 @@ class TrainConfig:
     halve: int = option(200_000, "steps after which the learning rate is halved, again and again")
     loss: str = option("l1", "training loss", ("l1", "mse"))
     validate: int = option(5000, "steps between validations and checkpoints")
-    seed: int = option(0, "seed of weights, patches and noise")
+    train_set: str = option(
+        "sample", "set of pictures to train on; sample is built in", shown="sample"
+    )
+    val_set: str = option(
+        "", "set to validate on; without one a tenth of the training set (sample has its own)"
+    )
+    amp: bool = option(False, "compute in bfloat16 where it is safe", shown="off")
+    ema: bool = option(
+        False, "average the weights over steps (decay 0.999), use the averages", shown="off"
+    )
+    seed: int = option(0, "seed of weights, patches and noise", shown="0")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -145,15 +167,25 @@ class SearchConfig:
     batch: int = option(16, "patches in a step")
     patch: int = option(48, "side of a low-quality patch, in pixels")
     rate: float = option(1e-4, "learning rate of the weights at the start, then cosine")
-    alpha_rate: float = option(1e-4, "learning rate of the architecture parameters at the start, then cosine")
+    alpha_rate: float = option(
+        1e-4, "learning rate of the architecture parameters at the start, then cosine"
+    )
     warmup: float = option(0.5, "share of the steps that train weights alone (first stage), 0..1")
+    lam: float = option(0.2, "λ of Eq. 14, the weight of log cost, 0 or more", shown="Table 9's")
     tau: float = option(1.0, "gate temperature until the second stage")
     tau_end: float = option(0.1, "gate temperature at the end")
-    seed: int = option(0, "seed of weights, patches, noise and gates")
+    train_set: str = option(
+        "sample", "set of pictures to search on; sample is built in", shown="sample"
+    )
+    seed: int = option(0, "seed of weights, patches, noise and gates", shown="0")
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_positive(self, "steps", "epoch_steps", "batch", "patch", "rate", "alpha_rate", "tau", "tau_end")
+        check_positive(
+            self, "steps", "epoch_steps", "batch", "patch", "rate", "alpha_rate", "tau", "tau_end"
+        )
+        if not 0 <= self.lam < float("inf"):
+            raise UsageError(f"--lambda must be 0 or more, not {self.lam:g}")
         if not 0 <= self.warmup < 1:
             raise UsageError(f"--warmup must lie in 0 <= warmup < 1, not {self.warmup:g}")
 
@@ -162,8 +194,8 @@ class SearchConfig:
 
 
 def model_preset(preset: str, task: Task, backbone: str = "edsr") -> ModelConfig:
-    """The network of a preset, without attention positions. The depth is the paper's in every preset, so that
-    Table 9's positions fit; small and tiny are narrower."""
+    """The network of a preset, without attention positions. The depth is the paper's in every
+    preset, so that Table 9's positions fit; small and tiny are narrower."""
     width = {"paper": 256 if task.name == "sr" else 128, "small": 64, "tiny": 16}[preset]
     size = dict(backbone=backbone, width=width, channels=task.channels, scale=task.scale)
     if backbone == "rcan":
@@ -211,7 +243,9 @@ def format_positions(positions: tuple[int, ...]) -> str:
 
 
 def check_positive(config: Any, *names: str) -> None:
-    """Refuse fields that are not finite and above zero."""
+    """Refuse fields that are not finite and above zero, and seeds below zero."""
+    if config.seed < 0:
+        raise UsageError(f"--seed must be 0 or more, not {config.seed}")
     for name in names:
         value = getattr(config, name)
         if not 0 < value < float("inf"):
@@ -219,7 +253,8 @@ def check_positive(config: Any, *names: str) -> None:
 
 
 def check_fields(config: Any) -> None:
-    """Refuse values of another type than the field's, or outside its known values: a file may have held them."""
+    """Refuse values of another type than the field's, or outside its known values: a file may have
+    held them."""
     for item in dataclasses.fields(config):
         value, kind = getattr(config, item.name), get_origin(item.type) or item.type
         number = kind is float and type(value) is int
@@ -228,7 +263,9 @@ def check_fields(config: Any) -> None:
             raise UsageError(f"{item.name} must be {item.type}, not {value!r}")
         choices = item.metadata.get("choices")
         if choices and value not in choices:
-            raise UsageError(f"unknown {item.name} {value!r}; known: {', '.join(map(str, choices))}")
+            raise UsageError(
+                f"unknown {item.name} {value!r}; known: {', '.join(map(str, choices))}"
+            )
 
 
 def to_json(config: Any) -> str:
@@ -237,7 +274,8 @@ def to_json(config: Any) -> str:
 
 
 def from_dict(kind: type, values: Any) -> Any:
-    """A configuration from JSON's dictionary; every field must be there and none besides. Raises UsageError."""
+    """A configuration from JSON's dictionary; every field must be there and none besides. Raises
+    UsageError."""
     if not isinstance(values, dict):
         raise UsageError(f"{kind.__name__} must be a JSON object, not {type(values).__name__}")
     names = {item.name for item in dataclasses.fields(kind)}
@@ -252,7 +290,8 @@ def from_dict(kind: type, values: Any) -> Any:
 
 
 def flag_name(name: str) -> str:
-    return name.replace("_", "-")
+    """A field's flag, without the dashes; `lambda` is no name for a field."""
+    return {"lam": "lambda"}.get(name, name.replace("_", "-"))
 
 
 def parse_positions(text: str) -> tuple[int, ...]:
@@ -260,24 +299,27 @@ def parse_positions(text: str) -> tuple[int, ...]:
     return () if text in ("", "none") else tuple(int(part) for part in text.split(","))
 
 
-def add_flags(parser: argparse.ArgumentParser, kind: type, *names: str) -> None:
-    """Add a flag for each named field of a configuration (all of them if none is named). A flag that is not given
-    leaves no trace in the parsed arguments, so that a preset can fill it."""
+def add_flags(parser: argparse.ArgumentParser, kind: type, but: tuple[str, ...] = ()) -> None:
+    """Add a flag for each field of a configuration, but for the named ones. A flag that is not
+    given leaves no trace in the parsed arguments, so that a preset can fill it."""
     group = parser.add_argument_group((kind.__doc__ or kind.__name__).splitlines()[0])
     for item in dataclasses.fields(kind):
-        if names and item.name not in names:
+        if item.metadata["help"] is None or item.name in but:
             continue
-        kind_of = parse_positions if get_origin(item.type) is tuple else item.type
-        if isinstance(kind_of, types.UnionType):
-            kind_of = get_args(kind_of)[0]
+        how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+        if item.type is not bool:
+            choices = item.metadata["choices"]
+            how = {
+                "type": parse_positions if get_origin(item.type) is tuple else item.type,
+                "choices": choices,
+                "metavar": None if choices else item.name.upper(),
+            }
         group.add_argument(
             f"--{flag_name(item.name)}",
             dest=item.name,
-            type=kind_of,
-            choices=item.metadata.get("choices"),
             default=argparse.SUPPRESS,
-            metavar=None if item.metadata.get("choices") else item.name.upper(),
-            help=f"{item.metadata['help']} (default: by --preset)",
+            help=f"{item.metadata['help']} (default: {item.metadata['shown']})",
+            **how,
         )
 
 
@@ -287,18 +329,47 @@ def override(config: Any, args: argparse.Namespace) -> Any:
     return dataclasses.replace(config, **{k: v for k, v in vars(args).items() if k in names})
 
 
+def override_length(config: Any, args: argparse.Namespace) -> Any:
+    """`override`, and --epochs as another way to say --steps."""
+    config = override(config, args)
+    if args.epochs is None:
+        return config
+    if "steps" in args:
+        raise UsageError("--steps and --epochs say the same thing: give one of them")
+    return dataclasses.replace(config, steps=args.epochs * config.epoch_steps)
+
+
 def add_task_flags(parser: argparse.ArgumentParser) -> None:
     """--task and the setting of each task."""
     group = parser.add_argument_group("The task")
     group.add_argument("--task", choices=TASKS, help="what is restored")
-    group.add_argument("--scale", type=int, help="sr: enlargement per side, 2, 3 or 4 (default: 2)")
-    group.add_argument("--sigma", type=float, help="denoise: noise in 8-bit levels (default: 30)")
-    group.add_argument("--q", type=int, help="car: JPEG quality, 1 to 100 (default: 10)")
+    group.add_argument(
+        "--scale",
+        dest="task_scale",
+        metavar="SCALE",
+        type=int,
+        help="sr: enlargement per side, 2, 3 or 4 (default: 2)",
+    )
+    group.add_argument(
+        "--sigma",
+        dest="task_sigma",
+        metavar="SIGMA",
+        type=float,
+        help="denoise: noise in 8-bit levels (default: 30)",
+    )
+    group.add_argument(
+        "--q",
+        dest="task_q",
+        metavar="Q",
+        type=int,
+        help="car: JPEG quality, 1 to 100 (default: 10)",
+    )
 
 
 def task_from_flags(args: argparse.Namespace) -> Task | None:
-    """The task that the flags name, or None if they name none. A setting alone names its task: --q 20 is car."""
-    given = {task: getattr(args, flag) for task, flag in SETTING_FLAG.items()}
+    """The task that the flags name, or None if they name none. A setting alone names its task: --q
+    20 is car."""
+    given = {task: getattr(args, f"task_{flag}") for task, flag in SETTING_FLAG.items()}
     given = {task: value for task, value in given.items() if value is not None}
     names = {args.task} if args.task else set(given)
     if not names:

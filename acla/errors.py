@@ -1,4 +1,5 @@
-"""The errors a user can mend. The scripts print their message in one line; anything else is a bug and keeps its traceback."""
+"""The errors a user can mend. The scripts print their message in one line; anything else is a bug
+and keeps its traceback."""
 
 
 class AclaError(Exception):

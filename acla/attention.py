@@ -1,0 +1,127 @@
+"""Cross-layer attention: CLA (Eq. 5) and, with a mask unit, ACLA (Eq. 6 to 9).
+
+B batch · L referred layers · K sampled keys per layer and query · H,W grid · C channels
+offsets are (dy, dx) in pixels, y first
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kernels import attend
+
+RING_KEYS = 8
+RING_STEP = 2.0  # pixels
+OPEN_LOGIT = (
+    2.0  # a fresh mask keeps a key with probability σ(2) = 0.88 under noise, always without
+)
+
+
+class CrossLayerAttention(nn.Module):
+    """The module behind one insert position: z = x + h(y) (Eq. 2), which returns the increment
+    h(y).
+
+    Every pair of query and referred layer has its own offsets and weights (on the query), value g
+    and mask unit M (on the referred layer). All are 1×1 convolutions; those of the query are one,
+    `points`. g runs after the sum over the keys, which is exact: both are linear, and g's bias is
+    weighted by what fell inside the image.
+
+    Parameters: L·(C·3K + 3K + C² + C) + C² + C, and L·(CK + K) for the mask unit.
+    """
+
+    def __init__(self, width: int, layers: int, keys: int, masked: bool):
+        super().__init__()
+        self.layers, self.keys = layers, keys
+        self.points = nn.Linear(width, layers * 3 * keys)
+        self.value = nn.Parameter(torch.empty(layers, width, width))  # [L, out, in]
+        self.value_bias = nn.Parameter(torch.empty(layers, width))
+        self.mask = nn.Parameter(torch.empty(layers, keys, width)) if masked else None
+        self.mask_bias = nn.Parameter(torch.empty(layers, keys)) if masked else None
+        self.output = nn.Linear(width, width)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """h starts at zero, so that inserting the module changes nothing; keys start on rings and
+        open."""
+        bound = 1 / math.sqrt(self.value.shape[-1])  # as torch initialises a 1×1 convolution
+        nn.init.uniform_(self.value, -bound, bound)
+        nn.init.uniform_(self.value_bias, -bound, bound)
+        weight = rearrange(self.points.weight.data, "(l yxw k) c -> l yxw k c", yxw=3, k=self.keys)
+        bias = rearrange(self.points.bias.data, "(l yxw k) -> l yxw k", yxw=3, k=self.keys)
+        weight[:, :2] = 0
+        bias[:, :2] = rings(self.keys)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+        if self.mask is not None:
+            nn.init.zeros_(self.mask)
+            nn.init.constant_(self.mask_bias, OPEN_LOGIT)
+
+    def forward(
+        self,
+        query: Tensor,
+        rows: Sequence[Tensor],
+        gates: Tensor | None = None,
+        seeds: Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """query x^j [B,C,H,W]; rows of the L referred layers [B,H+2,W+2,C], x^j's own last; gates
+        s_l [L] (Eq. 11).
+
+        Returns h(y) [B,C,H,W] and the keys kept [B,L]. Without seeds [B] the masks are drawn
+        without noise."""
+        # Positions need more than bfloat16's eight bits.
+        with torch.autocast(query.device.type, enabled=False):
+            points = F.linear(
+                query.permute(0, 2, 3, 1).to(self.points.weight.dtype),
+                self.points.weight,
+                self.points.bias,
+            )
+        points = rearrange(
+            points, "b h w (l yxw k) -> b h w l yxw k", l=self.layers, yxw=3, k=self.keys
+        )
+        maps = None
+        if self.mask is not None:
+            maps = [
+                F.linear(r, m, b) for r, m, b in zip(rows, self.mask, self.mask_bias, strict=True)
+            ]
+        attended = attend(rows, points, maps, gates, seeds=seeds, temperature=temperature)
+        value = rearrange(self.value, "l out c -> out (l c)")
+        y = F.linear(attended.aggregate.flatten(3), value)
+        y = y + attended.coverage.to(y.dtype) @ self.value_bias.to(y.dtype)
+        return self.output(y).permute(0, 3, 1, 2), attended.kept
+
+    def select(self, layers: Sequence[int]) -> dict[str, Tensor]:
+        """The state dict of the module that refers to these layers only, counted from 0."""
+        index = torch.as_tensor(list(layers), device=self.value.device)
+        state = {name: tensor.detach() for name, tensor in self.state_dict().items()}
+        for name in ("value", "value_bias", "mask", "mask_bias"):
+            if name in state:
+                state[name] = state[name][index].clone()
+        for name in ("points.weight", "points.bias"):
+            per_layer = state[name].unflatten(0, (self.layers, -1))
+            state[name] = per_layer[index].flatten(0, 1).clone()
+        return state
+
+
+def rings(keys: int) -> Tensor:
+    """First offsets (dy, dx) [2,K] in pixels: eight keys a ring, rings 2, 4, 6 … pixels wide, each
+    turned a little against the one before. (The paper does not say; spread, the keys differ from
+    the first step on.)"""
+    key = torch.arange(keys, dtype=torch.float32)
+    ring = key.div(RING_KEYS, rounding_mode="floor")
+    in_ring = (keys - ring * RING_KEYS).clamp(max=RING_KEYS)
+    angle = 2 * math.pi * (key % RING_KEYS + ring / 2) / in_ring
+    radius = RING_STEP * (ring + 1)
+    return torch.stack([radius * angle.sin(), radius * angle.cos()])
+
+
+def build_attention(name: str, width: int, layers: int, keys: int) -> nn.Module:
+    """The attention module called `name`, for C = width and L = layers."""
+    match name:
+        case "cla" | "acla":
+            return CrossLayerAttention(width, layers, keys, masked=name == "acla")
+    raise ValueError(f"no attention module is called {name!r}")

@@ -1,0 +1,206 @@
+"""EDSR and RCAN, with attention modules behind chosen blocks.
+
+Parameter names follow the networks' public PyTorch releases (head, body, tail), so that their files
+can be read. Pictures are in 0..1 inside, not 0..255: both networks work on either, and offsets want
+features of about 1."""
+
+import math
+from dataclasses import asdict, replace
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from acla.attention import build_attention
+from acla.config import ModelConfig
+from acla.cost import full_attention_flops
+from acla.gate import position_seeds
+from kernels import to_rows
+
+RGB_MEAN = (0.4488, 0.4371, 0.4040)  # of DIV2K, as EDSR subtracts it
+
+
+def convolution(inputs: int, outputs: int, size: int = 3) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, size, padding=size // 2)
+
+
+class MeanShift(nn.Conv2d):
+    """Adds `sign` times the mean colour; fixed, but counted among the parameters as in EDSR."""
+
+    def __init__(self, channels: int, sign: int):
+        super().__init__(channels, channels, 1)
+        mean = torch.tensor(RGB_MEAN)
+        self.weight.data = torch.eye(channels).view(channels, channels, 1, 1)
+        self.bias.data = sign * (mean if channels == 3 else mean.mean(0, keepdim=True))
+        self.requires_grad_(False)
+
+
+class ResidualBlock(nn.Module):
+    """EDSR's block: two 3×3 convolutions and a scaled shortcut."""
+
+    def __init__(self, width: int, residual_scale: float):
+        super().__init__()
+        self.body = nn.Sequential(convolution(width, width), nn.ReLU(), convolution(width, width))
+        self.residual_scale = residual_scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x) * self.residual_scale
+
+
+class ChannelAttention(nn.Module):
+    """RCAN's channel attention: a factor for each channel from the channels' means."""
+
+    def __init__(self, width: int, reduction: int):
+        super().__init__()
+        inner = max(1, width // reduction)
+        self.conv_du = nn.Sequential(
+            convolution(width, inner, 1), nn.ReLU(), convolution(inner, width, 1), nn.Sigmoid()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.conv_du(x.mean((2, 3), keepdim=True))
+
+
+class ChannelAttentionBlock(nn.Module):
+    """RCAN's residual block (RCAB)."""
+
+    def __init__(self, width: int, reduction: int):
+        super().__init__()
+        self.body = nn.Sequential(
+            convolution(width, width),
+            nn.ReLU(),
+            convolution(width, width),
+            ChannelAttention(width, reduction),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+class ResidualGroup(nn.Module):
+    """RCAN's residual group: blocks, a convolution and a shortcut around all."""
+
+    def __init__(self, width: int, blocks: int, reduction: int):
+        super().__init__()
+        inner = [ChannelAttentionBlock(width, reduction) for _ in range(blocks)]
+        self.body = nn.Sequential(*inner, convolution(width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+class Upsampler(nn.Sequential):
+    """×2 and ×3 in one step of sub-pixel convolution, ×4 in two steps of ×2."""
+
+    def __init__(self, scale: int, width: int):
+        steps = [2] * int(math.log2(scale)) if scale in (2, 4) else [scale]
+        layers: list[nn.Module] = []
+        for step in steps:
+            layers += [convolution(width, width * step * step), nn.PixelShuffle(step)]
+        super().__init__(*layers)
+
+
+class Backbone(nn.Module):
+    """A restoration network: pictures [B,C,H,W] in 0..1 → [B,C,H·scale,W·scale].
+
+    x^p is the output of block p (EDSR) or group p (RCAN) before the attention module behind it. The
+    module at an insert position queries x^p and refers to the features of every insert position up
+    to its own. A network that does not enlarge adds its output to its input and starts as the
+    identity."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        width, channels = config.width, config.channels
+        self.sub_mean = MeanShift(channels, -1)
+        self.head = nn.Sequential(convolution(channels, width))
+        blocks = [build_block(config) for _ in range(config.blocks)]
+        self.body = nn.Sequential(*blocks, convolution(width, width))
+        enlarge = [Upsampler(config.scale, width)] if config.scale > 1 else []
+        self.tail = nn.Sequential(*enlarge, convolution(width, channels))
+        self.add_mean = MeanShift(channels, +1) if config.scale > 1 else None
+        self.attention = nn.ModuleDict(
+            {
+                str(position): build_attention(config.attention, width, layers, config.keys)
+                for layers, position in enumerate(config.positions, 1)
+            }
+        )
+        if config.scale == 1:
+            nn.init.zeros_(self.tail[-1].weight)
+            nn.init.zeros_(self.tail[-1].bias)
+
+    def forward(self, pictures: Tensor, seeds: Tensor | None = None) -> Tensor:
+        """Restore pictures [B,C,H,W]; seeds [B] int64 draw the masks with noise, as training
+        does."""
+        return self.attended(pictures, seeds)[0]
+
+    def attended(
+        self,
+        pictures: Tensor,
+        seeds: Tensor | None = None,
+        gates: Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Restore pictures and tell, for every module that ran, the keys it kept: {position:
+        [B,L]}.
+
+        gates [J] are s_j of Eq. 11, one an insert position, exactly 0 or 1. Where they need no
+        gradient, modules that are shut are skipped."""
+        shut: set[int] = set()
+        if gates is not None and not gates.requires_grad:
+            shut = {p for p, s in zip(self.config.positions, gates.tolist(), strict=True) if s == 0}
+        *blocks, last = self.body
+        x = self.head(self.sub_mean(pictures).contiguous(memory_format=torch.channels_last))
+        y, rows, kept = x, [], {}
+        for position, block in enumerate(blocks, 1):
+            y = block(y)
+            if str(position) not in self.attention:
+                continue
+            rows.append(to_rows(y))
+            if position in shut:
+                continue
+            # A module that is there refers to its own layer, so its own gate stands before its
+            # output alone.
+            own = None if gates is None else gates[len(rows) - 1]
+            referred = (
+                None if gates is None else torch.cat([gates[: len(rows) - 1], own.new_ones(1)])
+            )
+            z, kept[position] = self.attention[str(position)](
+                y, rows, referred, position_seeds(seeds, position), temperature
+            )
+            y = y + (z if own is None else own * z)
+        restored = self.tail(last(y) + x)
+        if self.add_mean is None:
+            return pictures + restored, kept
+        return self.add_mean(restored), kept
+
+
+def build_block(config: ModelConfig) -> nn.Module:
+    """One block that a module can stand behind."""
+    match config.backbone:
+        case "edsr":
+            return ResidualBlock(config.width, config.residual_scale)
+        case "rcan":
+            return ResidualGroup(config.width, config.group_blocks, config.reduction)
+    raise ValueError(f"no backbone is called {config.backbone!r}")
+
+
+def describe(config: ModelConfig, side: int = 48) -> dict[str, object]:
+    """The size of a network, without building its tensors: parameters (the fixed mean shifts
+    included) and multiply-adds for one low-quality picture of side × side, every key kept. (The
+    paper's "FLOPs (G)" are these multiply-adds.)"""
+    plain = replace(config, attention="none", positions=())
+    with torch.device("meta"):
+        params = sum(p.numel() for p in Backbone(config).parameters())
+        backbone = Backbone(plain)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            backbone(torch.empty(1, config.channels, side, side))
+    attention = full_attention_flops(
+        len(config.positions), side * side, config.width, config.keys, config.attention == "acla"
+    )
+    return {
+        "params": params,
+        f"macs_{side}x{side}": (counter.get_total_flops() + attention) // 2,
+        f"attention_macs_{side}x{side}": attention // 2,
+        **asdict(config),
+    }

@@ -1,0 +1,140 @@
+"""Checkpoints: safetensors with the whole configuration inside, written atomically, read as
+untrusted data.
+
+A model file rebuilds its network alone. A state file holds what resuming needs besides: optimiser,
+averages, progress."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from acla.backbone import Backbone
+from acla.config import ModelConfig, Task, from_dict
+from acla.errors import CheckpointError, UsageError
+
+FORMAT = "acla-1"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A network that was read, ready for use (evaluation mode, on the CPU), its task, and the notes
+    beside it."""
+
+    model: Backbone
+    config: ModelConfig
+    task: Task
+    info: dict[str, Any]
+
+
+def save_model(path: Path, model: nn.Module, config: ModelConfig, task: Task, info: dict) -> None:
+    """Write a network that `load_model` rebuilds from the file alone. info: JSON values, kept
+    beside it."""
+    header = {
+        "kind": "model",
+        "model": json.dumps(dataclasses.asdict(config)),
+        "task": json.dumps(dataclasses.asdict(task)),
+        "info": json.dumps(info),
+    }
+    write_tensors(path, model.state_dict(), header)
+
+
+def load_model(path: Path) -> Checkpoint:
+    """Read a network. Raises CheckpointError with the file and the reason: missing, broken, another
+    kind, another shape."""
+    tensors, header = read_tensors(path, "model")
+    try:
+        config = from_dict(ModelConfig, json.loads(header["model"]))
+        task = from_dict(Task, json.loads(header["task"]))
+        info = json.loads(header["info"])
+    except (KeyError, ValueError, TypeError, UsageError) as error:
+        raise CheckpointError(f"{path}: the configuration inside is not valid: {error}") from error
+    with torch.device("meta"):
+        model = Backbone(config)
+    load_strictly(model, tensors, path)
+    return Checkpoint(model.eval(), config, task, info)
+
+
+def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Take over tensors whose names, shapes and types are the network's, all of them. Raises
+    CheckpointError."""
+    wanted = model.state_dict()
+    odd = sorted(wanted.keys() ^ tensors.keys())
+    if odd:
+        missing = sum(name in wanted for name in odd)
+        raise CheckpointError(
+            f"{path}: does not fit its network: {missing} tensors are missing and "
+            f"{len(odd) - missing} are unknown, for instance {odd[0]}"
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != wanted[name].shape or tensor.dtype != wanted[name].dtype:
+            raise CheckpointError(
+                f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}, "
+                f"but the network's is {wanted[name].dtype} {list(wanted[name].shape)}"
+            )
+    on_meta = any(tensor.is_meta for tensor in wanted.values())
+    model.load_state_dict(tensors, assign=on_meta)
+
+
+def save_state(path: Path, tensors: Mapping[str, Tensor], progress: dict[str, Any]) -> None:
+    """Write what resuming needs: tensors by name and JSON values."""
+    write_tensors(path, tensors, {"kind": "state", "progress": json.dumps(progress)})
+
+
+def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_state` wrote. Raises CheckpointError."""
+    tensors, header = read_tensors(path, "state")
+    try:
+        return tensors, json.loads(header["progress"])
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{path}: the progress inside is not valid: {error}") from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
+    """Write a safetensors file so that a reader sees the old one or the new one, never a part:
+    temporary file, fsync, rename."""
+    plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    write_atomically(Path(path), save(plain, metadata={"format": FORMAT, **header}))
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file's bytes at once; on any failure the old file stays as it was."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A safetensors file of ours and its header. Raises CheckpointError, which names the file that
+    is wanted instead."""
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
+    if header.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: a safetensors file, but not one of ours ({FORMAT})")
+    if header.get("kind") != kind:
+        other = {"model": "model.safetensors", "state": "state.safetensors"}[kind]
+        raise CheckpointError(
+            f"{path}: holds a {header.get('kind')}, not a {kind}; the file wanted is {other}"
+        )
+    return tensors, header

@@ -1,0 +1,227 @@
+"""What training and searching share: the run's folder, seeds, learning rates, losses,
+validation."""
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from acla.backbone import Backbone
+from acla.checkpoint import load_strictly, write_atomically
+from acla.config import Task, TrainConfig, flag_name, from_dict, override, task_from_flags
+from acla.data import Pictures
+from acla.degrade import generator_for, pair
+from acla.errors import AclaError, CheckpointError, DataError, UsageError
+from acla.image import from_levels
+from acla.protocol import score
+from acla.restore import restore
+
+VALIDATION_SIDE = (
+    256  # pixels; a multiple of JPEG's 8 and of every scale's grid but 3, where the pair is cropped
+)
+
+
+# ------------------------------------------------------------------ the run's folder
+
+
+def open_run(folder: Path, state: str, resume: bool) -> Path | None:
+    """Make a run's folder, or find the state file of the run to go on with. Never begins over a run
+    that is there.
+
+    Returns the state file's path when resuming, else None. Raises UsageError.
+    """
+    found = folder / state
+    if resume and not found.is_file():
+        raise UsageError(f"--resume: {folder} holds no {found.name}; leave --resume out to begin")
+    if not resume and found.is_file():
+        raise UsageError(
+            f"{folder} already holds a run: --resume goes on with it, --out DIR begins another"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    return found if resume else None
+
+
+def append_row(path: Path, row: dict) -> None:
+    """Add one JSON row to a log."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def drop_rows_after(path: Path, step: int) -> None:
+    """Take back the rows that an interrupted run logged after its last checkpoint, and a row it
+    wrote in part."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    write_atomically(path, "".join(kept).encode())
+
+
+def digest(paths: Iterable[Path]) -> str:
+    """A short fingerprint of a set: names and sizes of its files, so that a resumed run notices
+    another set."""
+    listed = ((path.name, os.path.getsize(path)) for path in paths)
+    return hashlib.sha256(json.dumps(sorted(listed)).encode()).hexdigest()[:16]
+
+
+def resumed_plan(kind: type, progress: dict, args: argparse.Namespace) -> Any:
+    """The plan [a dataclass of configurations] of an interrupted run, from its state. Flags may
+    repeat it, and make it longer where the schedule allows that; any other change is refused.
+    Raises CheckpointError, UsageError."""
+    parts = {item.name: item.type for item in dataclasses.fields(kind)}
+    try:
+        plan = kind(
+            **{name: from_dict(part, progress["plan"][name]) for name, part in parts.items()}
+        )
+    except (KeyError, TypeError, UsageError) as error:
+        raise CheckpointError(f"the plan inside the state is not valid: {error}") from error
+    asked = task_from_flags(args)
+    if asked not in (None, plan.task):
+        raise UsageError(f"--resume: the run is for {plan.task}, not for {asked}")
+    for name in parts:
+        before = getattr(plan, name)
+        if name == "task":
+            continue
+        after = override(before, args)
+        changed = [f for f in vars(before) if getattr(before, f) != getattr(after, f)]
+        if (
+            changed == ["steps"]
+            and isinstance(before, TrainConfig)
+            and after.steps >= progress["step"]
+        ):
+            plan = dataclasses.replace(plan, **{name: after})
+        elif changed:
+            flags = ", ".join(f"--{flag_name(f)} {getattr(before, f)}" for f in changed)
+            raise UsageError(f"--resume: the run goes on as it was begun, with {flags}")
+    return plan
+
+
+def require_same_data(progress: dict, data: dict[str, str]) -> None:
+    """Refuse to go on with other pictures than the run began with. Raises DataError."""
+    changed = [name for name in data if progress["data"].get(name) != data[name]]
+    if changed:
+        raise DataError(
+            f"--resume: the pictures for {' and '.join(changed)} are not those the run began with: "
+            "restore them (see --data), or begin anew with --out DIR"
+        )
+
+
+def pack(parts: dict[str, nn.Module | torch.optim.Optimizer | None]) -> dict[str, Tensor]:
+    """The tensors of modules and optimisers under one name each: '<part>.<name>'."""
+    tensors = {}
+    for prefix, part in parts.items():
+        if isinstance(part, torch.optim.Optimizer):
+            for i, entry in part.state_dict()["state"].items():
+                tensors |= {f"{prefix}.{i}.{name}": tensor for name, tensor in entry.items()}
+        elif part is not None:
+            tensors |= {f"{prefix}.{name}": tensor for name, tensor in part.state_dict().items()}
+    return tensors
+
+
+def unpack(
+    parts: dict[str, nn.Module | torch.optim.Optimizer | None],
+    tensors: dict[str, Tensor],
+    path: Path,
+) -> None:
+    """Give modules and optimisers back what `pack` took. Raises CheckpointError."""
+    for prefix, part in parts.items():
+        own = {
+            n.removeprefix(f"{prefix}."): t
+            for n, t in tensors.items()
+            if n.startswith(f"{prefix}.")
+        }
+        if isinstance(part, torch.optim.Optimizer):
+            entries: dict[int, dict[str, Tensor]] = {}
+            for name, tensor in own.items():
+                i, field = name.split(".", 1)
+                entries.setdefault(int(i), {})[field] = tensor
+            part.load_state_dict({**part.state_dict(), "state": entries})
+        elif part is not None:
+            load_strictly(part, own, path)
+
+
+# ------------------------------------------------------------------ seeds and rates
+
+
+def image_seeds(seed: int, step: int, indices: Sequence[int], stream: int = 0) -> Tensor:
+    """One seed [B] int64 for the mask noise of each patch, a function of (seed, stream, step,
+    index) alone."""
+    return torch.tensor([draw_seed(seed, 2, stream, step, index) for index in indices])
+
+
+def gate_seed(seed: int, step: int, stream: int = 0) -> int:
+    """The seed of a step's insert-position gates: the same for every patch and process."""
+    return draw_seed(seed, 3, stream, step)
+
+
+def draw_seed(*key: int) -> int:
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)
+    return int(state.view(np.int64)[0])
+
+
+def halved(rate: float, step: int, every: int) -> float:
+    """The training schedule: halved after every `every` steps (Section 4.1)."""
+    return rate * 0.5 ** (step // every)
+
+
+def cosine(rate: float, step: int, steps: int) -> float:
+    """The search's schedule: from `rate` to 0 along half a cosine (Section 4.1)."""
+    return rate * 0.5 * (1 + np.cos(np.pi * step / steps))
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def adam(parameters: Iterable[nn.Parameter], rate: float) -> torch.optim.Adam:
+    """Adam as the paper sets it: β 0.9 and 0.999, ε 1e-8."""
+    return torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.999), eps=1e-8)
+
+
+# ------------------------------------------------------------------ losses and validation
+
+
+def restoration_loss(kind: str, restored: Tensor, target: Tensor) -> Tensor:
+    """L1 or MSE of pictures in 0..1, taken on 0..255 values (Eq. 14's λ is for that range)."""
+    error = (restored.float() - target) * 255
+    return error.abs().mean() if kind == "l1" else error.square().mean()
+
+
+def require_finite(loss: float, first: int, last: int, folder: Path) -> None:
+    """Stop a run that diverged, before its weights are written. Raises AclaError."""
+    if not np.isfinite(loss):
+        raise AclaError(
+            f"the loss is {loss} between steps {first} and {last}; the checkpoint in {folder} is "
+            "from before: lower --rate and begin anew with --out DIR"
+        )
+
+
+def mean_psnr(model: Backbone, pictures: Pictures, task: Task, device: torch.device) -> float:
+    """Validation: mean PSNR in dB over the middles (at most 256 × 256) of the pictures, by the
+    task's protocol."""
+    was_training = model.training
+    model.eval()
+    total = 0.0
+    for index, path in enumerate(pictures.paths):
+        clean = middle(from_levels(pictures[index]))
+        low, high = pair(clean, task, generator_for(path.name), model.config.channels)
+        total += score(restore(model, low.to(device)).cpu(), high, task)[0]
+    model.train(was_training)
+    return total / len(pictures)
+
+
+def middle(picture: Tensor) -> Tensor:
+    """The middle of [C,H,W], cut on the grid of JPEG blocks and of the Bayer pattern."""
+    top, left = ((max(0, side - VALIDATION_SIDE) // 2) // 8 * 8 for side in picture.shape[1:])
+    return picture[:, top : top + VALIDATION_SIDE, left : left + VALIDATION_SIDE]

@@ -1,0 +1,211 @@
+"""Train a restoration network, plain or with attention at given, published or searched positions.
+
+python train.py
+    what runs/search/arch.json says, else JPEG artifacts at quality 10 with Table 9's positions
+python train.py --task sr --scale 2 --data DIR --train-set DIV2K
+python train.py --task sr --preset paper --describe
+"""
+
+import argparse
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from acla import cli, config, training
+from acla.architecture import choose_network, read_architecture
+from acla.backbone import Backbone, describe
+from acla.checkpoint import load_state, save_model, save_state
+from acla.config import ModelConfig, Task, TrainConfig
+from acla.data import PatchSampler, Pictures, training_sets
+
+SEARCHED = Path("runs/search/arch.json")
+OUT = Path("runs/train")
+MODEL, STATE = "model.safetensors", "state.safetensors"
+EMA_DECAY = 0.999
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides how a run goes."""
+
+    task: Task
+    model: ModelConfig
+    train: TrainConfig
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    device = cli.pick_device(args.device)
+    state = None
+    if not args.describe:
+        state = training.open_run(args.out, STATE, args.resume)
+    if state is None:
+        plan = plan_from_flags(args, cli.pick_preset(args.preset, device))
+        if args.describe:
+            print(json.dumps(describe(plan.model)))
+            return
+        train(plan, args, device)
+    else:
+        tensors, progress = load_state(state)
+        plan = training.resumed_plan(Plan, progress, args)
+        train(plan, args, device, tensors, progress)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    cli.add_common_flags(parser)
+    cli.add_preset_flag(parser)
+    config.add_task_flags(parser)
+    parser.add_argument(
+        "--arch",
+        metavar="paper|none|FILE",
+        help="where the attention stands: Table 9, nowhere, or a file of search.py "
+        f"(default: {SEARCHED} if it is there, else paper)",
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", default=OUT, help=f"default: {OUT}")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument("--epochs", type=int, help="length in epochs instead of --steps")
+    parser.add_argument("--describe", action="store_true", help="print the network's size and stop")
+    config.add_flags(parser, TrainConfig)
+    config.add_flags(parser, ModelConfig)
+    return parser.parse_args(argv)
+
+
+def plan_from_flags(args: argparse.Namespace, preset: str) -> Plan:
+    """The run that the flags describe; the searched architecture is the default where it fits
+    them."""
+    source = None
+    if args.arch not in (None, "paper", "none"):
+        source = read_architecture(Path(args.arch))
+    elif args.arch is None and SEARCHED.is_file() and "positions" not in args:
+        found, asked = read_architecture(SEARCHED), config.task_from_flags(args)
+        same_task = asked is None or asked.name == found.task.name
+        if same_task and getattr(args, "backbone", found.model.backbone) == found.model.backbone:
+            source = found
+        taken = f"{SEARCHED} ({found.task})" if source else f"Table 9's ({SEARCHED} does not fit)"
+        cli.notice(f"architecture: {taken}; --arch chooses another")
+    task, model = choose_network(args, preset, source)
+    return Plan(task, model, config.override_length(config.train_preset(preset), args))
+
+
+def train(
+    plan: Plan,
+    args: argparse.Namespace,
+    device: torch.device,
+    tensors: dict[str, torch.Tensor] | None = None,
+    progress: dict | None = None,
+) -> None:
+    """Run the plan to its end, from the start or from a state; at every validation write the model,
+    the state and a row of the log."""
+    how, out, log = plan.train, args.out, args.out / "train.jsonl"
+    paths, val_paths = training_sets(how.train_set, how.val_set or None, args.data)
+    data = {"train": training.digest(paths), "val": training.digest(val_paths)}
+    channels = plan.model.channels
+    sampler = PatchSampler(
+        Pictures(paths), plan.task, how.patch, how.batch, how.seed, channels=channels
+    )
+    validation = Pictures(val_paths)
+    run = Run(plan, device)
+    start, seconds = 0, 0.0
+    if progress:
+        training.require_same_data(progress, data)
+        training.unpack(run.parts, tensors, out / STATE)
+        start, seconds = progress["step"], progress["seconds"]
+    training.drop_rows_after(log, start)
+    cli.notice(f"{plan.task}: {describe_run(plan, len(paths), len(val_paths))}; on {device}")
+
+    total, count, begun = torch.zeros((), device=device), 0, time.monotonic()
+    row = progress or {}
+    bar = tqdm(range(start, how.steps), initial=start, total=how.steps, unit="step", desc="train")
+    for step in bar:
+        total += run.step(sampler, step)
+        done, count = step + 1, count + 1
+        if done % how.validate and done < how.steps:
+            continue
+        loss = total.item() / count
+        training.require_finite(loss, done - count, done, out)
+        psnr = training.mean_psnr(run.result, validation, plan.task, device)
+        bar.set_postfix(loss=f"{loss:.3f}", psnr=f"{psnr:.2f}")
+        row = {
+            "step": done,
+            "loss": loss,
+            "rate": run.rate(step),
+            "val_psnr": psnr,
+            "seconds": round(seconds + time.monotonic() - begun, 2),
+        }
+        training.append_row(log, row)
+        info = {"train": asdict(how), "data": data, **row}
+        save_model(out / MODEL, run.result, plan.model, plan.task, info)
+        state = {**row, "plan": asdict(plan), "data": data}
+        save_state(out / STATE, training.pack(run.parts), state)
+        total, count = total.zero_(), 0
+    psnr = row["val_psnr"]
+    print(f"{plan.task}: {psnr:.2f} dB on the validation pictures after {how.steps} steps")
+    print(f"written: {out / MODEL} · {log}")
+
+
+class Run:
+    """The network, its optimiser and its averages, and one step of them."""
+
+    def __init__(self, plan: Plan, device: torch.device):
+        self.plan, self.device = plan, device
+        torch.manual_seed(plan.train.seed)
+        self.model = Backbone(plan.model).to(device).train()
+        learning = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = training.adam(learning, plan.train.rate)
+        self.averaged = None
+        if plan.train.ema:
+            average = get_ema_multi_avg_fn(EMA_DECAY)
+            self.averaged = AveragedModel(self.model, multi_avg_fn=average)
+        self.parts = {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "averaged": self.averaged,
+        }
+
+    @property
+    def result(self) -> Backbone:
+        """The network to validate and to write: the averages where they are kept."""
+        return self.averaged.module if self.averaged else self.model
+
+    def rate(self, step: int) -> float:
+        return training.halved(self.plan.train.rate, step, self.plan.train.halve)
+
+    def step(self, sampler: PatchSampler, step: int) -> torch.Tensor:
+        """One optimiser step on the patches of `step`; returns the loss, a scalar on the device."""
+        how = self.plan.train
+        low, target = (batch.to(self.device) for batch in sampler.batch(step))
+        seeds = training.image_seeds(how.seed, step, sampler.indices).to(self.device)
+        training.set_rate(self.optimizer, self.rate(step))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=how.amp):
+            restored = self.model(low, seeds)
+        loss = training.restoration_loss(how.loss, restored, target)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        if self.averaged:
+            self.averaged.update_parameters(self.model)
+        return loss.detach()
+
+
+def describe_run(plan: Plan, pictures: int, val_pictures: int) -> str:
+    """The run in one line, for the notice at its start."""
+    size = describe(plan.model)
+    where = config.format_positions(plan.model.positions)
+    return (
+        f"{plan.model.backbone} of {plan.model.blocks} blocks × {plan.model.width}, "
+        f"{plan.model.attention} at {where} ({size['params']:,} parameters); "
+        f"{plan.train.steps} steps of {plan.train.batch} patches of {plan.train.patch}² from "
+        f"{pictures} pictures of {plan.train.train_set}, {val_pictures} for validation"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)
