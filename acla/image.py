@@ -1,0 +1,166 @@
+"""File to tensor and back: the only door to 0..255.
+
+Inside, a picture is float32 [C, H, W] in 0..1.
+"""
+
+import os
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from acla.errors import PictureError
+
+SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".jpg", ".jpeg")
+FORMATS = {
+    ".png": "PNG",
+    ".bmp": "BMP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+}
+GRAY_MODES = ("1", "L", "LA", "La")
+BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+)
+LUMA = (65.481, 128.553, 24.966)
+
+
+def load(path: str | Path) -> Tensor:
+    """Read a picture as float32 [C, H, W] in 0..1.
+
+    C is 1 for gray files (16-bit gray keeps its depth) and 3 for all others: palettes and CMYK
+    become RGB, alpha is dropped. The pixels come as they are stored; an EXIF orientation is not
+    applied. Raises PictureError, which names the file, for anything that is not a whole picture.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd metadata, many pixels: the picture decides
+            with Image.open(path) as picture:
+                refuse_deep_colour(picture, path)
+                picture.load()
+                levels, top = to_array(picture, path)
+    except FileNotFoundError as error:
+        raise PictureError(f"{path}: there is no such file") from error
+    except Image.DecompressionBombError as error:
+        raise PictureError(f"{path}: more pixels than Pillow accepts ({error})") from error
+    except BROKEN as error:
+        raise PictureError(f"{path}: not a readable picture ({one_line(error)})") from error
+    planes = np.atleast_3d(levels).transpose(2, 0, 1).astype(np.float32, order="C")
+    return torch.from_numpy(planes) / top
+
+
+def refuse_deep_colour(picture: Image.Image, path: str | Path) -> None:
+    """Raise PictureError for 16-bit colour, which Pillow would silently read as 8-bit."""
+    deep = False
+    if picture.format == "PNG":
+        with open(path, "rb") as file:
+            depth, colour = file.read(26)[24:26]  # IHDR; colour type 0 is gray without alpha
+        deep = depth == 16 and colour != 0
+    elif picture.format == "TIFF":
+        bits = picture.tag_v2.get(258, (1,))  # BitsPerSample, one for each channel
+        deep = len(bits) > 1 and max(bits) > 8
+    if deep:
+        raise PictureError(f"{path}: 16 bits per channel in colour; convert it to 8 bits first")
+
+
+def to_array(picture: Image.Image, path: str | Path) -> tuple[np.ndarray, float]:
+    """The levels [H, W] or [H, W, 3] of an opened picture, and the level that means white."""
+    if picture.mode.startswith("I"):
+        levels = np.asarray(picture).astype(np.int64)
+        if levels.min() < 0 or levels.max() > 65535:
+            raise PictureError(f"{path}: gray values outside 16 bits (0..65535)")
+        return levels, 65535.0
+    if picture.mode == "F":
+        raise PictureError(f"{path}: gray values in floating point; convert it to 8 or 16 bits")
+    gray = picture.mode in GRAY_MODES
+    return np.asarray(picture.convert("L" if gray else "RGB")), 255.0
+
+
+def save(image: Tensor, path: str | Path) -> None:
+    """Write a picture [1 or 3, H, W] in 0..1, rounded to 8 bit and clipped.
+
+    The suffix names the format. The file appears whole or not at all. Raises PictureError, which
+    names the file.
+    """
+    if not torch.isfinite(image).all():
+        raise PictureError(f"{path}: the picture holds values that are not finite")
+    write(Image.fromarray(to_levels(image)), path)
+
+
+def write(picture: Image.Image, path: str | Path, **options: object) -> None:
+    """Write a Pillow picture whole or not at all: to a temporary file, which is then renamed.
+
+    `options` go to Pillow (quality, exif, icc_profile …). Raises PictureError, which names the
+    file.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in FORMATS:
+        raise PictureError(f"{path}: unknown suffix {path.suffix!r}; known: {', '.join(SUFFIXES)}")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        picture.save(part, format=FORMATS[path.suffix.lower()], **options)
+        os.replace(part, path)
+    except BROKEN as error:
+        raise PictureError(f"{path}: cannot be written ({one_line(error)})") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def one_line(error: Exception) -> str:
+    """An error's reason without line breaks, for a one-line message."""
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(reason.split())
+
+
+def from_levels(levels: np.ndarray) -> Tensor:
+    """uint8 [C, H, W] levels as a float32 picture in 0..1."""
+    return torch.from_numpy(levels.astype(np.float32, order="C")) / 255
+
+
+def to_levels(image: Tensor) -> np.ndarray:
+    """Picture [1 or 3, H, W] in 0..1 → uint8 [H, W] or [H, W, 3], rounded and clipped."""
+    levels = (image.detach().float().cpu() * 255).round().clamp(0, 255).to(torch.uint8)
+    return levels[0].numpy() if len(levels) == 1 else levels.permute(1, 2, 0).contiguous().numpy()
+
+
+def round_8bit(image: Tensor) -> Tensor:
+    """The nearest values k/255, k = 0..255: what an 8-bit file can hold."""
+    return (image * 255).round().clamp(0, 255) / 255
+
+
+def luma(rgb: Tensor) -> Tensor:
+    """Y of BT.601 in studio range (16..235 of 255), not rounded: [3, H, W] → [1, H, W] in 0..1.
+
+    Y = 16 + (65.481 R + 128.553 G + 24.966 B) / 255 on 0..255 values.
+    """
+    weights = torch.tensor(LUMA, dtype=torch.float64, device=rgb.device)
+    y = (rgb.double() * weights[:, None, None]).sum(0, keepdim=True)
+    return ((16 + y) / 255).to(rgb.dtype)
+
+
+def to_rgb(image: Tensor) -> Tensor:
+    """Gray [1, H, W] repeated to three channels; RGB as it is."""
+    return image.expand(3, -1, -1) if len(image) == 1 else image
+
+
+def fit_channels(image: Tensor, channels: int) -> Tensor:
+    """The picture with 1 or 3 channels: colour becomes Y, unrounded; gray stays or is repeated."""
+    if channels == 3:
+        return to_rgb(image)
+    return image if len(image) == 1 else luma(image)

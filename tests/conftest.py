@@ -1,0 +1,68 @@
+"""What the tests share: few threads, honest uninitialised memory, pictures made up and real."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the scripts are modules too
+torch.set_num_threads(2)
+with torch.device("meta"):
+    torch.empty(0)  # torch notes its constructors at the first use, which must be the real ones
+
+
+@pytest.fixture(autouse=True)
+def empty_holds_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever reads memory of torch.empty that nobody wrote shall see NaN."""
+    empty = torch.empty
+
+    def filled(*args: object, **options: object) -> torch.Tensor:
+        tensor = empty(*args, **options)
+        with torch.no_grad():
+            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", filled)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real pictures: ACLA_DATA, or ../shared/data beside the project."""
+    given = os.environ.get("ACLA_DATA")
+    folder = Path(given) if given else ROOT.parent / "shared" / "data"
+    if not (folder / "benchmark").is_dir():
+        pytest.skip(f"no real pictures: ACLA_DATA is not set and {folder} holds no benchmark/")
+    return folder
+
+
+def scene(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
+    """uint8 [H, W] or [H, W, 3] with slopes, edges and some noise: a picture that needs no file."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    planes = []
+    for channel in range(channels):
+        slope = 90 + 60 * np.sin(x / 7 + channel) + 50 * np.cos(y / (5 + channel))
+        edge = np.where((x + 2 * y + 3 * channel) % 23 < 9, 55, 0)
+        planes.append(slope + edge + rng.normal(0, 6, (height, width)))
+    levels = np.stack(planes, 2).clip(0, 255).round().astype(np.uint8)
+    return levels[:, :, 0] if channels == 1 else levels
+
+
+@pytest.fixture
+def make_scene() -> Callable[..., np.ndarray]:
+    return scene
+
+
+@pytest.fixture
+def make_picture() -> Callable[..., torch.Tensor]:
+    """scene() as the project holds pictures: float32 [C, H, W] in 0..1."""
+
+    def picture(height: int, width: int, channels: int = 3, seed: int = 0) -> torch.Tensor:
+        levels = np.atleast_3d(scene(height, width, channels, seed))
+        return torch.from_numpy(levels.astype(np.float32)).permute(2, 0, 1).contiguous() / 255
+
+    return picture
