@@ -1,0 +1,321 @@
+"""Score a network, the untouched input or somebody else's pictures on sets of pictures."""
+
+import argparse
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from acla.checkpoint import load_model
+from acla.cli import add_common_flags, notice, pick_device, run
+from acla.config import SETTING_FLAG, Task, add_task_flags, task_from_flags
+from acla.data import find_set, match_stems
+from acla.degrade import generator_for, pair, untouched
+from acla.errors import CheckpointError, DataError, UsageError
+from acla.image import fit_channels, load, save
+from acla.protocol import finite, line, published, score, table, task_of_set
+from acla.restore import check_tile, restore
+
+DEFAULT_CHECKPOINT = Path("runs/train/model.safetensors")
+
+
+@dataclass
+class Method:
+    """What is scored. `predict`: (clean [C, H, W], path, task) → (prediction, target)."""
+
+    label: str
+    describe: dict[str, Any]
+    predict: Callable[[Tensor, Path, Task], tuple[Tensor, Tensor]]
+    task: Task | None = None
+    channels: int | None = None
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--dataset",
+        required=True,
+        metavar="NAME[,NAME...]",
+        help="the sets to score on; 'sample' is built in",
+    )
+    add_task_flags(parser)
+    source = parser.add_argument_group("What is scored (one of these)")
+    source = source.add_mutually_exclusive_group()
+    source.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help=f"a network (default: {DEFAULT_CHECKPOINT})"
+    )
+    source.add_argument("--baseline", action="store_true", help="the untouched input")
+    source.add_argument(
+        "--predictions",
+        type=Path,
+        metavar="DIR",
+        help="pictures made elsewhere; their file stem starts with the original's "
+        "(with several sets: DIR/NAME)",
+    )
+    parser.add_argument(
+        "--save",
+        type=Path,
+        metavar="DIR",
+        help="write the restored pictures there as PNG (with several sets: in DIR/NAME)",
+    )
+    parser.add_argument(
+        "--save-inputs", type=Path, metavar="DIR", help="write the degraded inputs there, likewise"
+    )
+    parser.add_argument(
+        "--json", metavar="FILE|-", help="write the results there; - is standard output"
+    )
+    parser.add_argument(
+        "--tile",
+        type=int,
+        metavar="N",
+        help="side of a tile in low-quality pixels (default: whole pictures)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
+    add_common_flags(parser)
+    return parser.parse_args(argv)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse impossible flags before any work is done. Raises UsageError."""
+    check_tile(args.tile)
+    if args.predictions and args.save:
+        raise UsageError("--save has nothing to write with --predictions")
+    if args.predictions and not args.predictions.is_dir():
+        raise UsageError(f"--predictions {args.predictions}: there is no such folder")
+    if args.json not in (None, "-") and not Path(args.json).parent.is_dir():
+        raise UsageError(f"--json {args.json}: there is no folder {Path(args.json).parent}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    check(args)
+    device = pick_device(args.device)
+    rank = start_processes(device)
+    flags = task_from_flags(args)
+    names = list(dict.fromkeys(args.dataset.split(",")))
+    sets = {name: find_set(name, args.data) for name in names}
+    # Everything that can be refused is refused here, before the first picture
+    method = pick_method(args, device, sets)
+    tasks = {name: pick_task(args, flags, method, name) for name in sets}
+    folders = {name: pick_folders(args, name, sets) for name in sets}
+
+    images = {
+        name: score_set(method, tasks[name], paths, folders[name], args.seed)
+        for name, paths in sets.items()
+    }
+    if rank == 0:
+        results = [report(name, tasks[name], method, images[name]) for name in sets]
+        publish(results, method, args.json)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# What is scored, and as which task
+
+
+def pick_method(
+    args: argparse.Namespace, device: torch.device, sets: dict[str, list[Path]]
+) -> Method:
+    """The method that the flags choose."""
+    if args.baseline:
+
+        def as_it_is(clean: Tensor, path: Path, task: Task) -> tuple[Tensor, Tensor]:
+            return untouched(clean, task, generator_for(path.stem, args.seed))
+
+        return Method("untouched input", {"kind": "baseline"}, as_it_is)
+    if args.predictions:
+        files: dict[Path, Path] = {}
+        for name, paths in sets.items():
+            files |= match_stems(paths, folder_for(args.predictions, name, sets))
+
+        def made_elsewhere(clean: Tensor, path: Path, task: Task) -> tuple[Tensor, Tensor]:
+            return read_prediction(clean, path, files[path], task)
+
+        describe = {"kind": "predictions", "folder": str(args.predictions)}
+        return Method("predictions", describe, made_elsewhere)
+    return network(args.checkpoint or default_checkpoint(), device, args.tile, args.seed)
+
+
+def default_checkpoint() -> Path:
+    """The network that train.py writes by default. Raises UsageError if there is none."""
+    if not DEFAULT_CHECKPOINT.is_file():
+        raise UsageError(
+            f"there is no {DEFAULT_CHECKPOINT} to score: give --checkpoint FILE, --baseline or "
+            "--predictions DIR, or train a network first (python train.py)"
+        )
+    notice(f"checkpoint {DEFAULT_CHECKPOINT}: the default; --checkpoint changes it")
+    return DEFAULT_CHECKPOINT
+
+
+def network(file: Path, device: torch.device, tile: int | None, seed: int) -> Method:
+    """A network from a checkpoint, which also brings its task."""
+    checkpoint = load_model(file)
+    config, model = checkpoint.config, checkpoint.model.to(device)
+
+    def restored(clean: Tensor, path: Path, task: Task) -> tuple[Tensor, Tensor]:
+        low, target = pair(clean, task, generator_for(path.stem, seed), config.channels)
+        prediction = restore(model, low.to(device), tile).cpu()
+        if not torch.isfinite(prediction).all():
+            raise CheckpointError(f"{file}: the network's output for {path.name} is not finite")
+        return prediction, target
+
+    describe = {"kind": "network", "checkpoint": str(file), **dataclasses.asdict(config)}
+    describe["trained_for"] = str(checkpoint.task)
+    return Method(f"network {file}", describe, restored, checkpoint.task, config.channels)
+
+
+def pick_task(args: argparse.Namespace, flags: Task | None, method: Method, name: str) -> Task:
+    """The flags' task, or the checkpoint's, or the set's. Raises UsageError if they disagree."""
+    trained = method.task
+    if trained is None:
+        return flags or task_of_set(name)
+    if flags is None:
+        return trained
+    flag = SETTING_FLAG.get(flags.name)
+    if flags.name == trained.name and (not flag or getattr(args, f"task_{flag}") is None):
+        return trained
+    if flags.name != trained.name or flags.scale != trained.scale:
+        raise UsageError(f"{method.label} was trained for {trained}, not for {flags}")
+    if flags != trained:
+        notice(f"{method.label} was trained for {trained} and is scored on {flags}")
+    return flags
+
+
+def read_prediction(clean: Tensor, path: Path, file: Path, task: Task) -> tuple[Tensor, Tensor]:
+    """(prediction, target) of a picture made elsewhere. Raises DataError if its size is wrong."""
+    _, target = pair(clean, task, generator_for(path.stem))
+    prediction = load(file)
+    if prediction.shape[1:] != target.shape[1:]:
+        size, wanted = (f"{x.shape[2]}×{x.shape[1]}" for x in (prediction, target))
+        raise DataError(f"{file}: {size} pixels, but {wanted} are wanted for {path.name} ({task})")
+    if len(target) == 1 or len(clean) == 1:
+        prediction = fit_channels(prediction, len(target))
+    return prediction, target
+
+
+# Where pictures go
+
+
+def folder_for(folder: Path, name: str, sets: dict[str, list[Path]]) -> Path:
+    """The folder of one set's pictures: below the given one if there are several sets."""
+    return folder / name if len(sets) > 1 else folder
+
+
+def pick_folders(
+    args: argparse.Namespace, name: str, sets: dict[str, list[Path]]
+) -> tuple[Path | None, Path | None]:
+    """Folders for restored pictures and for inputs. Raises UsageError if anything would be lost."""
+    folders = []
+    for given in (args.save, args.save_inputs):
+        folder = given and folder_for(given, name, sets)
+        folders.append(folder)
+        written = [] if folder is None else [folder / f"{path.stem}.png" for path in sets[name]]
+        lost = {path.resolve() for path in sets[name]} & {path.resolve() for path in written}
+        if lost or len(set(written)) < len(written):
+            raise UsageError(
+                f"{folder}: pictures of set {name!r} would be overwritten there; "
+                "name another folder, or give the originals stems that differ"
+            )
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+    if folders[0] is not None and folders[0] == folders[1]:
+        raise UsageError("--save and --save-inputs must be two folders")
+    return folders[0], folders[1]
+
+
+# The loop
+
+
+def start_processes(device: torch.device) -> int:
+    """Join the processes that torchrun started, each on a GPU of its own; the rank of this one."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return 0
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    dist.init_process_group("gloo")  # rows of figures travel, not tensors
+    return dist.get_rank()
+
+
+def score_set(
+    method: Method,
+    task: Task,
+    paths: list[Path],
+    folders: tuple[Path | None, Path | None],
+    seed: int,
+) -> list[dict[str, Any]]:
+    """A row for each picture, one in memory at a time; processes divide the pictures."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rows = {}
+    for path in tqdm(paths[rank::world], desc=str(task), unit="picture", disable=rank > 0 or None):
+        clean = load(path)
+        try:
+            start = time.perf_counter()
+            prediction, target = method.predict(clean, path, task)
+            seconds = time.perf_counter() - start
+            psnr, ssim = score(prediction, target, task)
+            if folders[0]:
+                save(prediction, folders[0] / f"{path.stem}.png")
+            if folders[1]:
+                low, _ = pair(clean, task, generator_for(path.stem, seed), method.channels)
+                save(low, folders[1] / f"{path.stem}.png")
+        except DataError as error:
+            raise DataError(f"{path.name}: {error}") from error
+        rows[path] = {"name": path.name, "psnr": psnr, "ssim": ssim, "seconds": seconds}
+    if world > 1:
+        shares: list[Any] = [None] * world
+        dist.all_gather_object(shares, rows)
+        rows = {path: row for share in shares for path, row in share.items()}
+    return [rows[path] for path in paths]
+
+
+# What comes out
+
+
+def mean(values: list[float | None]) -> float | None:
+    """The mean of the values that are there; None without any."""
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) if there else None
+
+
+def report(name: str, task: Task, method: Method, images: list[dict[str, Any]]) -> dict[str, Any]:
+    """One entry of the results: everything needed to compare it later."""
+    small = sum(row["ssim"] is None for row in images)
+    if small:
+        notice(
+            f"{name}: {small} of {len(images)} pictures are too small for SSIM and left out of it"
+        )
+    return {
+        "dataset": name,
+        "task": task.name,
+        "setting": task.setting,
+        "protocol": line(task, method.describe["kind"] == "baseline", method.channels),
+        "model": method.describe,
+        "images": images,
+        "mean": {key: mean([row[key] for row in images]) for key in ("psnr", "ssim")},
+        "published": published(name, task),
+    }
+
+
+def publish(results: list[dict[str, Any]], method: Method, where: str | None) -> None:
+    """Tables to standard output and JSON to a file, or the JSON alone to standard output (`-`)."""
+    text = json.dumps({"results": finite(results)}, indent=1, ensure_ascii=False, allow_nan=False)
+    if where == "-":
+        print(text)
+        return
+    if where:
+        Path(where).write_text(text + "\n", encoding="utf-8")
+    for result in results:
+        print(table(method.label, result))
+
+
+if __name__ == "__main__":
+    run(main)
