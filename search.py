@@ -107,6 +107,7 @@ def search(
         training.require_same_data(progress, data)
         training.unpack(parts, tensors, out / STATE)
         start, seconds = progress["step"], progress["seconds"]
+    out.mkdir(parents=True, exist_ok=True)
     training.drop_rows_after(out / "search.jsonl", start)
     cli.notice(
         f"{plan.task}: {plan.model.backbone} of {plan.model.blocks} blocks × {plan.model.width}, "

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from acla import cli, config, training
@@ -26,7 +26,6 @@ from acla.data import PatchSampler, Pictures, training_sets
 SEARCHED = Path("runs/search/arch.json")
 OUT = Path("runs/train")
 MODEL, STATE = "model.safetensors", "state.safetensors"
-EMA_DECAY = 0.999
 
 
 @dataclass(frozen=True)
@@ -118,6 +117,7 @@ def train(
         training.require_same_data(progress, data)
         training.unpack(run.parts, tensors, out / STATE)
         start, seconds = progress["step"], progress["seconds"]
+    out.mkdir(parents=True, exist_ok=True)
     training.drop_rows_after(log, start)
     cli.notice(f"{plan.task}: {describe_run(plan, len(paths), len(val_paths))}; on {device}")
 
@@ -162,8 +162,7 @@ class Run:
         self.optimizer = training.adam(learning, plan.train.rate)
         self.averaged = None
         if plan.train.ema:
-            average = get_ema_multi_avg_fn(EMA_DECAY)
-            self.averaged = AveragedModel(self.model, multi_avg_fn=average)
+            self.averaged = AveragedModel(self.model, avg_fn=training.moving_average)
         self.parts = {
             "model": self.model,
             "optimizer": self.optimizer,

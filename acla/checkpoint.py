@@ -59,7 +59,7 @@ def load_model(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: the configuration inside is not valid: {error}") from error
     with torch.device("meta"):
         model = Backbone(config)
-    load_strictly(model, tensors, path)
+    load_strictly(model.to_empty(device="cpu"), tensors, path)
     return Checkpoint(model.eval(), config, task, info)
 
 
@@ -80,8 +80,7 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -
                 f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}, "
                 f"but the network's is {wanted[name].dtype} {list(wanted[name].shape)}"
             )
-    on_meta = any(tensor.is_meta for tensor in wanted.values())
-    model.load_state_dict(tensors, assign=on_meta)
+    model.load_state_dict(tensors)
 
 
 def save_state(path: Path, tensors: Mapping[str, Tensor], progress: dict[str, Any]) -> None:
@@ -127,7 +126,9 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, st
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = file.keys()
+            # Cloned, for arithmetic on memory of another alignment may round differently.
+            tensors = {name: file.get_tensor(name).clone() for name in names}
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
     if header.get("format") != FORMAT:

@@ -6,19 +6,19 @@ from torch import Tensor
 from acla.backbone import Backbone
 from acla.errors import UsageError
 
-OVERLAP = 16  # low-quality pixels that neighbouring tiles share
+OVERLAP = 32  # low-quality pixels that neighbouring tiles share
 
 
 @torch.no_grad()
 def restore(model: Backbone, picture: Tensor, tile: int | None = None) -> Tensor:
     """Restore a picture [C,h,w] in 0..1 → [C,h·scale,w·scale], not rounded or clipped.
 
-    tile: side of square tiles in low-quality pixels, more than 32; None takes the picture whole.
-    Tiles share 16 pixels with their neighbours, where they blend linearly."""
+    tile: side of square tiles in low-quality pixels, more than 64; None takes the picture whole.
+    Neighbouring tiles share 32 pixels, where they blend.
+    """
+    check_tile(tile)
     if tile is None:
         return model(picture.unsqueeze(0))[0]
-    if tile <= 2 * OVERLAP:
-        raise UsageError(f"--tile must be more than {2 * OVERLAP} pixels, not {tile}")
     scale = model.config.scale
     _, h, w = picture.shape
     total = picture.new_zeros(picture.shape[0], h * scale, w * scale)
@@ -35,6 +35,12 @@ def restore(model: Backbone, picture: Tensor, tile: int | None = None) -> Tensor
     return total / weights
 
 
+def check_tile(tile: int | None) -> None:
+    """Refuse tiles that would be all overlap. Raises UsageError."""
+    if tile is not None and tile <= 2 * OVERLAP:
+        raise UsageError(f"--tile must be more than {2 * OVERLAP} pixels, not {tile}")
+
+
 def starts(length: int, tile: int) -> list[int]:
     """Where tiles begin: OVERLAP apart from the end of the one before, the last one flush with the
     border."""
@@ -43,10 +49,11 @@ def starts(length: int, tile: int) -> list[int]:
 
 
 def window(length: int, scale: int, before: bool, after: bool, like: Tensor) -> Tensor:
-    """Blending weights along one side of a tile [length·scale]: rising where a tile lies before,
-    falling where one lies after, never 0."""
-    ramp = torch.arange(1, OVERLAP * scale + 1, dtype=like.dtype, device=like.device)
-    ramp = ramp / (OVERLAP * scale + 1)
+    """Blending weights along one side of a tile [length·scale]. Where a tile lies before, or after,
+    the outer quarter of what they share has weight 0, for there the cut shows; the middle half is a
+    ramp. Two neighbours' weights add to 1."""
+    at = (torch.arange(OVERLAP * scale, dtype=like.dtype, device=like.device) + 0.5) / scale
+    ramp = ((at / OVERLAP - 0.25) / 0.5).clamp(0, 1)
     weight = like.new_ones(length * scale)
     if before:
         weight[: len(ramp)] *= ramp

@@ -74,7 +74,7 @@ class Supernet(nn.Module):
         """The network with modules at these positions only (default: the open ones), with the
         supernet's weights. It equals the supernet whose other gates are shut, to rounding."""
         positions = self.open_positions() if positions is None else positions
-        derived = Backbone(replace(self.config, positions=positions))
+        derived = Backbone(replace(self.config, positions=positions)).to(self.alpha)
         state = {
             name: tensor
             for name, tensor in self.backbone.state_dict().items()
@@ -86,4 +86,4 @@ class Supernet(nn.Module):
             for name, tensor in module.select(layers).items():
                 state[f"attention.{position}.{name}"] = tensor
         derived.load_state_dict(state)
-        return derived.to(self.alpha.device)
+        return derived

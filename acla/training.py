@@ -25,20 +25,16 @@ from acla.image import from_levels
 from acla.protocol import score
 from acla.restore import restore
 
-VALIDATION_SIDE = (
-    256  # pixels; a multiple of JPEG's 8 and of every scale's grid but 3, where the pair is cropped
-)
+EMA_DECAY = 0.999
+VALIDATION_SIDE = 256  # pixels
 
 
 # ------------------------------------------------------------------ the run's folder
 
 
 def open_run(folder: Path, state: str, resume: bool) -> Path | None:
-    """Make a run's folder, or find the state file of the run to go on with. Never begins over a run
-    that is there.
-
-    Returns the state file's path when resuming, else None. Raises UsageError.
-    """
+    """The state file of the run to go on with, or None for a run that begins. Raises UsageError
+    where there is nothing to resume, or a run that beginning would overwrite."""
     found = folder / state
     if resume and not found.is_file():
         raise UsageError(f"--resume: {folder} holds no {found.name}; leave --resume out to begin")
@@ -46,7 +42,6 @@ def open_run(folder: Path, state: str, resume: bool) -> Path | None:
         raise UsageError(
             f"{folder} already holds a run: --resume goes on with it, --out DIR begins another"
         )
-    folder.mkdir(parents=True, exist_ok=True)
     return found if resume else None
 
 
@@ -189,6 +184,12 @@ def adam(parameters: Iterable[nn.Parameter], rate: float) -> torch.optim.Adam:
     return torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.999), eps=1e-8)
 
 
+def moving_average(average: Tensor, current: Tensor, count: Tensor) -> Tensor:
+    """Exponential moving average of weights, decay 0.999; shorter at first, so that the start is
+    forgotten."""
+    return average.lerp(current, max(1 - EMA_DECAY, 9 / (10 + int(count))))
+
+
 # ------------------------------------------------------------------ losses and validation
 
 
@@ -215,7 +216,7 @@ def mean_psnr(model: Backbone, pictures: Pictures, task: Task, device: torch.dev
     total = 0.0
     for index, path in enumerate(pictures.paths):
         clean = middle(from_levels(pictures[index]))
-        low, high = pair(clean, task, generator_for(path.name), model.config.channels)
+        low, high = pair(clean, task, generator_for(path.stem), model.config.channels)
         total += score(restore(model, low.to(device)).cpu(), high, task)[0]
     model.train(was_training)
     return total / len(pictures)

@@ -1,0 +1,130 @@
+"""CLA and ACLA modules against the paper's formulas, written out another way."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from acla.attention import CrossLayerAttention, build_attention, rings
+from kernels import binary_gate, logistic_noise, to_rows
+
+
+def random_module(width, layers, keys, masked, seed=0):
+    """A module whose every parameter is random, so that nothing hides behind a zero."""
+    torch.manual_seed(seed)
+    module = CrossLayerAttention(width, layers, keys, masked).double()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.7)
+    return module
+
+
+def by_hand(module, maps, gates, noise):
+    """Eq. 6, 7, 9 and 11 on whole maps [B,C,H,W]: g before the sampling, the mask unit on the
+    sampled feature, and grid_sample for the sampling. The query is the last map."""
+    B, _, H, W = maps[-1].shape
+    L, K = module.layers, module.keys
+    weight, bias = module.points.weight, module.points.bias
+    points = F.conv2d(maps[-1], weight[..., None, None], bias).view(B, L, 3, K, H, W)
+    y, x = torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")
+    total = 0
+    for l in range(L):
+        f = points[:, l, 2].softmax(1)
+        value = F.conv2d(maps[l], module.value[l, :, :, None, None], module.value_bias[l])
+        for k in range(K):
+            py, px = y + points[:, l, 0, k], x + points[:, l, 1, k]
+            grid = torch.stack([(2 * px + 1) / W - 1, (2 * py + 1) / H - 1], -1)
+            sampled = F.grid_sample(value, grid, align_corners=False)
+            m = 1.0
+            if module.mask is not None:
+                key = F.grid_sample(maps[l], grid, align_corners=False)
+                beta = torch.einsum("bchw,c->bhw", key, module.mask[l, k]) + module.mask_bias[l, k]
+                m = binary_gate(beta, noise[:, :, :, l, k], 1.0)[:, None]
+            total = total + gates[l] * m * f[:, k : k + 1] * sampled
+    return F.conv2d(total, module.output.weight[..., None, None], module.output.bias)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["cla", "acla"])
+@pytest.mark.parametrize(
+    ("B", "C", "L", "K", "H", "W"),
+    [
+        pytest.param(1, 1, 1, 1, 1, 1, id="one-of-everything"),
+        pytest.param(2, 3, 2, 5, 4, 7, id="rectangle-odd-keys"),
+        pytest.param(1, 4, 3, 16, 6, 2, id="narrow-more-keys-than-columns"),
+    ],
+)
+def test_the_module_is_the_papers_formula(masked, B, C, L, K, H, W):
+    module = random_module(C, L, K, masked)
+    maps = [torch.randn(B, C, H, W, dtype=torch.float64, requires_grad=True) for _ in range(L)]
+    gates = torch.ones(L, dtype=torch.float64, requires_grad=True)
+    seeds = torch.arange(B) + 5
+    noise = logistic_noise(seeds, H * W * L * K).view(B, H, W, L, K).double()
+    z, kept = module(maps[-1], [to_rows(m) for m in maps], gates, seeds)
+    expected = by_hand(module, maps, gates, noise)
+    torch.testing.assert_close(z, expected)
+    assert kept.shape == (B, L)
+    assert (kept <= H * W * K).all()
+    along = torch.randn_like(z)
+    inputs = [*maps, gates, *module.parameters()]
+    ours = torch.autograd.grad((z * along).sum(), inputs, allow_unused=True)
+    theirs = torch.autograd.grad((expected * along).sum(), inputs, allow_unused=True)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(("C", "L", "K"), [(1, 1, 1), (8, 3, 16), (64, 5, 8)])
+def test_parameters_are_those_of_the_formula(C, L, K):
+    cla = L * (C * 2 * K + 2 * K + C * K + K + C * C + C) + C * C + C
+    counted = [
+        sum(p.numel() for p in build_attention(n, C, L, K).parameters()) for n in ("cla", "acla")
+    ]
+    assert counted == [cla, cla + L * (C * K + K)]
+
+
+def test_cla_is_acla_with_every_mask_open():
+    acla = random_module(6, 2, 4, masked=True)
+    with torch.no_grad():
+        acla.mask.zero_()
+        acla.mask_bias.fill_(50.0)
+    cla = CrossLayerAttention(6, 2, 4, masked=False).double()
+    cla.load_state_dict({k: v for k, v in acla.state_dict().items() if "mask" not in k})
+    maps = [torch.randn(1, 6, 5, 4, dtype=torch.float64) for _ in range(2)]
+    rows = [to_rows(m) for m in maps]
+    torch.testing.assert_close(acla(maps[1], rows)[0], cla(maps[1], rows)[0])
+
+
+def test_a_fresh_module_adds_nothing_but_learns():
+    module = CrossLayerAttention(8, 2, 16, masked=True)
+    maps = [torch.randn(2, 8, 9, 5) for _ in range(2)]
+    z, kept = module(maps[1], [to_rows(m) for m in maps])
+    assert torch.count_nonzero(z) == 0
+    assert (kept == 9 * 5 * 16).all()  # mask logits start positive
+    z.square().sum().add(z.sum()).backward()
+    assert torch.count_nonzero(module.output.weight.grad) > 0
+
+
+def test_the_first_offsets_are_spread_over_rings():
+    offsets = rings(16)
+    assert offsets.shape == (2, 16)
+    radius = offsets.norm(dim=0)
+    torch.testing.assert_close(radius, torch.tensor([2.0] * 8 + [4.0] * 8))
+    apart = torch.cdist(offsets.T, offsets.T) + 9 * torch.eye(16)
+    assert apart.min() > 1
+    for keys in (1, 2, 5, 11):
+        assert rings(keys).isfinite().all()
+
+
+def test_selected_layers_give_what_shut_gates_give():
+    module = random_module(5, 4, 3, masked=True)
+    maps = [torch.randn(2, 5, 6, 3, dtype=torch.float64) for _ in range(4)]
+    rows = [to_rows(m) for m in maps]
+    gates = torch.tensor([0, 1, 0, 1], dtype=torch.float64)
+    small = CrossLayerAttention(5, 2, 3, masked=True).double()
+    small.load_state_dict(module.select([1, 3]))
+    ours, kept = small(maps[3], [rows[1], rows[3]])
+    full, all_kept = module(maps[3], rows, gates)
+    torch.testing.assert_close(ours, full)
+    assert torch.equal(kept, all_kept[:, [1, 3]])
+
+
+def test_an_unknown_attention_is_refused():
+    with pytest.raises(ValueError, match="no attention module"):
+        build_attention("what", 8, 1, 8)

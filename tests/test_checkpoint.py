@@ -1,0 +1,132 @@
+"""Checkpoints: equal to the bit, rebuilt from the file alone, refused with the reason."""
+
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from acla import checkpoint
+from acla.backbone import Backbone
+from acla.checkpoint import load_model, load_state, save_model, save_state
+from acla.config import ModelConfig, Task
+from acla.errors import CheckpointError
+
+SMALL = ModelConfig(blocks=3, width=8, group_blocks=1, reduction=2, keys=3, positions=(1, 3))
+
+
+def random_network(**changes) -> Backbone:
+    net = Backbone(replace(SMALL, **changes)).eval()
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return net
+
+
+@pytest.mark.parametrize("backbone", ["edsr", "rcan"])
+@pytest.mark.parametrize("scale", [1, 2])
+def test_a_network_comes_back_to_the_bit(tmp_path, backbone, scale):
+    net = random_network(backbone=backbone, scale=scale)
+    path, task = tmp_path / "model.safetensors", Task("sr", 2)
+    save_model(path, net, net.config, task, {"step": 7})
+    found = load_model(path)
+    assert (found.config, found.task, found.info) == (net.config, task, {"step": 7})
+    assert not found.model.training
+    assert {n: p.requires_grad for n, p in found.model.named_parameters()} == {
+        n: p.requires_grad for n, p in Backbone(net.config).named_parameters()
+    }
+    pictures = torch.rand(1, 3, 7, 4)
+    with torch.no_grad():
+        assert torch.equal(found.model(pictures), net(pictures))
+
+
+def test_a_state_comes_back_to_the_bit(tmp_path):
+    tensors = {"a": torch.randn(3, 2), "b.step": torch.tensor(3.0), "c": torch.arange(4)}
+    save_state(tmp_path / "state.safetensors", tensors, {"step": 3})
+    found, progress = load_state(tmp_path / "state.safetensors")
+    assert progress == {"step": 3}
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+
+
+@pytest.fixture
+def written(tmp_path):
+    net = random_network()
+    path = tmp_path / "model.safetensors"
+    save_model(path, net, net.config, Task("denoise", 30), {})
+    return path
+
+
+def test_the_wrong_file_is_told_from_the_right_one(written, tmp_path):
+    save_state(tmp_path / "state.safetensors", {"a": torch.ones(1)}, {})
+    with pytest.raises(CheckpointError, match=r"holds a state.*wanted is model\.safetensors"):
+        load_model(tmp_path / "state.safetensors")
+    with pytest.raises(CheckpointError, match=r"holds a model.*wanted is state\.safetensors"):
+        load_state(written)
+    save_file({"a": torch.ones(1)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(CheckpointError, match="not one of ours"):
+        load_model(tmp_path / "foreign.safetensors")
+    with pytest.raises(CheckpointError, match="no such file"):
+        load_model(tmp_path / "missing.safetensors")
+    with pytest.raises(CheckpointError, match="no such file"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        pytest.param(lambda data: data[: len(data) // 2], id="truncated"),
+        pytest.param(lambda data: b"", id="empty"),
+        pytest.param(lambda data: b"\xff" * 8 + data[8:], id="absurd-header-length"),
+        pytest.param(lambda data: data[:8] + b"x" + data[9:], id="header-no-json"),
+        pytest.param(lambda data: b"PK\x03\x04" + data, id="another-format"),
+    ],
+)
+def test_a_broken_file_is_refused(written, spoil):
+    written.write_bytes(spoil(written.read_bytes()))
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        load_model(written)
+
+
+def rewrite(path, tensors=None, **header):
+    found, old = checkpoint.read_tensors(path, "model")
+    save_file(found if tensors is None else tensors(found), path, metadata={**old, **header})
+
+
+@pytest.mark.parametrize(
+    "model",
+    ["{}", "[]", "{", json.dumps({"width": 10**12}), "null"],
+)
+def test_a_configuration_that_is_not_valid_is_refused(written, model):
+    rewrite(written, model=model)
+    with pytest.raises(CheckpointError, match="configuration inside is not valid"):
+        load_model(written)
+
+
+def test_tensors_must_be_the_networks(written):
+    rewrite(written, lambda t: {**t, "more": torch.ones(1)})
+    with pytest.raises(CheckpointError, match="1 are unknown, for instance more"):
+        load_model(written)
+    rewrite(written, lambda t: {k: v for k, v in t.items() if k not in ("more", "head.0.bias")})
+    with pytest.raises(CheckpointError, match="1 tensors are missing"):
+        load_model(written)
+    rewrite(written, lambda t: {**t, "head.0.bias": torch.ones(9)})
+    with pytest.raises(CheckpointError, match=r"head\.0\.bias is torch\.float32 \[9\]"):
+        load_model(written)
+    rewrite(written, lambda t: {**t, "head.0.bias": torch.ones(8, dtype=torch.float16)})
+    with pytest.raises(CheckpointError, match=r"head\.0\.bias is torch\.float16"):
+        load_model(written)
+
+
+def test_a_failed_write_leaves_the_old_file_whole(written, monkeypatch):
+    before = written.read_bytes()
+
+    def full_disk(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_model(written, random_network(), SMALL, Task("denoise", 30), {})
+    assert written.read_bytes() == before
+    assert list(written.parent.iterdir()) == [written]

@@ -1,0 +1,123 @@
+"""Configurations: what is accepted, what is refused and how, and flags made from fields."""
+
+import argparse
+import dataclasses
+import json
+
+import pytest
+
+from acla import config
+from acla.config import ModelConfig, SearchConfig, Task, TrainConfig
+from acla.errors import UsageError
+
+
+def parse(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    config.add_task_flags(parser)
+    config.add_flags(parser, TrainConfig)
+    config.add_flags(parser, ModelConfig)
+    parser.add_argument("--epochs", type=int)
+    return parser.parse_args(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "task"),
+    [
+        ([], None),
+        (["--task", "car"], Task("car", 10)),
+        (["--q", "20"], Task("car", 20)),
+        (["--task", "sr", "--scale", "3"], Task("sr", 3)),
+        (["--sigma", "25"], Task("denoise", 25)),
+        (["--task", "demosaic"], Task("demosaic", 0)),
+    ],
+)
+def test_flags_name_the_task(words, task):
+    assert config.task_from_flags(parse(*words)) == task
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--task", "sr", "--q", "10"], "--q belongs to --task car"),
+        (["--q", "10", "--sigma", "10"], "belongs to --task"),
+        (["--task", "sr", "--scale", "5"], "--scale must be 2, 3 or 4, not 5"),
+        (["--task", "car", "--q", "0"], "--q must be a whole number of 1 to 100"),
+        (["--sigma", "nan"], "--sigma must be above 0"),
+        (["--sigma", "-1"], "--sigma must be above 0"),
+    ],
+)
+def test_wrong_tasks_are_refused(words, message):
+    with pytest.raises(UsageError, match=message):
+        config.task_from_flags(parse(*words))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"positions": (3, 2)}, "rise"),
+        ({"positions": (2, 2)}, "rise"),
+        ({"positions": (0, 2)}, "count from 1 to 16"),
+        ({"positions": (17,)}, "count from 1 to 16"),
+        ({"positions": (2.0,)}, "positions must be"),
+        ({"attention": "none", "positions": (1,)}, "takes no --positions"),
+        ({"attention": "what"}, "known: none, cla, acla"),
+        ({"keys": 0}, "--keys must be 1 to"),
+        ({"width": 10**9}, "--width must be 1 to"),
+        ({"blocks": True}, "blocks must be"),
+        ({"scale": 5}, "unknown scale"),
+    ],
+)
+def test_wrong_networks_are_refused(fields, message):
+    with pytest.raises(UsageError, match=message):
+        ModelConfig(**fields)
+
+
+@pytest.mark.parametrize("fields", [{"steps": 0}, {"rate": float("nan")}, {"seed": -1}])
+def test_wrong_lengths_are_refused(fields):
+    with pytest.raises(UsageError, match="must be"):
+        TrainConfig(**fields)
+
+
+@pytest.mark.parametrize("fields", [{"lam": -0.1}, {"warmup": 1.0}, {"alpha_rate": 0.0}])
+def test_wrong_searches_are_refused(fields):
+    with pytest.raises(UsageError, match="must"):
+        SearchConfig(**fields)
+
+
+@pytest.mark.parametrize("value", [Task("sr", 3), ModelConfig(positions=(2, 7)), TrainConfig()])
+def test_configurations_survive_json(value):
+    kept = json.loads(json.dumps(dataclasses.asdict(value)))
+    assert config.from_dict(type(value), kept) == value
+
+
+def test_json_with_missing_or_unknown_fields_is_refused():
+    values = dataclasses.asdict(ModelConfig())
+    with pytest.raises(UsageError, match="extra"):
+        config.from_dict(ModelConfig, {**values, "extra": 1})
+    values.pop("width")
+    with pytest.raises(UsageError, match="width"):
+        config.from_dict(ModelConfig, values)
+
+
+def test_flags_override_the_preset_and_nothing_else():
+    args = parse("--positions", "2,5", "--amp", "--batch", "4", "--scale", "2")
+    network = config.override(config.model_preset("tiny", Task("car", 10)), args)
+    assert network.positions == (2, 5)
+    assert network.scale == 1  # the task's, not a field's flag
+    length = config.override_length(config.train_preset("tiny"), args)
+    assert (length.amp, length.ema, length.batch) == (True, False, 4)
+
+
+def test_epochs_are_another_way_to_say_steps():
+    length = config.override_length(config.train_preset("tiny"), parse("--epochs", "3"))
+    assert length.steps == 3 * length.epoch_steps
+    with pytest.raises(UsageError, match="--steps and --epochs"):
+        config.override_length(length, parse("--epochs", "3", "--steps", "7"))
+
+
+@pytest.mark.parametrize("preset", config.PRESETS)
+@pytest.mark.parametrize(("name", "backbone"), list(config.PAPER_POSITIONS))
+def test_the_papers_positions_fit_every_preset(preset, name, backbone):
+    network = config.model_preset(preset, Task(name, config.SETTING_DEFAULT[name]), backbone)
+    found = dataclasses.replace(network, positions=config.PAPER_POSITIONS[name, backbone])
+    assert len(found.positions) in (4, 5)

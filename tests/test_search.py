@@ -1,0 +1,122 @@
+"""search.py as a user calls it, and what its loss does to the gates."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate
+import search
+import train
+from acla.architecture import read_architecture
+from acla.checkpoint import load_model, load_state
+from acla.config import SearchConfig, Task
+
+SMALL = ["--preset", "tiny", "--blocks", "3", "--width", "8", "--keys", "3"]
+SHORT = ["--batch", "2", "--patch", "16", "--steps", "8", "--epoch-steps", "2"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Run in a folder of its own, where runs/ begins empty."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ACLA_DATA", raising=False)
+
+
+def rows(folder: str) -> list[dict]:
+    return [json.loads(line) for line in Path(folder, "search.jsonl").read_text().splitlines()]
+
+
+def final_alpha(*words: str) -> list[float]:
+    search.main([*SMALL, *SHORT, *words])
+    return rows("runs/search")[-1]["alpha"]
+
+
+def test_the_chain_runs_with_its_defaults(capsys):
+    search.main([*SMALL, *SHORT, "--task", "car", "--q", "30", "--seed", "4"])
+    assert "positions:" in capsys.readouterr().out
+    found = read_architecture(Path("runs/search/arch.json"))
+    assert (found.task, found.seed, found.lam) == (Task("car", 30), 4, 0.2)
+    assert found.model.positions == tuple(j for j, a in enumerate(found.alpha, 1) if a > 0)
+    log = rows("runs/search")
+    assert [(row["epoch"], row["step"]) for row in log] == [(1, 2), (2, 4), (3, 6), (4, 8)]
+    assert log[0]["alpha"] == [0, 0, 0] == log[1]["alpha"]  # the first stage leaves α alone
+    assert all(a != 0 for a in log[-1]["alpha"])
+    assert log[-1]["tau"] == pytest.approx(0.1)
+
+    train.main(["--batch", "2", "--patch", "16", "--steps", "2", "--device", "cpu"])
+    trained = load_model(Path("runs/train/model.safetensors"))
+    assert (trained.task, trained.config) == (found.task, found.model)
+    capsys.readouterr()
+    evaluate.main(["--dataset", "sample", "--json", "-"])
+    scored = json.loads(capsys.readouterr().out)["results"][0]
+    assert scored["setting"] in ("q30", 30)
+    assert scored["mean"]["psnr"] > 20
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--task", "sr", "--scale", "2"],
+        ["--task", "sr", "--backbone", "rcan", "--group-blocks", "1"],
+        ["--task", "denoise"],
+        ["--task", "demosaic"],
+    ],
+    ids=["sr", "sr-rcan", "denoise", "demosaic"],
+)
+def test_every_task_and_backbone_is_searched(words):
+    search.main([*SMALL, *SHORT, *words])
+    found = read_architecture(Path("runs/search/arch.json"))
+    derived = load_model(Path("runs/search/model.safetensors"))
+    assert derived.config == found.model
+
+
+def test_a_large_lambda_shuts_every_gate_and_zero_lambda_does_not_drive_cost():
+    words = ["--alpha-rate", "0.5", "--steps", "30", "--epoch-steps", "30"]
+    assert max(final_alpha(*words, "--lambda", "1e6")) < -1
+    assert read_architecture(Path("runs/search/arch.json")).model.positions == ()
+
+
+def test_without_a_gradient_from_the_picture_zero_lambda_leaves_alpha():
+    # Fresh output convolutions are zero: at a rate of nearly 0 the picture says nothing of a gate.
+    quiet = ["--rate", "1e-30", "--lambda", "0"]
+    assert final_alpha(*quiet) == pytest.approx([0, 0, 0], abs=1e-3)
+
+
+def test_a_resumed_search_equals_a_straight_one_to_the_bit(monkeypatch):
+    search.main([*SMALL, *SHORT, "--out", "straight"])
+    steps = 0
+    step = search.weight_step
+
+    def interrupted(*args):
+        nonlocal steps
+        steps += 1
+        if steps == 6:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(search, "weight_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        search.main([*SMALL, *SHORT, "--out", "parts"])
+    search.main(["--out", "parts", "--resume"])
+    (a, _), (b, _) = (load_state(Path(f, "supernet.safetensors")) for f in ("straight", "parts"))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    timeless = [[{**row, "seconds": 0} for row in rows(f)] for f in ("straight", "parts")]
+    assert timeless[0] == timeless[1]
+
+
+def test_tau_falls_in_the_second_stage_only():
+    how = SearchConfig(steps=10, warmup=0.5, tau=2.0, tau_end=0.1)
+    taus = [search.temperature(how, step) for step in range(10)]
+    assert taus[:6] == [2.0] * 6
+    assert taus == sorted(taus, reverse=True)
+    assert taus[-1] == pytest.approx(0.1)
+
+
+def test_weights_and_alpha_see_disjoint_pictures():
+    for_weights, for_alpha = search.search_sets("sample", None)
+    assert for_weights
+    assert for_alpha
+    assert not set(for_weights) & set(for_alpha)

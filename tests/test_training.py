@@ -1,0 +1,104 @@
+"""What training and searching share: schedules, seeds, folders, logs, states."""
+
+import json
+
+import pytest
+import torch
+
+from acla import training
+from acla.checkpoint import load_state, save_state
+from acla.errors import AclaError, UsageError
+
+
+def test_the_rate_is_halved_on_time():
+    rates = [training.halved(1e-4, step, 200) for step in (0, 199, 200, 599, 600)]
+    assert rates == [1e-4, 1e-4, 5e-5, 2.5e-5, 1.25e-5]
+
+
+def test_the_cosine_falls_from_the_rate_to_zero():
+    rates = [training.cosine(2.0, step, 10) for step in range(11)]
+    assert rates[0] == 2
+    assert rates[5] == pytest.approx(1)
+    assert rates[10] == pytest.approx(0)
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_seeds_depend_on_everything_and_on_nothing_else():
+    seeds = training.image_seeds(1, 2, range(8))
+    assert seeds.dtype == torch.int64
+    assert torch.equal(seeds, training.image_seeds(1, 2, range(8)))
+    assert torch.equal(seeds[4:], training.image_seeds(1, 2, range(4, 8)))
+    others = [training.image_seeds(*key) for key in [(0, 2, range(8)), (1, 3, range(8))]]
+    others.append(training.image_seeds(1, 2, range(8), stream=1))
+    assert len(set(torch.cat([seeds, *others]).tolist())) == 32
+    gates = {training.gate_seed(0, 1), training.gate_seed(0, 2), training.gate_seed(0, 1, 1)}
+    assert len(gates) == 3
+
+
+def test_losses_are_on_0_to_255():
+    restored, target = torch.zeros(2, 3), torch.full((2, 3), 2 / 255)
+    assert training.restoration_loss("l1", restored, target) == pytest.approx(2)
+    assert training.restoration_loss("mse", restored, target) == pytest.approx(4)
+
+
+def test_averages_forget_the_start_and_then_move_slowly():
+    average, current = torch.tensor(0.0), torch.tensor(1.0)
+    assert training.moving_average(average, current, torch.tensor(0)) == pytest.approx(0.9)
+    assert training.moving_average(average, current, torch.tensor(10**6)) == pytest.approx(0.001)
+
+
+def test_a_run_never_begins_over_another(tmp_path):
+    assert training.open_run(tmp_path / "new", "state", False) is None
+    with pytest.raises(UsageError, match="holds no state"):
+        training.open_run(tmp_path, "state", True)
+    (tmp_path / "state").touch()
+    with pytest.raises(UsageError, match=r"already holds a run.*--resume"):
+        training.open_run(tmp_path, "state", False)
+    assert training.open_run(tmp_path, "state", True) == tmp_path / "state"
+
+
+def test_rows_after_the_checkpoint_are_taken_back(tmp_path):
+    log = tmp_path / "log.jsonl"
+    training.drop_rows_after(log, 5)
+    assert log.read_text() == ""
+    for step in (5, 10, 15):
+        training.append_row(log, {"step": step})
+    with open(log, "a") as file:
+        file.write('{"step": 2')  # a row cut short by a kill
+    training.drop_rows_after(log, 10)
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [5, 10]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    training.require_finite(1.0, 0, 5, tmp_path)
+    with pytest.raises(AclaError, match="nan between steps 10 and 20"):
+        training.require_finite(float("nan"), 10, 20, tmp_path)
+
+
+def test_a_digest_notices_another_set(tmp_path):
+    (tmp_path / "a").write_text("x")
+    (tmp_path / "b").write_text("xy")
+    both = training.digest([tmp_path / "a", tmp_path / "b"])
+    assert both == training.digest([tmp_path / "b", tmp_path / "a"])
+    assert both != training.digest([tmp_path / "a"])
+    (tmp_path / "b").write_text("xyz")
+    assert both != training.digest([tmp_path / "a", tmp_path / "b"])
+
+
+def test_packed_parts_come_back_to_the_bit(tmp_path):
+    def build():
+        model = torch.nn.Linear(3, 2)
+        return {"model": model, "optimizer": training.adam(model.parameters(), 0.1), "none": None}
+
+    first, second = build(), build()
+    for _ in range(3):
+        first["model"](torch.ones(1, 3)).square().sum().backward()
+        first["optimizer"].step()
+    path = tmp_path / "state.safetensors"
+    save_state(path, training.pack(first), {})
+    training.unpack(second, load_state(path)[0], path)
+    for parts in (first, second):
+        parts["optimizer"].zero_grad()
+        parts["model"](torch.ones(1, 3)).square().sum().backward()
+        parts["optimizer"].step()
+    assert torch.equal(first["model"].weight, second["model"].weight)
