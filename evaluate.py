@@ -13,10 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from acla.checkpoint import load_model
-from acla.cli import add_common_flags, notice, pick_device, run
+from acla.cli import add_common_flags, notice, pick_device, progress, run
 from acla.config import SETTING_FLAG, Task, add_task_flags, task_from_flags
 from acla.data import find_set, match_stems
 from acla.degrade import generator_for, pair, untouched
@@ -255,7 +254,7 @@ def score_set(
     """A row for each picture, one in memory at a time; processes divide the pictures."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     rows = {}
-    for path in tqdm(paths[rank::world], desc=str(task), unit="picture", disable=rank > 0 or None):
+    for path in progress(paths[rank::world], desc=str(task), unit="picture", disable=rank > 0):
         clean = load(path)
         try:
             start = time.perf_counter()

@@ -7,17 +7,16 @@ arch.json.
 
 import argparse
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from acla import cli, config, training
 from acla.architecture import Architecture
 from acla.checkpoint import load_state, save_model, save_state, write_atomically
-from acla.config import PAPER_LAMBDA, ModelConfig, SearchConfig, Task
+from acla.config import ModelConfig, SearchConfig, Task
 from acla.cost import full_attention_flops
 from acla.data import PatchSampler, Pictures, find_set, sample, split_for_search
 from acla.gate import draw_gates, expected_gates
@@ -25,7 +24,6 @@ from acla.supernet import Supernet
 
 OUT = Path("runs/search")
 STATE = "supernet.safetensors"
-LAMBDA = 0.2  # where Table 9 has none
 WEIGHTS, ALPHA = 0, 1  # the streams of noise of the two kinds of step
 
 
@@ -67,11 +65,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def plan_from_flags(args: argparse.Namespace, preset: str) -> Plan:
-    """The search that the flags describe; λ is Table 9's unless --lambda says otherwise."""
+    """The search that the flags describe; the preset's unless they say otherwise."""
     task = config.task_from_flags(args) or Task()
     backbone = getattr(args, "backbone", "edsr")
     model = config.override(config.model_preset(preset, task, backbone), args)
-    how = replace(config.search_preset(preset), lam=PAPER_LAMBDA.get((task.name, backbone), LAMBDA))
+    how = config.search_preset(preset, task, backbone)
     return Plan(task, model, config.override_length(how, args))
 
 
@@ -112,17 +110,17 @@ def search(
     cli.notice(
         f"{plan.task}: {plan.model.backbone} of {plan.model.blocks} blocks × {plan.model.width}, "
         f"λ {how.lam:g}; {how.steps} steps of {how.batch} patches of {how.patch}², the first "
-        f"{round(how.steps * how.warmup)} for the weights alone; {len(for_weights)} pictures of "
+        f"{how.first_stage} for the weights alone; {len(for_weights)} pictures of "
         f"{how.train_set} for the weights, {len(for_alpha)} for α; on {device}"
     )
     total, count, begun = torch.zeros((), device=device), 0, time.monotonic()
-    bar = tqdm(range(start, how.steps), initial=start, total=how.steps, unit="step", desc="search")
+    bar = cli.progress(
+        range(start, how.steps), initial=start, total=how.steps, unit="step", desc="search"
+    )
     for step in bar:
-        training.set_rate(weights, training.cosine(how.rate, step, how.steps))
-        training.set_rate(alpha, training.cosine(how.alpha_rate, step, how.steps))
         tau = temperature(how, step)
         total += weight_step(plan, net, weights, samplers[WEIGHTS], step, tau)
-        if step >= how.steps * how.warmup:
+        if step >= how.first_stage:
             alpha_step(plan, net, alpha, samplers[ALPHA], step, tau)
 
         done, count = step + 1, count + 1
@@ -132,7 +130,9 @@ def search(
         training.require_finite(mse, done - count, done, out)
         row = {"epoch": -(-done // how.epoch_steps), "step": done, "tau": tau, "mse": mse}
         row |= {**gate_report(plan, net), "seconds": round(seconds + time.monotonic() - begun, 2)}
-        bar.set_postfix(mse=f"{mse:.1f}", open=len(net.open_positions()), tau=f"{tau:.2f}")
+        bar.set_postfix(
+            refresh=False, mse=f"{mse:.1f}", open=len(net.open_positions()), tau=f"{tau:.2f}"
+        )
         training.append_row(out / "search.jsonl", row)
         state = {**row, "plan": asdict(plan), "data": data}
         save_state(out / STATE, training.pack(parts), state)
@@ -150,8 +150,7 @@ def search_sets(name: str, root: Path | None) -> tuple[list[Path], list[Path]]:
 def temperature(how: SearchConfig, step: int) -> float:
     """τ of Eq. 10: constant while the weights train alone, then falling geometrically to its
     end."""
-    first = how.steps * how.warmup
-    share = max(0.0, step - first) / max(1.0, how.steps - 1 - first)
+    share = max(0, step - how.first_stage) / max(1, how.steps - 1 - how.first_stage)
     return how.tau * (how.tau_end / how.tau) ** share
 
 
@@ -165,14 +164,16 @@ def weight_step(
 ) -> Tensor:
     """Descend ∇_w of Eq. 14 on training patches, with gates drawn and α as it is. Returns the MSE
     on 0..255."""
+    how = plan.search
+    training.set_rate(optimizer, training.cosine(how.rate, step, how.steps))
     low, target, seeds = batch(plan, sampler, step, WEIGHTS, net.alpha.device)
     fixed = net.alpha.detach()
-    gates = draw_gates(fixed, training.gate_seed(plan.search.seed, step, WEIGHTS), tau)
+    gates = draw_gates(fixed, training.gate_seed(how.seed, step, WEIGHTS), tau)
     restored, kept = net(low, gates, seeds)
     mse = training.restoration_loss("mse", restored, target)
     cost = net.cost(kept, low.shape[2] * low.shape[3], expected_gates(fixed))
     optimizer.zero_grad(set_to_none=True)
-    (mse + plan.search.lam * cost.log()).backward()
+    (mse + how.lam * cost.log()).backward()
     optimizer.step()
     return mse.detach()
 
@@ -186,14 +187,17 @@ def alpha_step(
     tau: float,
 ) -> None:
     """Descend ∇_α of Eq. 14 on validation patches, with the weights as they are."""
+    how = plan.search
+    rate = training.cosine(how.alpha_rate, step - how.first_stage, how.steps - how.first_stage)
+    training.set_rate(optimizer, rate)
     low, target, seeds = batch(plan, sampler, step, ALPHA, net.alpha.device)
-    gates = draw_gates(net.alpha, training.gate_seed(plan.search.seed, step, ALPHA), tau)
+    gates = draw_gates(net.alpha, training.gate_seed(how.seed, step, ALPHA), tau)
     with net.weights_fixed():
         restored, kept = net(low, gates, seeds)
         mse = training.restoration_loss("mse", restored, target)
         cost = net.cost(kept, low.shape[2] * low.shape[3])
         optimizer.zero_grad(set_to_none=True)
-        (mse + plan.search.lam * cost.log()).backward()
+        (mse + how.lam * cost.log()).backward()
     optimizer.step()
 
 

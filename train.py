@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from torch.optim.swa_utils import AveragedModel
-from tqdm import tqdm
 
 from acla import cli, config, training
 from acla.architecture import choose_network, read_architecture
@@ -123,7 +122,9 @@ def train(
 
     total, count, begun = torch.zeros((), device=device), 0, time.monotonic()
     row = progress or {}
-    bar = tqdm(range(start, how.steps), initial=start, total=how.steps, unit="step", desc="train")
+    bar = cli.progress(
+        range(start, how.steps), initial=start, total=how.steps, unit="step", desc="train"
+    )
     for step in bar:
         total += run.step(sampler, step)
         done, count = step + 1, count + 1
@@ -132,7 +133,7 @@ def train(
         loss = total.item() / count
         training.require_finite(loss, done - count, done, out)
         psnr = training.mean_psnr(run.result, validation, plan.task, device)
-        bar.set_postfix(loss=f"{loss:.3f}", psnr=f"{psnr:.2f}")
+        bar.set_postfix(refresh=False, loss=f"{loss:.3f}", psnr=f"{psnr:.2f}")
         row = {
             "step": done,
             "loss": loss,

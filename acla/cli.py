@@ -3,10 +3,11 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from acla.config import PRESETS
 from acla.errors import AclaError, UsageError
@@ -17,6 +18,11 @@ DEVICES = ("auto", "cpu", "cuda")
 def notice(text: str) -> None:
     """Progress and notices go to standard error; results alone go to standard output."""
     print(text, file=sys.stderr, flush=True)
+
+
+def progress(steps: Iterable, **options: object) -> tqdm:
+    """A progress bar on standard error; where that is a file, a line now and then."""
+    return tqdm(steps, mininterval=0.1 if sys.stderr.isatty() else 10, file=sys.stderr, **options)
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
