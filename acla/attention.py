@@ -89,10 +89,13 @@ class CrossLayerAttention(nn.Module):
                 F.linear(r, m, b) for r, m, b in zip(rows, self.mask, self.mask_bias, strict=True)
             ]
         attended = attend(rows, points, maps, gates, seeds=seeds, temperature=temperature)
-        value = rearrange(self.value, "l out c -> out (l c)")
+        value, bias = rearrange(self.value, "l out c -> out (l c)"), self.value_bias
+        if not torch.is_grad_enabled():  # h∘g is one matrix: folding it costs less than applying h
+            value, bias = self.output.weight @ value, F.linear(bias, self.output.weight)
         y = F.linear(attended.aggregate.flatten(3), value)
-        y = y + attended.coverage.to(y.dtype) @ self.value_bias.to(y.dtype)
-        return self.output(y).permute(0, 3, 1, 2), attended.kept
+        y = y + attended.coverage.to(y.dtype) @ bias.to(y.dtype)
+        z = self.output(y) if torch.is_grad_enabled() else y + self.output.bias.to(y.dtype)
+        return z.permute(0, 3, 1, 2), attended.kept
 
     def select(self, layers: Sequence[int]) -> dict[str, Tensor]:
         """The state dict of the module that refers to these layers only, counted from 0."""

@@ -112,6 +112,17 @@ def test_the_first_offsets_are_spread_over_rings():
         assert rings(keys).isfinite().all()
 
 
+def test_without_gradients_h_is_folded_into_g():
+    module = random_module(6, 3, 4, masked=True)
+    maps = [torch.randn(2, 6, 5, 4, dtype=torch.float64) for _ in range(3)]
+    rows = [to_rows(m) for m in maps]
+    z, kept = module(maps[2], rows)
+    with torch.no_grad():
+        folded, folded_kept = module(maps[2], rows)
+    torch.testing.assert_close(folded, z.detach())
+    assert torch.equal(folded_kept, kept)
+
+
 def test_selected_layers_give_what_shut_gates_give():
     module = random_module(5, 4, 3, masked=True)
     maps = [torch.randn(2, 5, 6, 3, dtype=torch.float64) for _ in range(4)]
