@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from acla.attention import build_attention
@@ -111,6 +112,7 @@ class Backbone(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.recompute = False  # attention keeps its inputs only: less memory for a little time
         width, channels = config.width, config.channels
         self.sub_mean = MeanShift(channels, -1)
         self.head = nn.Sequential(convolution(channels, width))
@@ -165,14 +167,21 @@ class Backbone(nn.Module):
             referred = (
                 None if gates is None else torch.cat([gates[: len(rows) - 1], own.new_ones(1)])
             )
-            z, kept[position] = self.attention[str(position)](
-                y, rows, referred, position_seeds(seeds, position), temperature
-            )
+            given = y, tuple(rows), referred, position_seeds(seeds, position), temperature
+            z, kept[position] = self.run_attention(str(position), *given)
             y = y + (z if own is None else own * z)
         restored = self.tail(last(y) + x)
         if self.add_mean is None:
             return pictures + restored, kept
         return self.add_mean(restored), kept
+
+    def run_attention(self, position: str, *given: object) -> tuple[Tensor, Tensor]:
+        """Run one module; where `recompute` is set it saves its inputs alone for the backward
+        pass."""
+        module = self.attention[position]
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(module, *given, use_reentrant=False, preserve_rng_state=False)
+        return module(*given)
 
 
 def build_block(config: ModelConfig) -> nn.Module:

@@ -25,6 +25,7 @@ class Supernet(nn.Module):
         super().__init__()
         everywhere = tuple(range(1, config.blocks + 1))
         self.backbone = Backbone(replace(config, positions=everywhere))
+        self.backbone.recompute = True  # every module's samples at once would be gigabytes
         # w of Eq. 14; the mean shifts are fixed.
         self.weights = [p for p in self.backbone.parameters() if p.requires_grad]
         self.alpha = nn.Parameter(torch.zeros(config.blocks))
