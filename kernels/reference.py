@@ -1,4 +1,5 @@
-"""The operator as the paper writes it: plain loops, any device, any floating type. This file defines what is right.
+"""The operator as the paper writes it: plain loops, any device, any floating type. This file
+defines what is right.
 
 B batch · L referred layers · K sampled keys per layer and query · H,W grid · C channels
 offsets are (dy, dx) in pixels, y first · equation numbers are the paper's
@@ -22,7 +23,8 @@ def attend(
     seeds: Tensor | None = None,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sampled, masked, weighted sums, one per referred layer (Eq. 6 and 11 before g and the sum over l).
+    """Sampled, masked, weighted sums, one per referred layer (Eq. 6 and 11 before g and the sum
+    over l).
 
     Arguments and results are those of `kernels.attend`, which checks them.
     """
@@ -56,10 +58,11 @@ def attend(
 
 
 def sample(rows: Tensor, position: Tensor) -> Tensor:
-    """Bilinear samples. rows [B,H+2,W+2,C] with its border, position [B,H,W,2] as (y, x) → [B,H,W,C].
+    """Bilinear samples. rows [B,H+2,W+2,C] with its border, position [B,H,W,2] as (y, x) →
+    [B,H,W,C].
 
-    A position a pixel or more outside reads the border alone and has no gradient; NaN counts as outside.
-    """
+    A position a pixel or more outside reads the border alone and has no gradient; NaN counts as
+    outside."""
     B, H, W = rows.shape[0], rows.shape[1] - 2, rows.shape[2] - 2
     y = position[..., 0].nan_to_num(-1.0, H, -1.0).clamp(-1, H)
     x = position[..., 1].nan_to_num(-1.0, W, -1.0).clamp(-1, W)
@@ -77,8 +80,9 @@ def sample(rows: Tensor, position: Tensor) -> Tensor:
 
 
 def binary_gate(logit: Tensor, noise: Tensor | float, temperature: float) -> Tensor:
-    """Simplified binary Gumbel-softmax, straight-through (Eq. 7, 9, 10): exactly 0 or 1 forward, the sigmoid at
-    `temperature` backward. `noise` is the difference of two Gumbel draws; 0 in evaluation."""
+    """Simplified binary Gumbel-softmax, straight-through (Eq. 7, 9, 10): exactly 0 or 1 forward,
+    the sigmoid at `temperature` backward. `noise` is the difference of two Gumbel draws; 0 in
+    evaluation."""
     soft = ((logit + noise) / temperature).sigmoid()
     hard = (logit + noise > 0).to(soft.dtype)
     return hard + (soft - soft.detach())
@@ -87,10 +91,10 @@ def binary_gate(logit: Tensor, noise: Tensor | float, temperature: float) -> Ten
 def logistic_noise(seeds: Tensor, count: int) -> Tensor:
     """ε1 − ε2 of Eq. 7: `count` draws for each of B seeds (int64) → [B, count], float32.
 
-    The difference of two Gumbel variables is logistic. Draw i of a seed is a function of (seed, i) alone: Philox4x32-10
-    with the seed as key and i as counter (its first word), of which 23 bits make u in (0, 1). So every backend,
-    and every split of a batch over processes, draws the same noise.
-    """
+    The difference of two Gumbel variables is logistic. Draw i of a seed is a function of (seed, i)
+    alone: Philox4x32-10 with the seed as key and i as counter (its first word), of which 23 bits
+    make u in (0, 1). So every backend, and every split of a batch over processes, draws the same
+    noise."""
     index = torch.arange(count, device=seeds.device)
     key = [(seeds & LOW).unsqueeze(1), (seeds >> 32 & LOW).unsqueeze(1)]
     c0, c1 = (index & LOW).unsqueeze(0), (index >> 32).unsqueeze(0)

@@ -1,0 +1,523 @@
+// kernels.attend on the CPU, forward and backward; kernels/cpu.py compiles this file on first use.
+//
+// B batch · L referred layers · K sampled keys per layer and query · H,W grid · C channels
+// T is the features' type in memory, A that of all arithmetic: double for double, else float.
+//
+// Feature and mask rows have a one-pixel border, so the four corners of a position clamped to
+// [-1,H] × [-1,W] always lie inside the tensor: no bounds checks, and nothing outside is touched.
+// Every sum has one owner and a fixed order: the bits do not depend on the number of threads.
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "vectors.h"
+
+extern "C" struct Problem {  // mirrored in cpu.py, field by field
+  int64_t B, H, W, L, K, C, threads;
+  double temperature;
+  const void* const* features;     // [L] pointers to T [B,H+2,W+2,C], the last stride is 1
+  const int64_t* feature_strides;  // [L,3] of image, row and column, in elements
+  const void* points;              // A [B,H,W,L,3,K]
+  const void* const* mask_maps;    // [L] pointers to A [B,H+2,W+2,K], or null
+  const int64_t* mask_strides;     // [L,3]
+  const double* gates;             // [L], or null for 1
+  const int64_t* seeds;            // [B], or null for no noise
+  void* aggregate;                 // T [B,H,W,L,C]  } results of the forward pass; their gradients,
+  void* coverage;                  // A [B,H,W,L]    } or null, in the backward pass; contiguous
+  double* kept;                    // [B,L]          }
+  void* const* grad_features;      // [L] pointers to A [B,H+2,W+2,C], each may be null
+  void* grad_points;               // A [B,H,W,L,3,K], or null
+  void* const* grad_mask_maps;     // [L] pointers to A [B,H+2,W+2,K], each may be null
+  double* grad_gates;              // [B,L], to be summed over B, or null
+};
+
+namespace {
+
+constexpr int kTile = 8;  // queries are worked on in tiles of 8 × 8, whose keys share cache lines
+
+// ---- the keys of a tile of queries; key k of query q is entry q * K + k
+
+template <class A>
+struct Entries {  // arrays; in a local copy the compiler sees that no write moves them
+  A *y, *x;                            // position, later within the four corners
+  A *f, *logit;                        // softmax over the keys; mask logit with its noise
+  A *slope_y, *slope_x;                // of the mask logit
+  A *open, *inside;                    // 1 where the mask is open; gate · f · share inside the image
+  A *w0, *w1, *w2, *w3;                // gate · f · the corner's share
+  A *f_gradient, *mask_gradient, *d;   // d [4]: gradient · feature at each corner
+  int64_t* corner;                     // of the upper left corner, in elements of the layer's image
+  int32_t *row, *column, *picked;      // row and column of that corner, border included
+};
+
+template <class A>
+struct Tile {
+  explicit Tile(const Problem& p)
+      : K(int(p.K)), size(kTile * kTile * p.K), reals(size * 18), longs(size), ints(size * 3) {
+    A** arrays[] = {&at.y, &at.x, &at.f, &at.logit, &at.slope_y, &at.slope_x, &at.open, &at.inside,
+                    &at.w0, &at.w1, &at.w2, &at.w3, &at.f_gradient, &at.mask_gradient, &at.d};
+    A* next = reals.data();
+    for (A** array : arrays) *array = next, next += size;
+    at.corner = longs.data(), at.row = ints.data();
+    at.column = at.row + size, at.picked = at.column + size;
+  }
+
+  int K, b, l, top, left, height, width;  // queries from (top, left) of image b, keys on layer l
+  int64_t size;
+  int first[kTile * kTile + 1];  // picked[first[q] .. first[q + 1] - 1]: query q's open entries
+  Entries<A> at;
+  std::vector<A> reals;
+  std::vector<int64_t> longs;
+  std::vector<int32_t> ints;
+
+  int queries() const { return height * width; }
+  int y(int q) const { return top + q / width; }
+  int x(int q) const { return left + q % width; }
+  int64_t pair(const Problem& p, int q) const {  // index in [B,H,W,L]
+    return ((int64_t(b) * p.H + y(q)) * p.W + x(q)) * p.L + l;
+  }
+};
+
+// Softmax, and the four corners, of the keys of queries begin .. end - 1.
+template <class A>
+void locate(const Problem& p, Tile<A>& tile, int begin, int end) {
+  const Entries<A> at = tile.at;
+  const A height = A(p.H), width = A(p.W);
+  const int last_row = int(p.H) - 1, last_column = int(p.W) - 1, K = tile.K;
+    for (int q = begin; q < end; ++q) {
+    const A* in = static_cast<const A*>(p.points) + tile.pair(p, q) * 3 * K;
+    const A y = A(tile.y(q)), x = A(tile.x(q)), top = top_of(in + 2 * K, K);
+#pragma omp simd
+    for (int k = 0; k < K; ++k) {
+      at.y[q * K + k] = y + in[k], at.x[q * K + k] = x + in[K + k];
+      at.f[q * K + k] = in[2 * K + k] - top;
+    }
+  }
+#pragma omp simd
+  for (int i = begin * K; i < end * K; ++i) {
+    A y = at.y[i], x = at.x[i];
+    y = y > -1 ? (y < height ? y : height) : A(-1);  // NaN is outside
+    x = x > -1 ? (x < width ? x : width) : A(-1);
+    int row = int(y), column = int(x);
+    row -= y < A(row), column -= x < A(column);  // floor
+    row = row < last_row ? row : last_row, column = column < last_column ? column : last_column;
+    at.row[i] = row + 1, at.column[i] = column + 1;
+    at.y[i] = y - A(row), at.x[i] = x - A(column);
+    at.f[i] = exponential(at.f[i]);
+  }
+  for (int q = begin; q < end; ++q) {
+    const A scale = 1 / sum_of(at.f + q * K, K);
+#pragma omp simd
+    for (int i = q * K; i < (q + 1) * K; ++i) at.f[i] *= scale;
+  }
+}
+
+// The mask: its logit where the key lies, the noise, open or not. Returns how many are open.
+template <class A>
+int decide(const Problem& p, Tile<A>& tile, int begin, int end) {
+  const Entries<A> at = tile.at;
+  const int K = tile.K;
+  if (!p.mask_maps) {
+    for (int i = begin * K; i < end * K; ++i) at.open[i] = 1;
+    return (end - begin) * K;
+  }
+  const int64_t* strides = p.mask_strides + tile.l * 3;
+  const int64_t down = strides[1], right = strides[2];
+  const A* map = static_cast<const A*>(p.mask_maps[tile.l]) + tile.b * strides[0];
+  for (int q = begin, i = begin * K; q < end; ++q)
+    for (int k = 0; k < K; ++k, ++i) {
+      const A* from = map + at.row[i] * down + at.column[i] * right + k;
+      at.w0[i] = from[0], at.w1[i] = from[right];
+      at.w2[i] = from[down], at.w3[i] = from[down + right];
+    }
+  for (int q = begin; p.seeds && q < end; ++q) {
+    const uint64_t seed = uint64_t(p.seeds[tile.b]);
+    const uint64_t counter = ((int64_t(tile.y(q)) * p.W + tile.x(q)) * p.L + tile.l) * K;
+#pragma omp simd
+    for (int k = 0; k < K; ++k) at.logit[q * K + k] = A(logistic_noise(seed, counter + k));
+  }
+  const A noisy = p.seeds ? 1 : 0;
+  int open = 0;
+#pragma omp simd reduction(+ : open)
+  for (int i = begin * K; i < end * K; ++i) {
+    const A y = at.y[i], x = at.x[i], v0 = at.w0[i], v1 = at.w1[i], v2 = at.w2[i], v3 = at.w3[i];
+    const A beta = (1 - y) * ((1 - x) * v0 + x * v1) + y * ((1 - x) * v2 + x * v3);
+    at.slope_y[i] = (1 - x) * (v2 - v0) + x * (v3 - v1);
+    at.slope_x[i] = (1 - y) * (v1 - v0) + y * (v3 - v2);
+    const A logit = noisy > 0 ? at.logit[i] + beta : beta;
+    at.logit[i] = logit;
+    at.open[i] = logit > 0 ? A(1) : A(0);
+    open += logit > 0;
+  }
+  return open;
+}
+
+// The corners' weights and addresses, and the list of the open keys.
+template <class A>
+void pick(const Problem& p, Tile<A>& tile, int begin, int end, A gate) {
+  const Entries<A> at = tile.at;
+  const int K = tile.K, H = int(p.H), W = int(p.W);
+  const int64_t down = p.feature_strides[tile.l * 3 + 1], right = p.feature_strides[tile.l * 3 + 2];
+#pragma omp simd
+  for (int i = begin * K; i < end * K; ++i) {
+    const A y = at.y[i], x = at.x[i], f = gate * at.f[i];
+    at.w0[i] = f * (1 - y) * (1 - x), at.w1[i] = f * (1 - y) * x;
+    at.w2[i] = f * y * (1 - x), at.w3[i] = f * y * x;
+    at.corner[i] = at.row[i] * down + at.column[i] * right;
+    const A inside_y = (at.row[i] >= 1 ? 1 - y : 0) + (at.row[i] < H ? y : 0);
+    const A inside_x = (at.column[i] >= 1 ? 1 - x : 0) + (at.column[i] < W ? x : 0);
+    at.inside[i] = at.open[i] > 0 ? f * inside_y * inside_x : 0;
+  }
+  int next = begin ? tile.first[begin] : 0;
+  for (int q = begin; q < end; ++q) {
+    tile.first[q] = next;
+    for (int i = q * K; i < (q + 1) * K; ++i) {
+      at.picked[next] = i;
+      next += at.open[i] > 0;
+    }
+  }
+  tile.first[end] = next;
+}
+
+// All of the above, a row of queries at a time. Returns how many keys are open.
+template <class A>
+int plan(const Problem& p, Tile<A>& tile, A gate) {
+  int open = 0;
+  for (int begin = 0; begin < tile.queries(); begin += tile.width) {
+    const int end = begin + tile.width;
+    locate(p, tile, begin, end);
+    open += decide(p, tile, begin, end);
+    if (gate != 0) pick(p, tile, begin, end, gate);
+  }
+  return open;
+}
+
+// ---- features: image is the layer's image, gradient rows are p.aggregate's
+
+// Weighted sums of the open keys' corners; sink(part, query, channel, vector, count) takes them.
+template <class T, class A, class F>
+void gather(const Problem& p, const Tile<A>& tile, const T* image, F&& sink) {
+  constexpr int lanes = kLanes<A>;
+  const Entries<A> at = tile.at;
+  const int64_t down = p.feature_strides[tile.l * 3 + 1], right = p.feature_strides[tile.l * 3 + 2];
+  over_channels<lanes>(int(p.C), [&](auto block, auto part, int c) {
+    // With few vectors to a key, more sums hide the latency of the additions.
+    constexpr int V = decltype(block)::value, S = V >= 8 ? 1 : V == 4 ? 2 : 4;
+    const int count = int(p.C) - c, queries = tile.queries();
+    for (int q = 0; q < queries; ++q) {
+      Vector<A> sum[S][V] = {};
+      for (int e = tile.first[q]; e < tile.first[q + 1]; ++e) {
+        const int i = at.picked[e];
+        const T *from = image + at.corner[i] + c, *under = from + down;
+        const A w0 = at.w0[i], w1 = at.w1[i], w2 = at.w2[i], w3 = at.w3[i];
+#pragma GCC unroll 16
+        for (int v = 0; v < V; ++v) {
+          sum[0][v] += w0 * load<A, part>(from + v * lanes, count);
+          sum[1 % S][v] += w1 * load<A, part>(from + right + v * lanes, count);
+          sum[2 % S][v] += w2 * load<A, part>(under + v * lanes, count);
+          sum[3 % S][v] += w3 * load<A, part>(under + right + v * lanes, count);
+        }
+      }
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) {
+        if constexpr (S == 2) sum[0][v] += sum[1][v];
+        if constexpr (S == 4) sum[0][v] = (sum[0][v] + sum[1][v]) + (sum[2][v] + sum[3][v]);
+        sink(part, q, c + v * lanes, sum[0][v], count);
+      }
+    }
+  });
+}
+
+// Adds to d, four dots to a key: the gradient's row with each corner's feature, of open or all keys.
+template <class T, class A>
+void dots(const Problem& p, Tile<A>& tile, const T* image, bool all) {
+  constexpr int lanes = kLanes<A>;
+  const Entries<A> at = tile.at;
+  const int64_t down = p.feature_strides[tile.l * 3 + 1], right = p.feature_strides[tile.l * 3 + 2];
+  const int queries = tile.queries(), K = tile.K;
+  over_channels<lanes>(int(p.C), [&](auto block, auto part, int c) {
+    constexpr int V = decltype(block)::value;
+    const int count = int(p.C) - c;
+    for (int q = 0; q < queries; ++q) {
+      const T* row = static_cast<const T*>(p.aggregate) + tile.pair(p, q) * p.C + c;
+      Vector<A> gradient[V];
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) gradient[v] = load<A, part>(row + v * lanes, count);
+      const int first = all ? q * K : tile.first[q], last = all ? first + K : tile.first[q + 1];
+      for (int e = first; e < last; ++e) {
+        const int i = all ? e : at.picked[e];
+        const T *from = image + at.corner[i] + c, *under = from + down;
+        Vector<A> s0 = {}, s1 = {}, s2 = {}, s3 = {};
+#pragma GCC unroll 16
+        for (int v = 0; v < V; ++v) {
+          s0 += gradient[v] * load<A, part>(from + v * lanes, count);
+          s1 += gradient[v] * load<A, part>(from + right + v * lanes, count);
+          s2 += gradient[v] * load<A, part>(under + v * lanes, count);
+          s3 += gradient[v] * load<A, part>(under + right + v * lanes, count);
+        }
+        add_totals<A>(s0, s1, s2, s3, at.d + i * 4);
+      }
+    }
+  });
+}
+
+// Adds the gradient's rows to the corners of the open keys in an image of the buffer [B,H+2,W+2,C].
+template <class T, class A>
+void scatter(const Problem& p, const Tile<A>& tile, A* image) {
+  constexpr int lanes = kLanes<A>;
+  const Entries<A> at = tile.at;
+  const int64_t right = p.C, down = (p.W + 2) * right;
+  const int queries = tile.queries();
+  over_channels<lanes>(int(p.C), [&](auto block, auto part, int c) {
+    constexpr int V = decltype(block)::value;
+    const int count = int(p.C) - c;
+    const auto add = [&](A* to, Vector<A> v) {
+      store<A, part>(to, load<A, part>(to, count) + v, count);
+    };
+    for (int q = 0; q < queries; ++q) {
+      const T* row = static_cast<const T*>(p.aggregate) + tile.pair(p, q) * p.C + c;
+      Vector<A> gradient[V];
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) gradient[v] = load<A, part>(row + v * lanes, count);
+      for (int e = tile.first[q]; e < tile.first[q + 1]; ++e) {
+        const int i = at.picked[e];
+        const A w0 = at.w0[i], w1 = at.w1[i], w2 = at.w2[i], w3 = at.w3[i];
+        A *to = image + at.row[i] * down + at.column[i] * right + c, *under = to + down;
+#pragma GCC unroll 16
+        for (int v = 0; v < V; ++v) {
+          const Vector<A> g = gradient[v];
+          add(to + v * lanes, w0 * g), add(to + right + v * lanes, w1 * g);
+          add(under + v * lanes, w2 * g), add(under + right + v * lanes, w3 * g);
+        }
+      }
+    }
+  });
+}
+
+// From the dots to the gradients of masks, offsets and logits. Returns the gate's gradient.
+template <class A>
+double spread(const Problem& p, Tile<A>& tile, A gate, A kept_gradient, A* grad_mask) {
+  const Entries<A> at = tile.at;
+  const int H = int(p.H), W = int(p.W), K = tile.K, queries = tile.queries();
+  const A height = A(H), width = A(W), cold = A(1 / p.temperature);
+  const bool masked = p.mask_maps;
+  for (int q = 0; p.coverage && q < queries; ++q) {
+    const A c = static_cast<const A*>(p.coverage)[tile.pair(p, q)];
+#pragma omp simd
+    for (int i = q * K; i < (q + 1) * K; ++i) {
+      const bool up = at.row[i] >= 1, low = at.row[i] < H;
+      const bool left = at.column[i] >= 1, right = at.column[i] < W;
+      at.d[i * 4] += up && left ? c : 0, at.d[i * 4 + 1] += up && right ? c : 0;
+      at.d[i * 4 + 2] += low && left ? c : 0, at.d[i * 4 + 3] += low && right ? c : 0;
+    }
+  }
+  // The gradients of the position take the place of the slopes, those of the gate that of inside.
+#pragma omp simd
+  for (int i = 0; i < queries * K; ++i) {
+    const A y = at.y[i], x = at.x[i], f = at.f[i], f_open = at.open[i] * f;
+    const A d0 = at.d[i * 4], d1 = at.d[i * 4 + 1], d2 = at.d[i * 4 + 2], d3 = at.d[i * 4 + 3];
+    const A s = (1 - y) * ((1 - x) * d0 + x * d1) + y * ((1 - x) * d2 + x * d3);
+    A grad_y = gate * f_open * ((1 - x) * (d2 - d0) + x * (d3 - d1));
+    A grad_x = gate * f_open * ((1 - y) * (d1 - d0) + y * (d3 - d2));
+    if (masked) {
+      const A z = at.logit[i] * cold, e = exponential(z > 0 ? -z : z);
+      const A mask = (gate * f * s + kept_gradient) * e / ((1 + e) * (1 + e)) * cold;
+      at.mask_gradient[i] = mask;  // straight-through: the sigmoid's
+      grad_y += mask * at.slope_y[i], grad_x += mask * at.slope_x[i];
+    }
+    at.f_gradient[i] = gate * at.open[i] * s;
+    at.slope_y[i] = grad_y, at.slope_x[i] = grad_x, at.inside[i] = f_open * s;
+  }
+  double gate_gradient = 0;
+  for (int q = 0; q < queries; ++q) {
+    const A sum = sum_of(at.inside + q * K, K), mean = gate * sum;
+    gate_gradient += sum;
+    if (!p.grad_points) continue;
+    const int64_t first = tile.pair(p, q) * 3 * K;
+    const A* in = static_cast<const A*>(p.points) + first;
+    A* out = static_cast<A*>(p.grad_points) + first;
+    const A y = A(tile.y(q)), x = A(tile.x(q));
+#pragma omp simd
+    for (int k = 0; k < K; ++k) {
+      const int i = q * K + k;
+      const A at_y = y + in[k], at_x = x + in[K + k];  // farther out, moving changes nothing
+      out[k] = at_y >= -1 && at_y <= height ? at.slope_y[i] : 0;
+      out[K + k] = at_x >= -1 && at_x <= width ? at.slope_x[i] : 0;
+      out[2 * K + k] = at.f[i] * (at.f_gradient[i] - mean);
+    }
+  }
+  const int64_t down = (p.W + 2) * K;
+  for (int q = 0, i = 0; grad_mask && q < queries; ++q)
+    for (int k = 0; k < K; ++k, ++i) {
+      const A g = at.mask_gradient[i], y = at.y[i], x = at.x[i];
+      A* to = grad_mask + at.row[i] * down + at.column[i] * int64_t(K) + k;
+      to[0] += g * (1 - y) * (1 - x), to[K] += g * (1 - y) * x;
+      to[down] += g * y * (1 - x), to[down + K] += g * y * x;
+    }
+  return gate_gradient;
+}
+
+// ---- the two passes
+
+// Large results come fresh from the system: huge pages spare most of the page faults.
+inline void expect_writes(void* start, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = 4096;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(start) + page - 1) / page * page;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(start) + uintptr_t(bytes)) / page * page;
+  if (start && bytes >= int64_t(4) << 20)
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)start, (void)bytes;
+#endif
+}
+
+// Calls body for each tile in a strip of kTile rows.
+template <class A, class F>
+inline void over_tiles(const Problem& p, Tile<A>& tile, int strip, F&& body) {
+  tile.top = strip * kTile;
+  tile.height = p.H - tile.top < kTile ? int(p.H) - tile.top : kTile;
+  for (tile.left = 0; tile.left < p.W; tile.left += kTile) {
+    tile.width = p.W - tile.left < kTile ? int(p.W) - tile.left : kTile;
+    body();
+  }
+}
+
+template <class T, class A>
+void forward(const Problem& p) {
+  const int64_t strips = (p.H + kTile - 1) / kTile, work = p.B * p.L * strips;
+  for (int64_t i = 0; i < p.B * p.L; ++i) p.kept[i] = 0;
+  expect_writes(p.aggregate, p.B * p.H * p.W * p.L * p.C * int64_t(sizeof(T)));
+#pragma omp parallel num_threads(int(p.threads))
+  {
+    Tile<A> tile(p);
+#pragma omp for schedule(dynamic)
+    for (int64_t item = 0; item < work; ++item) {
+      const int64_t b = item / strips / p.L, l = item / strips % p.L;
+      tile.b = int(b), tile.l = int(l);
+      const A gate = A(p.gates ? p.gates[l] : 1);
+      const T* image = static_cast<const T*>(p.features[l]) + b * p.feature_strides[l * 3];
+      T* aggregate = static_cast<T*>(p.aggregate);
+      int64_t kept = 0;
+      over_tiles(p, tile, int(item % strips), [&] {
+        kept += plan(p, tile, gate);
+        for (int q = 0; q < tile.queries(); ++q) {
+          const int64_t pair = tile.pair(p, q);
+          static_cast<A*>(p.coverage)[pair] =
+              gate != 0 ? sum_of(tile.at.inside + q * tile.K, tile.K) : A(0);
+          if (gate == 0) std::memset(aggregate + pair * p.C, 0, sizeof(T) * p.C);
+        }
+        if (gate != 0)
+          gather(p, tile, image, [&](auto part, int q, int c, Vector<A> v, int count) {
+            store<A, part>(aggregate + tile.pair(p, q) * p.C + c, v, count);
+          });
+      });
+#pragma omp atomic
+      p.kept[item / strips] += double(kept);  // whole numbers: exact in any order
+    }
+  }
+}
+
+// What one image and layer send back: the unit of work of the backward pass.
+template <class T, class A>
+struct Share {
+  const Problem& p;
+  A gate, kept_gradient;
+  const T* image;
+  A *features, *mask;  // gradients, null where not wanted
+  bool read_all, read_open, shut_gate, flows;
+
+  Share(const Problem& p, int64_t b, int64_t l) : p(p) {
+    const int64_t pixels = (p.H + 2) * (p.W + 2);
+    gate = A(p.gates ? p.gates[l] : 1);
+    kept_gradient = A(p.kept && p.mask_maps ? p.kept[b * p.L + l] : 0);
+    image = static_cast<const T*>(p.features[l]) + b * p.feature_strides[l * 3];
+    features = static_cast<A*>(p.grad_features[l]);
+    mask = p.mask_maps ? static_cast<A*>(p.grad_mask_maps[l]) : nullptr;
+    if (features) std::memset(features += b * pixels * p.C, 0, sizeof(A) * pixels * p.C);
+    if (mask) std::memset(mask += b * pixels * p.K, 0, sizeof(A) * pixels * p.K);
+    const bool reads = gate != 0 && p.aggregate;
+    read_all = reads && p.mask_maps && (p.grad_points || mask);
+    read_open = reads && !read_all && (p.grad_points || p.grad_gates);
+    shut_gate = gate == 0 && p.grad_gates;   // its gradient is what the layer would have sent
+    flows = gate != 0 || kept_gradient != 0;  // else every other gradient is zero
+  }
+};
+
+// The gradient of a gate that is shut.
+template <class T, class A>
+double shut_gate_gradient(const Share<T, A>& share, const Tile<A>& tile) {
+  const Problem& p = share.p;
+  double gradient = 0;
+  for (int q = 0; p.coverage && q < tile.queries(); ++q)
+    gradient += static_cast<const A*>(p.coverage)[tile.pair(p, q)] *
+                sum_of(tile.at.inside + q * tile.K, tile.K);
+  if (p.aggregate)
+    gather(p, tile, share.image, [&](auto part, int q, int c, Vector<A> sent, int count) {
+      const T* row = static_cast<const T*>(p.aggregate) + tile.pair(p, q) * p.C + c;
+      const Vector<A> product = sent * load<A, part>(row, count);
+      A sum = 0;
+      for (int i = 0; i < kLanes<A>; ++i) sum += product[i];
+      gradient += sum;
+    });
+  return gradient;
+}
+
+// Adds a tile's gradients to its share's. Returns the gate's.
+template <class T, class A>
+double backward_tile(const Share<T, A>& share, Tile<A>& tile) {
+  const Problem& p = share.p;
+  double gate = 0;
+  if (share.flows || share.shut_gate) plan(p, tile, share.shut_gate ? A(1) : share.gate);
+  if (share.shut_gate) gate = shut_gate_gradient(share, tile);
+  if (share.flows) {
+    std::memset(tile.at.d, 0, sizeof(A) * tile.queries() * tile.K * 4);
+    if (share.read_all || share.read_open) dots(p, tile, share.image, share.read_all);
+    if (share.features && share.gate != 0 && p.aggregate) scatter<T>(p, tile, share.features);
+    const double open_gate = spread(p, tile, share.gate, share.kept_gradient, share.mask);
+    return share.shut_gate ? gate : open_gate;
+  }
+  for (int q = 0; p.grad_points && q < tile.queries(); ++q)
+    std::memset(static_cast<A*>(p.grad_points) + tile.pair(p, q) * 3 * p.K, 0,
+                sizeof(A) * 3 * p.K);
+  return gate;
+}
+
+template <class T, class A>
+void backward(const Problem& p) {
+  const int strips = int((p.H + kTile - 1) / kTile);
+  const int64_t pixels = p.B * (p.H + 2) * (p.W + 2);
+  for (int64_t l = 0; l < p.L; ++l) {
+    expect_writes(p.grad_features[l], pixels * p.C * int64_t(sizeof(A)));
+    if (p.mask_maps) expect_writes(p.grad_mask_maps[l], pixels * p.K * int64_t(sizeof(A)));
+  }
+  expect_writes(p.grad_points, p.B * p.H * p.W * p.L * p.K * 3 * int64_t(sizeof(A)));
+#pragma omp parallel num_threads(int(p.threads))
+  {
+    Tile<A> tile(p);
+#pragma omp for schedule(dynamic)
+    for (int64_t item = 0; item < p.B * p.L; ++item) {
+      tile.b = int(item / p.L), tile.l = int(item % p.L);
+      const Share<T, A> share(p, tile.b, tile.l);
+      double gate = 0;
+      for (int strip = 0; strip < strips; ++strip)
+        over_tiles(p, tile, strip, [&] { gate += backward_tile(share, tile); });
+      if (p.grad_gates) p.grad_gates[item] = gate;
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" {
+void forward_float32(const Problem* p) { forward<float, float>(*p); }
+void forward_bfloat16(const Problem* p) { forward<bfloat16, float>(*p); }
+void forward_float64(const Problem* p) { forward<double, double>(*p); }
+void backward_float32(const Problem* p) { backward<float, float>(*p); }
+void backward_bfloat16(const Problem* p) { backward<bfloat16, float>(*p); }
+void backward_float64(const Problem* p) { backward<double, double>(*p); }
+}

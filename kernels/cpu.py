@@ -1,0 +1,270 @@
+"""The operator on CPUs: the C++ kernel cpu.cpp, compiled on first use, and its launchers.
+
+B batch · L referred layers · K sampled keys per layer and query · H,W grid · C channels
+
+Environment: CXX names the compiler, ACLA_CACHE the directory that keeps what it makes.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("cpu.cpp")
+HEADER = SOURCE.with_name("vectors.h")
+# Neither flag changes what NaN and infinity do; both let the compiler vectorise.
+FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+# Tried in this order: not every compiler knows the processor by name or has OpenMP's library.
+EXTRAS = (
+    ("-march=native", "-fopenmp"),
+    ("-march=native", "-fopenmp-simd"),
+    ("-fopenmp",),
+    ("-fopenmp-simd",),
+    (),
+)
+TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float64: "float64"}
+
+
+class Problem(ctypes.Structure):
+    """The argument of every function in the library; mirrors `Problem` in cpu.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("B", "H", "W", "L", "K", "C", "threads")),
+        ("temperature", ctypes.c_double),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                *("features", "feature_strides", "points", "mask_maps", "mask_strides", "gates"),
+                *("seeds", "aggregate", "coverage", "kept"),
+                *("grad_features", "grad_points", "grad_mask_maps", "grad_gates"),
+            )
+        ),
+    )
+
+
+def why_not_cpp(points: Tensor) -> str | None:
+    """None where the C++ kernel runs on this tensor's device, else the reason why it does not."""
+    if points.device.type != "cpu":
+        return f"tensors are on {points.device}, cpp needs cpu"
+    loaded = library()
+    return loaded if isinstance(loaded, str) else None
+
+
+def forward(
+    features: Sequence[Tensor],
+    points: Tensor,
+    mask_maps: Sequence[Tensor] | None,
+    gates: Tensor | None,
+    seeds: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The three results of `kernels.attend`: aggregate, coverage, kept."""
+    B, H, W, L, _, _ = points.shape
+    call = Call(features, points, mask_maps, gates, seeds)
+    aggregate = torch.empty(B, H, W, L, features[0].shape[-1], dtype=call.storage)
+    coverage = torch.empty(B, H, W, L, dtype=call.arithmetic)
+    kept = torch.empty(B, L, dtype=torch.float64)
+    call.run("forward", aggregate=aggregate, coverage=coverage, kept=kept)
+    return aggregate.to(features[0].dtype), coverage.to(points.dtype), kept
+
+
+def backward(
+    features: Sequence[Tensor],
+    points: Tensor,
+    mask_maps: Sequence[Tensor] | None,
+    gates: Tensor | None,
+    seeds: Tensor | None,
+    temperature: float,
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+    wanted: tuple[list[bool], bool, list[bool], bool],
+) -> tuple[list[Tensor | None], Tensor | None, list[Tensor | None], Tensor | None]:
+    """Gradients for features, points, mask maps and gates, None where not `wanted` (in that order).
+
+    `gradients` are those of the three results of `forward`; None means zero.
+    """
+    call = Call(features, points, mask_maps, gates, seeds, temperature)
+    types = (call.storage, call.arithmetic, torch.float64)
+    given = [
+        None if gradient is None else gradient.to(dtype).contiguous()
+        for gradient, dtype in zip(gradients, types, strict=True)
+    ]
+
+    def empty_like(tensor: Tensor, wanted: bool) -> Tensor | None:
+        return torch.empty(tensor.shape, dtype=call.arithmetic) if wanted else None
+
+    def typed(gradient: Tensor | None, tensor: Tensor) -> Tensor | None:
+        return None if gradient is None else gradient.to(tensor.dtype)
+
+    grad_features = [empty_like(f, w) for f, w in zip(features, wanted[0], strict=True)]
+    grad_points = empty_like(points, wanted[1])
+    grad_maps = [empty_like(m, w) for m, w in zip(mask_maps or (), wanted[2], strict=True)]
+    grad_gates = torch.empty(points.shape[0], len(features), dtype=torch.float64)
+    call.run(
+        "backward",
+        **dict(zip(("aggregate", "coverage", "kept"), given, strict=True)),
+        grad_features=grad_features,
+        grad_points=grad_points,
+        grad_mask_maps=grad_maps,
+        grad_gates=grad_gates if wanted[3] else None,
+    )
+    return (
+        [typed(g, f) for g, f in zip(grad_features, features, strict=True)],
+        typed(grad_points, points),
+        [typed(g, m) for g, m in zip(grad_maps, mask_maps or (), strict=True)],
+        grad_gates.sum(0).to(gates.dtype) if wanted[3] else None,
+    )
+
+
+class Call:
+    """One call of the library: the inputs in the types and layouts it reads, kept alive."""
+
+    def __init__(
+        self,
+        features: Sequence[Tensor],
+        points: Tensor,
+        mask_maps: Sequence[Tensor] | None,
+        gates: Tensor | None,
+        seeds: Tensor | None,
+        temperature: float = 1.0,
+    ) -> None:
+        B, H, W, L, _, K = points.shape
+        dtype = features[0].dtype
+        self.storage = dtype if dtype in TYPES else torch.float32
+        self.arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
+        self.problem = Problem(
+            *(B, H, W, L, K, features[0].shape[-1], torch.get_num_threads()), temperature
+        )
+        self.alive: list[object] = []
+        self.set("features", [rows(f, self.storage) for f in features])
+        self.set("feature_strides", strides(self.alive[-1]))
+        self.set("points", points.detach().to(self.arithmetic).contiguous())
+        if mask_maps is not None:
+            self.set("mask_maps", [rows(m, self.arithmetic) for m in mask_maps])
+            self.set("mask_strides", strides(self.alive[-1]))
+        self.set("gates", None if gates is None else gates.detach().double().contiguous())
+        self.set("seeds", None if seeds is None else seeds.contiguous())
+
+    def set(self, name: str, value: Tensor | list[Tensor | None] | ctypes.Array | None) -> None:
+        """Point a field at a tensor's data, at an array of such pointers, or at a C array."""
+        if isinstance(value, Tensor):
+            setattr(self.problem, name, value.data_ptr())
+        elif value is not None:
+            array = value
+            if isinstance(value, list):
+                pointers = [None if t is None else t.data_ptr() for t in value]
+                array = (ctypes.c_void_p * len(pointers))(*pointers)
+                self.alive.append(array)
+            setattr(self.problem, name, ctypes.addressof(array))
+        self.alive.append(value)
+
+    def run(self, function: str, **results: Tensor | list[Tensor | None] | None) -> None:
+        """Call `function` with the results to write (or their gradients to read)."""
+        for name, value in results.items():
+            self.set(name, value)
+        loaded = library()
+        if isinstance(loaded, str):
+            raise RuntimeError(loaded)
+        getattr(loaded, f"{function}_{TYPES[self.storage]}")(ctypes.byref(self.problem))
+
+
+def rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in this type, with its last dimension dense; itself where that is already so."""
+    tensor = tensor.detach().to(dtype)
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def strides(tensors: list[Tensor]) -> ctypes.Array:
+    """Strides of image, row and column of each tensor, as int64 [L,3]."""
+    values = [s for tensor in tensors for s in tensor.stride()[:3]]
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+@functools.cache
+def library() -> ctypes.CDLL | str:
+    """The compiled kernel, or the reason why there is none. Tried once per process."""
+    compiler = find_compiler()
+    if compiler is None:
+        return "no C++ compiler was found (set CXX)"
+    reason = "no combination of flags worked"
+    sources = [path.read_text(encoding="utf-8") for path in (SOURCE, HEADER)]
+    for extras in EXTRAS:
+        command = [*compiler, *FLAGS, *extras]
+        try:
+            # The predefined macros name the compiler's version and the instructions it may use.
+            macros = run([*command, "-dM", "-E", "-x", "c++", os.devnull])
+            key = hashlib.sha256("\0".join((*sources, *command, macros)).encode())
+            return cached(command, key.hexdigest()[:32])
+        except (OSError, subprocess.SubprocessError) as error:
+            reason = f"{shlex.join(compiler)} failed: {describe(error)}"
+    return reason
+
+
+def find_compiler() -> list[str] | None:
+    """$CXX with its arguments, or the first of the usual names that exists."""
+    if os.environ.get("CXX"):
+        return shlex.split(os.environ["CXX"])
+    return next(([name] for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+
+
+def cached(command: list[str], key: str) -> ctypes.CDLL:
+    """The library under this key, from the cache or compiled into it.
+
+    A file's name carries the hash of its content, so one that was cut short is never loaded; files
+    appear by renaming, so processes that compile at once cannot disturb each other.
+    """
+    directory = cache_directory()
+    for path in sorted(directory.glob(f"cpu-{key}-*.so")):
+        if path.stem.endswith(digest(path)):
+            return ctypes.CDLL(str(path))
+    keep = is_writable(directory)
+    with tempfile.TemporaryDirectory(prefix="compile-", dir=directory if keep else None) as scratch:
+        path = Path(scratch, "cpu.so")
+        run([*command, str(SOURCE), "-o", str(path)])
+        if keep:
+            path = path.rename(directory / f"cpu-{key}-{digest(path)}.so")
+        return ctypes.CDLL(str(path))  # once loaded it needs no file
+
+
+def is_writable(directory: Path) -> bool:
+    """Whether files can be made in the directory, which is created if need be."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            return True
+    except OSError:
+        return False
+
+
+def cache_directory() -> Path:
+    """$ACLA_CACHE, else the user's cache directory."""
+    if os.environ.get("ACLA_CACHE"):
+        return Path(os.environ["ACLA_CACHE"])
+    base = os.environ.get("XDG_CACHE_HOME")
+    return Path(base, "acla") if base else Path.home() / ".cache" / "acla"
+
+
+def digest(path: Path) -> str:
+    """A short hash of the file's content."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def run(command: list[str]) -> str:
+    """The command's output; its errors are raised."""
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL
+    )
+    return done.stdout
+
+
+def describe(error: Exception) -> str:
+    """The last line a failed command wrote, or the error itself."""
+    lines = (getattr(error, "stderr", None) or "").strip().splitlines()
+    return lines[-1] if lines else str(error)

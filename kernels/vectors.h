@@ -1,0 +1,208 @@
+// Vectors of the widest kind the processor has, in the language that GCC and Clang share, and the
+// functions of real numbers that cpu.cpp needs in loops that the compiler vectorises.
+//
+// T is a type in memory, A the type of the arithmetic: double for double, else float.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+constexpr int kBlock = kVectorBytes == 64 ? 16 : 8;  // vectors that fit in registers
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+template <class To, class From>
+inline To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+template <class A, int N = kVectorBytes / sizeof(A)>
+struct Simd {
+  typedef A Vector __attribute__((vector_size(N * sizeof(A))));
+};
+template <class A>
+using Vector = typename Simd<A>::Vector;
+template <class A>
+constexpr int kLanes = kVectorBytes / sizeof(A);
+
+inline float widen(float v) { return v; }
+inline double widen(double v) { return v; }
+inline float widen(bfloat16 v) { return bit_cast<float>(uint32_t(v.bits) << 16); }
+
+inline void narrow(float v, float& to) { to = v; }
+inline void narrow(double v, double& to) { to = v; }
+inline void narrow(float v, bfloat16& to) {  // to nearest, ties to even
+  const uint32_t bits = bit_cast<uint32_t>(v);
+  to.bits = uint16_t(v == v ? (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 : 0x7FC0);
+}
+
+using Floats = Vector<float>;
+using Words = Vector<uint32_t>;
+using Halves = typename Simd<uint16_t, kLanes<float>>::Vector;
+
+// Reads and writes a vector of arithmetic type, or its first `count` lanes where `part` is true.
+template <class A, bool part, class T>
+inline Vector<A> load(const T* from, int count) {
+  Vector<A> v = {};
+  if constexpr (part) {
+    for (int i = 0; i < count; ++i) v[i] = widen(from[i]);
+  } else if constexpr (std::is_same_v<T, bfloat16>) {
+    Halves halves;
+    std::memcpy(&halves, from, sizeof halves);
+    v = bit_cast<Floats>(__builtin_convertvector(halves, Words) << 16);
+  } else {
+    std::memcpy(&v, from, sizeof v);
+  }
+  return v;
+}
+
+template <class A, bool part, class T>
+inline void store(T* to, Vector<A> v, int count) {
+  if constexpr (part) {
+    for (int i = 0; i < count; ++i) narrow(v[i], to[i]);
+  } else if constexpr (std::is_same_v<T, bfloat16>) {
+    const Words bits = bit_cast<Words>(v), number = bit_cast<Words>(v == v);
+    const Words rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+    const Halves halves = __builtin_convertvector((rounded & number) | (0x7FC0 & ~number), Halves);
+    std::memcpy(to, &halves, sizeof halves);
+  } else {
+    std::memcpy(to, &v, sizeof v);
+  }
+}
+
+// Lane i of the result is lane I[i] of a followed by b.
+template <class A, int... I>
+inline Vector<A> shuffle(Vector<A> a, Vector<A> b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, I...);
+#else
+  using Index = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
+  return __builtin_shuffle(a, b, Vector<Index>{I...});
+#endif
+}
+
+// Adds lanes `step` apart: of a into the lanes without the bit `step`, of b into the others.
+template <class A, int step, int... I>
+inline Vector<A> fold(Vector<A> a, Vector<A> b, std::integer_sequence<int, I...>) {
+  constexpr int N = kLanes<A>;
+  return shuffle<A, (I & step ? N + I - step : I)...>(a, b) +
+         shuffle<A, (I & step ? N + I : I + step)...>(a, b);
+}
+
+// Adds the sums of the lanes of four vectors to to[0], …, to[3].
+template <class A>
+inline void add_totals(Vector<A> a, Vector<A> b, Vector<A> c, Vector<A> d, A* to) {
+  constexpr int N = kLanes<A>;
+  if constexpr (N == 2) {
+    to[0] += a[0] + a[1], to[1] += b[0] + b[1], to[2] += c[0] + c[1], to[3] += d[0] + d[1];
+  } else {
+    constexpr auto all = std::make_integer_sequence<int, N>{};
+    Vector<A> v = fold<A, N / 4>(fold<A, N / 2>(a, b, all), fold<A, N / 2>(c, d, all), all);
+    if constexpr (N >= 8) v = fold<A, N / 8>(v, v, all);
+    if constexpr (N >= 16) v = fold<A, N / 16>(v, v, all);
+    to[0] += v[0], to[1] += v[N / 2], to[2] += v[N / 4], to[3] += v[N / 4 * 3];
+  }
+}
+
+template <class A>
+inline A sum_of(const A* from, int count) {
+  A sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int i = 0; i < count; ++i) sum += from[i];
+  return sum;
+}
+
+template <class A>
+inline A top_of(const A* from, int count) {
+  A top = -INFINITY;
+#pragma omp simd reduction(max : top)
+  for (int i = 0; i < count; ++i) top = from[i] > top ? from[i] : top;
+  return top;
+}
+
+// Calls body(V, part, first channel) for blocks of V vectors of channels; the last may be in part.
+template <int lanes, class F>
+inline void over_channels(int C, F&& body) {
+  constexpr auto whole = std::false_type{};
+  int c = 0;
+  for (; C - c >= kBlock * lanes; c += kBlock * lanes)
+    body(std::integral_constant<int, kBlock>{}, whole, c);
+  if constexpr (kBlock > 8)
+    if (C - c >= 8 * lanes) body(std::integral_constant<int, 8>{}, whole, c), c += 8 * lanes;
+  if (C - c >= 4 * lanes) body(std::integral_constant<int, 4>{}, whole, c), c += 4 * lanes;
+  if (C - c >= 2 * lanes) body(std::integral_constant<int, 2>{}, whole, c), c += 2 * lanes;
+  if (C - c >= lanes) body(std::integral_constant<int, 1>{}, whole, c), c += lanes;
+  if (c < C) body(std::integral_constant<int, 1>{}, std::true_type{}, c);
+}
+
+// Functions that the compiler can vectorise: Cephes polynomials, good to 2 units in the last place.
+
+inline double exponential(double x) { return std::exp(x); }
+
+inline float exponential(float x) {  // for x <= 0; 0 below -87, NaN stays NaN
+  const float clamped = x > -87.0f ? x : -87.0f;
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const float shifted = clamped * 1.44269504f + magic, n = shifted - magic;
+  const float r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const int32_t exponent = bit_cast<int32_t>(shifted) - bit_cast<int32_t>(magic) + 127;
+  const float power = p * bit_cast<float>(exponent << 23);
+  return x >= -87.0f ? power : (x < -87.0f ? 0.0f : x);
+}
+
+inline float logarithm(float x) {  // for 0 < x < 1, normal
+  const int32_t bits = bit_cast<int32_t>(x);
+  const int32_t exponent = (bits - 0x3F3504F3) >> 23;  // brings the mantissa to [√½, √2)
+  const float m = bit_cast<float>(bits - exponent * (1 << 23)) - 1.0f, e = float(exponent);
+  float p = 7.0376836292e-2f;
+  p = p * m - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  const float small = p * m * m * m - e * 2.12194440e-4f - 0.5f * m * m;
+  return m + small + e * 0.693359375f;
+}
+
+inline float logistic_noise(uint64_t seed, uint64_t counter) {  // Philox4x32-10, see reference.py
+  uint32_t c0 = uint32_t(counter), c1 = uint32_t(counter >> 32), c2 = 0, c3 = 0;
+  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+#pragma GCC unroll 10
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p0 = uint64_t(c0) * 0xD2511F53u, p1 = uint64_t(c2) * 0xCD9E8D57u;
+    c0 = uint32_t(p1 >> 32) ^ c1 ^ k0, c2 = uint32_t(p0 >> 32) ^ c3 ^ k1;
+    c1 = uint32_t(p1), c3 = uint32_t(p0);
+    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+  }
+  const float u = (float(int32_t(c0 >> 9)) + 0.5f) * (1.0f / (1 << 23));
+  return logarithm(u) - logarithm(1.0f - u);
+}
+
+}  // namespace

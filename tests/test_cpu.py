@@ -1,0 +1,484 @@
+"""The CPU backends against the float64 reference: results, every gradient, bits; and the compiler.
+
+B batch · L referred layers · K sampled keys per layer and query · H,W grid · C channels
+"""
+
+import logging
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import operator_cases
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from operator_cases import Inputs, make, make_clear
+from torch import Tensor
+
+from kernels import attend, available_backends, bags, cpu, logistic_noise, ops
+
+BACKENDS = ["cpp", "torch"]
+TYPES = [torch.float64, torch.float32, torch.bfloat16]
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    reason = ops.why_not(request.param, torch.zeros(1))
+    if reason:
+        pytest.skip(reason)
+    return request.param
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    assert found.shape == exact.shape
+    assert found.isfinite().all()
+    return (found.double() - exact).abs().max().item()
+
+
+def judge(backend: str, inputs: Inputs, dtype: torch.dtype) -> None:
+    """No result and no gradient may be farther from the exact one than the reference in the same
+    type is, but for a few roundings of the largest value."""
+    exact = inputs.to(torch.float64).run("reference")
+    peer = exact if dtype == torch.float64 else inputs.to(dtype).run("reference")
+    found = inputs.to(dtype).run(backend)
+    assert found.keys() == exact.keys()
+    # The noise is float32 in every type, and a logarithm's last bit is the machine's.
+    eps = torch.finfo(torch.float32 if inputs.seeds is not None else dtype).eps
+    eps = max(eps, torch.finfo(dtype).eps)
+    assert torch.equal(found["kept"], exact["kept"])
+    for name, value in exact.items():
+        assert found[name].dtype == peer[name].dtype, name
+        allowed = error(peer[name], value) + 8 * eps * value.abs().max().item()
+        assert error(found[name], value) <= allowed, name
+
+
+# ---- against the reference
+
+SIZES = [  # B, H, W, L, K, C
+    pytest.param((1, 1, 1, 1, 1, 1), id="one-pixel-one-of-everything"),
+    pytest.param((2, 9, 17, 2, 3, 19), id="off-the-tile-odd-C"),
+    pytest.param((1, 3, 2, 3, 17, 5), id="K17"),
+    pytest.param((1, 1, 13, 2, 3, 16), id="one-row-C16"),
+    pytest.param((2, 11, 2, 5, 2, 3), id="two-columns-L5-C3"),
+    pytest.param((1, 8, 8, 1, 8, 64), id="one-tile-L1-K8-C64"),
+    pytest.param((1, 10, 9, 1, 16, 96), id="K16-C96"),
+    pytest.param((1, 3, 5, 1, 4, 300), id="many-channels-and-a-rest"),
+]
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES)
+def test_sizes(backend, size, dtype):
+    judge(backend, make_clear(size, gates=[1.0] * size[3]), dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"masks": False}, id="no-masks"),
+        pytest.param({"mask_sign": -1}, id="all-masked"),
+        pytest.param({"mask_sign": 1}, id="all-kept"),
+        pytest.param({"spread": 40.0}, id="far-outside"),
+        pytest.param({"seeds": True}, id="noise"),
+        pytest.param({"seeds": True, "gates": [0.0, 1.0, 0.0]}, id="noise-and-closed-gates"),
+        pytest.param({"masks": False, "gates": [1.0, 0.0, 0.5]}, id="gates-without-masks"),
+    ],
+)
+def test_options(backend, options, dtype):
+    judge(backend, make_clear((2, 6, 11, 3, 5, 7), **options), dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_whole_offsets_take_the_reference_s_side_of_every_kink(backend, dtype):
+    inputs = make((2, 5, 6, 2, 4, 5))
+    inputs.mask_maps = [m + 1 / 512 for m in inputs.mask_maps]  # never 0
+    inputs.points[..., :2, :] = (inputs.points[..., :2, :] * 3).round()
+    judge(backend, inputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_positions_that_are_no_numbers(backend, dtype):
+    inputs = make_clear((2, 5, 6, 2, 6, 5))
+    wrong = torch.tensor([math.nan, math.inf, -math.inf, 1e30, -1e30, 0.5])
+    inputs.points[..., 0, :] = wrong
+    inputs.points[..., 1, :] = wrong.roll(1)
+    judge(backend, inputs, dtype)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(data=st.data(), dtype=st.sampled_from(TYPES), backend=st.sampled_from(BACKENDS))
+def test_random_shapes(data, dtype, backend):
+    assume(ops.why_not(backend, torch.zeros(1)) is None)
+    limits = {"B": 2, "H": 11, "W": 11, "L": 2, "K": 4, "C": 40}
+    size = tuple(data.draw(st.integers(1, limit), label=name) for name, limit in limits.items())
+    inputs = make(
+        size,
+        spread=data.draw(st.sampled_from([0.3, 2.0, 9.0]), label="spread"),
+        masks=data.draw(st.booleans(), label="masks"),
+        gates=data.draw(
+            st.none() | st.lists(st.sampled_from([0.0, 1.0]), min_size=size[3], max_size=size[3]),
+            label="gates",
+        ),
+        seeds=data.draw(st.booleans(), label="seeds"),
+        seed=data.draw(st.integers(0, 1 << 20), label="seed"),
+    )
+    assume(operator_cases.margin(inputs) > 1e-5)
+    judge(backend, inputs, dtype)
+
+
+@pytest.mark.parametrize("size", [(1, 1, 2, 2, 2, 1), (2, 3, 2, 1, 3, 2)], ids=["1x2", "3x2"])
+def test_gradients_against_differences(backend, size):
+    inputs = make(size, masks=False, gates=[0.5] * size[3])
+    leaves = list(inputs.leaves().values())
+    for leaf in leaves:
+        leaf.requires_grad_()
+    assert torch.autograd.gradcheck(lambda *_: tuple(inputs.attend(backend))[:2], leaves)
+
+
+def test_half_precision_and_mixed_types(backend):
+    inputs = make_clear((1, 4, 5, 2, 3, 6), around=1e-2)
+    inputs.features = [f.half() for f in inputs.features]
+    inputs.points, inputs.mask_maps = inputs.points.float(), [m.half() for m in inputs.mask_maps]
+    found = inputs.run(backend)
+    exact = inputs.to(torch.float64).run("reference")
+    assert found["aggregate"].dtype == torch.half
+    assert found["∂mask_maps[1]"].dtype == torch.half
+    for name, value in exact.items():
+        assert error(found[name], value) <= 4 * torch.finfo(torch.half).eps * value.abs().max()
+
+
+def test_noise_is_the_reference_s(backend):
+    # A mask a hair above and below the noise's opposite opens and closes exactly there.
+    L, K, seeds = 3, 7, torch.tensor([3, -(2**61) - 12345])
+    noise = logistic_noise(seeds, L * K).view(2, 1, 1, L, K)
+    for hair, kept in ((1e-5, K), (-1e-5, 0)):
+        maps = [(hair - noise[..., l, :]).expand(2, 3, 3, K) for l in range(L)]
+        points, rows = torch.zeros(2, 1, 1, L, 3, K), [torch.zeros(2, 3, 3, 1)] * L
+        assert (attend(rows, points, maps, seeds=seeds, backend=backend).kept == kept).all()
+
+
+# ---- layouts, subsets, work left out
+
+
+def test_views_give_the_bits_of_contiguous_tensors(backend):
+    expected = make_clear((2, 7, 5, 2, 3, 20)).to(torch.float32).run(backend)
+    inputs = make_clear((2, 7, 5, 2, 3, 20)).to(torch.float32)
+    inputs.features = [torch.cat([f, f * math.nan], -1)[..., :20] for f in inputs.features]
+    inputs.mask_maps = [m.transpose(1, 3).contiguous().transpose(1, 3) for m in inputs.mask_maps]
+    assert inputs.features[0].stride() == (9 * 7 * 40, 7 * 40, 40, 1)
+    assert inputs.mask_maps[0].stride(-1) != 1
+    inputs.points = inputs.points.permute(5, 4, 3, 2, 1, 0).contiguous().permute(5, 4, 3, 2, 1, 0)
+    for name, value in inputs.run(backend).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_expanded_gradients(backend):
+    inputs = make_clear((1, 4, 5, 2, 3, 6)).to(torch.float32)
+    inputs.cotangents = [torch.ones(()).expand(c.shape) for c in inputs.cotangents]
+    found = inputs.run(backend)
+    for name, value in inputs.run("reference").items():
+        torch.testing.assert_close(found[name], value)
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [{"features[1]"}, {"points"}, {"mask_maps[0]"}, {"gates"}, {"features[0]", "gates"}, set()],
+    ids=lambda wanted: "+".join(sorted(wanted)) or "none",
+)
+@pytest.mark.parametrize("gates", [[1.0, 1.0], [0.0, 1.0]], ids=["open", "one-closed"])
+def test_only_the_gradients_wanted(backend, wanted, gates):
+    inputs = make_clear((2, 4, 9, 2, 3, 6), gates=gates).to(torch.float32)
+    expected = inputs.run("reference", wanted)
+    found = inputs.run(backend, wanted)
+    for name, value in expected.items():
+        if value is None:
+            assert found[name] is None
+        else:
+            torch.testing.assert_close(found[name], value)
+
+
+@pytest.mark.parametrize("result", ["aggregate", "coverage", "kept"])
+def test_a_loss_of_one_result_alone(backend, result):
+    inputs = make_clear((2, 4, 9, 2, 3, 6), gates=[0.0, 1.0])
+    leaves = inputs.leaves()
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    grads = []
+    for name in ("reference", backend):
+        value = getattr(inputs.attend(name), result)
+        grads.append(
+            torch.autograd.grad((value**2).sum(), list(leaves.values()), allow_unused=True)
+        )
+    for name, expected, found in zip(leaves, *grads, strict=True):
+        expected = torch.zeros_like(found) if expected is None else expected
+        torch.testing.assert_close(found, expected, msg=lambda m, n=name: n + m)
+
+
+def test_nothing_is_saved_where_no_gradient_is_wanted(backend):
+    inputs = make((1, 3, 3, 1, 2, 2))
+    assert inputs.attend(backend).aggregate.grad_fn is None
+
+
+def test_first_order_only(backend):
+    inputs = make((1, 3, 3, 1, 2, 2), masks=False)
+    inputs.points.requires_grad_()
+    out = inputs.attend(backend).aggregate.sum()
+    (first,) = torch.autograd.grad(out, inputs.points, create_graph=True)
+    with pytest.raises(RuntimeError, match="first-order gradients only; 'reference' has the rest"):
+        first.square().sum().backward()
+
+
+def test_a_closed_layer_is_not_read(backend):
+    inputs = make_clear((1, 4, 5, 2, 3, 6), gates=[0.0, 1.0])
+    inputs.features[0].fill_(math.nan)
+    found = inputs.run(backend, {"features[0]", "features[1]", "points", "mask_maps[0]"})
+    assert not found["aggregate"][..., 0, :].any()
+    assert not found["∂features[0]"].any()
+    assert all(value.isfinite().all() for value in found.values() if value is not None)
+
+
+def test_masked_keys_are_not_read(backend):
+    inputs = make((1, 6, 6, 1, 2, 3))
+    inputs.points[..., :2, :] = 0.25
+    inputs.mask_maps[0].fill_(1.0)
+    inputs.mask_maps[0][:, :3], inputs.features[0][:, :3] = -1.0, math.nan
+    read = inputs.attend(backend).aggregate[:, 2:]
+    assert read.isfinite().all()
+    assert read.any()
+
+
+# ---- bits and memory
+
+
+def test_bits_do_not_depend_on_threads_or_runs(backend):
+    inputs = make_clear((3, 17, 19, 2, 5, 24), gates=[1.0, 0.0], seeds=True).to(torch.float32)
+    threads = torch.get_num_threads()
+    runs = []
+    try:
+        for count in (1, 2, 2, 1):
+            torch.set_num_threads(count)
+            runs.append(inputs.run(backend))
+    finally:
+        torch.set_num_threads(threads)
+    for other in runs[1:]:
+        for name, value in runs[0].items():
+            assert torch.equal(value, other[name]), name
+
+
+def test_pure_torch_does_not_depend_on_its_chunks(monkeypatch):
+    inputs = make_clear((2, 9, 7, 2, 3, 6), seeds=True, gates=[1.0, 0.0])
+    whole = inputs.run("torch")
+    monkeypatch.setattr(bags, "CHUNK", 32)
+    for name, value in inputs.run("torch").items():
+        torch.testing.assert_close(value, whole[name])
+
+
+# ---- the choice
+
+
+@pytest.fixture
+def fresh_choice(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    """As in a process that has not chosen yet."""
+    monkeypatch.delenv("ACLA_BACKEND", raising=False)
+    caplog.set_level(logging.INFO, "kernels")
+    ops.say.cache_clear()
+    yield
+    ops.say.cache_clear()
+
+
+def points() -> Tensor:
+    return torch.zeros(1, 1, 1, 1, 3, 1)
+
+
+def test_auto_takes_the_compiled_kernel_and_says_so_once(fresh_choice, caplog):
+    reason = cpu.why_not_cpp(points())
+    if reason:
+        pytest.skip(reason)
+    assert [ops.choose_backend("auto", points()) for _ in range(3)] == ["cpp"] * 3
+    assert [r.levelname for r in caplog.records] == ["INFO"]
+    assert "'cpp'" in caplog.text
+
+
+def test_the_environment_presets_auto_and_nothing_else(fresh_choice, monkeypatch):
+    monkeypatch.setenv("ACLA_BACKEND", "torch")
+    assert ops.choose_backend("auto", points()) == "torch"
+    assert ops.choose_backend("reference", points()) == "reference"
+    monkeypatch.setenv("ACLA_BACKEND", "fastest")
+    with pytest.raises(ValueError, match="unknown backend 'fastest'; known: auto, reference"):
+        ops.choose_backend("auto", points())
+
+
+def test_a_named_backend_is_refused_with_the_reason():
+    with pytest.raises(RuntimeError, match="'cpp' refused: tensors are on meta, cpp needs cpu"):
+        attend([torch.zeros(1, 3, 3, 1, device="meta")], points().to("meta"), backend="cpp")
+    assert {"reference", "torch", "cpp"} <= set(available_backends())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"features": []}, "points is for 1 layers, but there are 0 features"),
+        ({"features": [torch.zeros(1, 3, 4, 2)]}, r"features\[0\] must be \[1, 3, 3, 2\], not"),
+        ({"features": [torch.zeros(1, 3, 3, 2).int()]}, "must be floating point"),
+        ({"points": torch.zeros(1, 1, 1, 3, 1)}, "points must be"),
+        ({"points": torch.zeros(1, 0, 1, 1, 3, 1)}, "points must not be empty"),
+        ({"mask_maps": [torch.zeros(1, 3, 3, 4)]}, r"mask_maps\[0\] must be \[1, 3, 3, 1\]"),
+        ({"gates": torch.zeros(2)}, r"gates must be \[1\]"),
+        ({"seeds": torch.zeros(1)}, "seeds must be int64"),
+        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"backend": "fast"}, "unknown backend 'fast'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_arguments_that_do_not_fit_are_refused(change, message):
+    arguments = {"features": [torch.zeros(1, 3, 3, 2)], "points": points()} | change
+    with pytest.raises(ValueError, match=message):
+        attend(**arguments)
+
+
+def test_layers_of_different_types_are_refused():
+    layers = [torch.zeros(1, 3, 3, 2), torch.zeros(1, 3, 3, 2).double()]
+    with pytest.raises(ValueError, match=r"features\[1\] is torch.float64, but features\[0\]"):
+        attend(layers, points().expand(1, 1, 1, 2, 3, 1))
+
+
+# ---- the compiler and its cache
+
+# Hands out a library made before, notes each call, and can be slow, picky or broken.
+COMPILER = """
+import os, pathlib, shutil, sys, time
+made, notes, mode = sys.argv[1:4]
+flags = sys.argv[4:]
+if mode == "picky" and ("-march=native" in flags or "-fopenmp" in flags):
+    sys.exit("unknown flag")
+if "-dM" in flags:
+    print("#define FAKE 1")
+    sys.exit()
+with open(notes, "a") as file:
+    file.write("compiled\\n")
+target = pathlib.Path(flags[flags.index("-o") + 1])
+if mode == "dies":
+    target.write_bytes(b"half a library")
+    sys.exit("killed")
+time.sleep(1.0 if mode == "slow" else 0.0)
+shutil.copy(made, target)
+"""
+
+
+@pytest.fixture
+def compiler(tmp_path, monkeypatch, fresh_choice):
+    """Sets CXX to the compiler above and ACLA_CACHE to an empty folder; counts its runs."""
+    made = cpu.library()
+    if isinstance(made, str):
+        pytest.skip(made)
+    script, notes = tmp_path / "compiler.py", tmp_path / "notes"
+    script.write_text(COMPILER)
+    notes.touch()
+
+    def use(mode: str = "good", cache: Path = tmp_path / "cache") -> None:
+        command = [sys.executable, str(script), made._name, str(notes), mode]
+        monkeypatch.setenv("CXX", " ".join(f"'{word}'" for word in command))
+        monkeypatch.setenv("ACLA_CACHE", str(cache))
+        cpu.library.cache_clear()
+
+    use.runs = lambda: len(notes.read_text().splitlines())
+    use.cache = tmp_path / "cache"
+    yield use
+    monkeypatch.undo()
+    cpu.library.cache_clear()
+    cpu.library()
+
+
+def runs_in_cpp() -> bool:
+    return make((1, 2, 2, 1, 1, 1)).attend("cpp").aggregate.isfinite().all().item()
+
+
+def test_compiled_once_and_then_taken_from_the_cache(compiler):
+    for _ in range(3):
+        compiler()
+        assert runs_in_cpp()
+    assert compiler.runs() == 1
+    assert [path.suffix for path in compiler.cache.iterdir()] == [".so"]
+
+
+def test_a_half_written_library_is_made_again(compiler):
+    compiler()
+    assert runs_in_cpp()
+    (path,) = compiler.cache.iterdir()
+    whole = path.read_bytes()
+    path.unlink()
+    path.write_bytes(whole[: len(whole) // 2])
+    compiler()
+    assert runs_in_cpp()
+    assert compiler.runs() == 2
+    assert path.read_bytes() == whole
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(compiler, tmp_path):
+    (tmp_path / "file").touch()
+    compiler(cache=tmp_path / "file" / "cache")
+    assert runs_in_cpp()
+    assert compiler.runs() == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write")
+def test_a_read_only_cache_is_still_read(compiler):
+    compiler()
+    assert runs_in_cpp()
+    compiler.cache.chmod(0o500)
+    compiler()
+    assert runs_in_cpp()
+    assert compiler.runs() == 1
+
+
+def test_a_compiler_that_dies_leaves_nothing_and_is_asked_once(compiler):
+    compiler("dies")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"'cpp' refused: .* failed: killed"):
+            runs_in_cpp()
+    assert list(compiler.cache.iterdir()) == []
+    assert compiler.runs() == len(cpu.EXTRAS)
+
+
+def test_flags_that_a_compiler_does_not_know_are_left_out(compiler):
+    compiler("picky")
+    assert runs_in_cpp()
+
+
+def test_a_broken_compiler_is_named_and_auto_settles_for_torch(compiler, monkeypatch, caplog):
+    monkeypatch.setenv("CXX", "false")
+    cpu.library.cache_clear()
+    with pytest.raises(RuntimeError, match="backend='cpp' refused: false failed"):
+        runs_in_cpp()
+    assert [ops.choose_backend("auto", points()) for _ in range(2)] == ["torch"] * 2
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "took 'torch': cpp, which is faster, was refused: false failed" in record.getMessage()
+
+
+def test_no_compiler_at_all(compiler, monkeypatch, tmp_path):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    cpu.library.cache_clear()
+    with pytest.raises(RuntimeError, match=r"no C\+\+ compiler was found \(set CXX\)"):
+        runs_in_cpp()
+
+
+def test_two_processes_compile_at_once(compiler):
+    compiler("slow")
+    program = (
+        "import torch, kernels\n"
+        "rows, points = [torch.ones(1, 4, 4, 2)], torch.zeros(1, 2, 2, 1, 3, 2)\n"
+        "print(kernels.attend(rows, points, backend='cpp').aggregate.sum().item())"
+    )
+    command = [sys.executable, "-c", program]
+    both = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, text=True) for _ in range(2)
+    ]
+    assert [float(process.communicate(timeout=120)[0]) for process in both] == [8.0, 8.0]
+    assert all(path.suffix == ".so" for path in compiler.cache.iterdir())
