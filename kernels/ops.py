@@ -2,27 +2,47 @@
 
 B batch · L referred layers · K sampled keys per layer and query · H,W grid · C channels
 offsets are (dy, dx) in pixels, y first
+
+The environment variable ACLA_BACKEND names the backend that "auto" takes.
 """
 
+import functools
+import logging
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-BACKENDS = ("reference",)
+from kernels import library  # noqa: F401  (registers the operator)
+
+BACKENDS = ("reference", "torch", "cpp", "triton")
+FASTEST = {
+    "cpu": ("cpp", "it is the fastest on CPUs"),
+    "cuda": ("triton", "it is the fastest on GPUs"),
+}
+
+logger = logging.getLogger(__name__)
 
 
 class Attended(NamedTuple):
-    """What `attend` returns: each referred layer's sum, before the value convolution g and the sum over layers."""
+    """What `attend` returns: each layer's sum, before the value convolution g and the sum over l.
 
-    aggregate: Tensor  # [B,H,W,L,C] s_l Σ_k m f x^l(p_i + Δp_ik), of the features' type
-    coverage: Tensor  # [B,H,W,L] s_l Σ_k m f (share of the sample inside the image): what g's bias is times
-    kept: Tensor  # [B,L] Σ_i Σ_k m, exact, float64; counts masks whether or not s_l is 0
+    aggregate: [B,H,W,L,C] s_l Σ_k m f x^l(p_i + Δp_ik), of the features' type.
+    coverage: [B,H,W,L] s_l Σ_k m f (share of the sample inside the image), what g's bias is times;
+        of the points' type.
+    kept: [B,L] Σ_i Σ_k m, exact, float64; counts the masks whether or not s_l is 0.
+    """
+
+    aggregate: Tensor
+    coverage: Tensor
+    kept: Tensor
 
 
 def to_rows(feature: Tensor) -> Tensor:
-    """A feature map [B,C,H,W] as rows with a one-pixel zero border [B,H+2,W+2,C], contiguous: what `attend` reads."""
+    """A feature map [B,C,H,W] as `attend` reads it: contiguous rows [B,H+2,W+2,C] with a one-pixel
+    zero border."""
     return torch.nn.functional.pad(feature.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).contiguous()
 
 
@@ -36,40 +56,47 @@ def attend(
     temperature: float = 1.0,
     backend: str = "auto",
 ) -> Attended:
-    """Sampled, masked, weighted sums of the keys of L layers (Eq. 6 and 11, before g and the sum over l).
+    """Sampled, masked, weighted sums of the keys of L layers (Eq. 6 and 11, before g and the sum
+    over l).
 
     Args:
-        features: L tensors [B,H+2,W+2,C] with a zero border (`to_rows`), the referred layers. Any floating type.
-        points: [B,H,W,L,3,K], for each key dy and dx in pixels and the attention logit; the softmax of the logits
-            runs over the K keys of a layer. A key outside the image contributes zero; a NaN or infinite offset
-            is outside.
-        mask_maps: L tensors [B,H+2,W+2,K], the mask unit's logits on each layer, border included (the unit
-            applied to the zero border, which gives its bias); key k reads channel k at its position (Eq. 8). None
-            keeps every key.
-        gates: [L], s_l of Eq. 11 as 0 or 1. A layer whose gate is 0 costs no gather unless the gates need a
-            gradient. None means 1.
-        seeds: [B] int64, one an image, for the mask's Gumbel noise (`logistic_noise`, counter = the key's index in
-            [H,W,L,K]). None means no noise: evaluation.
+        features: L tensors [B,H+2,W+2,C] with a zero border (`to_rows`), the referred layers. Any
+            floating type, the same for all. Views are read in place if their last stride is 1.
+        points: [B,H,W,L,3,K], for each key dy and dx in pixels and the attention logit; the softmax
+            of the logits runs over the K keys of a layer. A key outside the image contributes zero;
+            a NaN or infinite offset is outside.
+        mask_maps: L tensors [B,H+2,W+2,K], the mask unit's logits on each layer, border included
+            (the unit applied to the zero border, which gives its bias); key k reads channel k at
+            its position (Eq. 8). None keeps every key.
+        gates: [L], s_l of Eq. 11 as 0 or 1. A layer whose gate is 0 costs no gather unless the
+            gates need a gradient. None means 1.
+        seeds: [B] int64, one an image, for the mask's Gumbel noise (`logistic_noise`, counter = the
+            key's index in [H,W,L,K]). None means no noise: evaluation.
         temperature: τ of Eq. 7; only the gradient of the masks depends on it.
         backend: "auto", or one of `available_backends()`, which runs or raises.
 
-    Gradients: the masks' own is the sigmoid's at τ, every other one uses the hard masks (Eq. 7, 9); that of `kept`
-    reaches the masks too, so that a cost can close keys.
+    Gradients: the masks' own is the sigmoid's at τ, every other one uses the hard masks (Eq. 7, 9);
+    that of `kept` reaches the masks too, so that a cost can close keys. Only "reference" has
+    gradients of gradients.
 
     Raises:
-        ValueError: shapes, types or devices that do not fit together.
+        ValueError: shapes, types or devices that do not fit together; an unknown backend.
         RuntimeError: a named backend that cannot run here, with the reason.
     """
     features, mask_maps = list(features), None if mask_maps is None else list(mask_maps)
     check(features, points, mask_maps, gates, seeds, temperature)
-    match choose_backend(backend):
-        case "reference":
-            from kernels import reference
+    if backend == "auto":
+        backend = os.environ.get("ACLA_BACKEND", "auto")
+    if backend == "reference":
+        from kernels import reference
 
-            return Attended(
-                *reference.attend(features, points, mask_maps, gates, seeds, temperature)
-            )
-    raise AssertionError(backend)
+        out = reference.attend(features, points, mask_maps, gates, seeds, temperature)
+    else:
+        out = torch.ops.acla.attend(
+            features, points, mask_maps or [], gates, seeds, temperature, backend
+        )
+    aggregate, coverage, kept = out
+    return Attended(aggregate.to(features[0].dtype), coverage.to(points.dtype), kept)
 
 
 def available_backends() -> tuple[str, ...]:
@@ -77,13 +104,47 @@ def available_backends() -> tuple[str, ...]:
     return BACKENDS
 
 
-def choose_backend(backend: str) -> str:
-    """The backend to run; a named one is never replaced by another."""
+def choose_backend(backend: str, points: Tensor) -> str:
+    """The backend to run; a named one is refused with the reason, never replaced by another."""
     if backend == "auto":
-        return "reference"
+        return settle(points)
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
+    reason = why_not(backend, points)
+    if reason:
+        raise RuntimeError(f"backend={backend!r} refused: {reason}")
     return backend
+
+
+def settle(points: Tensor) -> str:
+    """What "auto" takes for tensors like this; says so once."""
+    best, why = FASTEST.get(points.device.type, ("torch", "nothing faster runs on this device"))
+    reason = why_not(best, points)
+    if reason is None:
+        say(logging.INFO, best, why)
+        return best
+    say(logging.WARNING, "torch", f"{best}, which is faster, was refused: {reason}")
+    return "torch"
+
+
+@functools.cache
+def say(level: int, backend: str, reason: str) -> None:
+    """Log, once a process, what "auto" took and why."""
+    logger.log(level, "backend='auto' took %r: %s", backend, reason)
+
+
+def why_not(backend: str, points: Tensor) -> str | None:
+    """None where the backend runs on this tensor's device, else the reason why it does not."""
+    match backend:
+        case "cpp":
+            from kernels import cpu
+
+            return cpu.why_not_cpp(points)
+        case "triton":
+            from kernels import gpu
+
+            return gpu.why_not_triton(points)
+    return None
 
 
 def check(
@@ -94,7 +155,7 @@ def check(
     seeds: Tensor | None,
     temperature: float,
 ) -> None:
-    """Refuse arguments that do not fit together; the message names the argument, its shape and the one wanted."""
+    """Refuse arguments that do not fit together, naming the argument and what was wanted."""
     if points.ndim != 6 or points.shape[4] != 3:
         raise ValueError(f"points must be [B,H,W,L,3,K], not {list(points.shape)}")
     B, H, W, L, _, K = points.shape
@@ -103,7 +164,9 @@ def check(
     if len(features) != L:
         raise ValueError(f"points is for {L} layers, but there are {len(features)} features")
     C = features[0].shape[-1]
-    wanted = {f"features[{l}]": (feature, (B, H + 2, W + 2, C)) for l, feature in enumerate(features)}
+    wanted = {
+        f"features[{l}]": (feature, (B, H + 2, W + 2, C)) for l, feature in enumerate(features)
+    }
     if mask_maps is not None:
         if len(mask_maps) != L:
             raise ValueError(f"points is for {L} layers, but there are {len(mask_maps)} mask_maps")
@@ -122,5 +185,7 @@ def check(
                 raise ValueError(f"seeds must be int64, not {tensor.dtype}")
         elif not tensor.is_floating_point():
             raise ValueError(f"{name} must be floating point, not {tensor.dtype}")
+        elif name.startswith("features") and tensor.dtype != features[0].dtype:
+            raise ValueError(f"{name} is {tensor.dtype}, but features[0] is {features[0].dtype}")
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, not {temperature}")

@@ -1,0 +1,73 @@
+"""The operator as torch knows it: opcheck, compilation, export, FLOPs, shapes without data."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from kernels import attend, to_rows
+
+B, L, K, H, W, C = 2, 3, 4, 5, 4, 8
+
+
+def inputs(masked: bool = True) -> tuple:
+    torch.manual_seed(0)
+    features = [to_rows(torch.randn(B, C, H, W)).requires_grad_() for _ in range(L)]
+    points = torch.randn(B, H, W, L, 3, K, requires_grad=True)
+    maps = [torch.randn(B, H + 2, W + 2, K, requires_grad=True) for _ in range(L if masked else 0)]
+    gates = torch.tensor([1.0, 0.0, 1.0], requires_grad=True)
+    return features, points, maps, gates
+
+
+def total(features, points, maps, gates, backend="torch"):
+    seeds = torch.arange(B)
+    out = attend(features, points, maps or None, gates, seeds=seeds, backend=backend)
+    return out.aggregate.sum() * 2 + out.coverage.square().sum() + out.kept.sum()
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_opcheck(masked):
+    features, points, maps, gates = inputs(masked)
+    given = (features, points, maps, gates, torch.arange(B), 1.0, "torch")
+    result = torch.library.opcheck(torch.ops.acla.attend.default, given)
+    assert set(result.values()) == {"SUCCESS"}
+
+
+def test_compiled_whole_and_equal():
+    features, points, maps, gates = inputs()
+    leaves = [*features, points, *maps, gates]
+    plain = torch.autograd.grad(total(features, points, maps, gates), leaves)
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+    traced = torch.autograd.grad(compiled(features, points, maps, gates), leaves)
+    for ours, theirs in zip(traced, plain, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_exported():
+    class Module(torch.nn.Module):
+        def forward(self, features, points):
+            return attend(features, points).aggregate
+
+    features, points, _, _ = inputs()
+    features, points = [f.detach() for f in features], points.detach()
+    program = torch.export.export(Module(), (features, points))
+    torch.testing.assert_close(program.module()(features, points), Module()(features, points))
+
+
+def test_flops_are_those_of_the_aggregation():
+    features, points, maps, gates = inputs()
+    with FlopCounterMode(display=False) as counter:
+        attend(features, points, maps, gates).aggregate.sum().backward()
+    forward = 6 * C * B * H * W * L * K
+    assert counter.get_total_flops() == 3 * forward
+
+
+def test_shapes_need_no_data():
+    features = [torch.empty(B, H + 2, W + 2, C, device="meta", dtype=torch.bfloat16)] * L
+    points = torch.empty(B, H, W, L, 3, K, device="meta", requires_grad=True)
+    out = attend(features, points)
+    assert out.aggregate.shape == (B, H, W, L, C)
+    assert out.aggregate.dtype == torch.bfloat16
+    assert out.coverage.shape == (B, H, W, L)
+    assert (out.kept.shape, out.kept.dtype) == ((B, L), torch.float64)
+    out.aggregate.sum().backward()
+    assert points.grad.shape == points.shape
