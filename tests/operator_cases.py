@@ -1,0 +1,150 @@
+"""Inputs for tests of the operator: made up in float64, with masks that rounding cannot flip.
+
+B batch · L referred layers · K sampled keys per layer and query · H,W grid · C channels
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kernels import Attended, attend, logistic_noise
+from kernels.reference import sample
+
+Size = tuple[int, int, int, int, int, int]  # B, H, W, L, K, C
+
+
+@dataclass
+class Inputs:
+    """Arguments of `attend`, and a gradient for each of its three results."""
+
+    features: list[Tensor]
+    points: Tensor
+    mask_maps: list[Tensor] | None
+    gates: Tensor | None
+    seeds: Tensor | None
+    temperature: float
+    cotangents: list[Tensor] = field(default_factory=list)
+
+    def to(self, dtype: torch.dtype) -> "Inputs":
+        """Features in this type, the rest in the type of the arithmetic that goes with it."""
+        rest = torch.float64 if dtype == torch.float64 else torch.float32
+        return Inputs(
+            [f.detach().to(dtype) for f in self.features],
+            self.points.detach().to(rest),
+            self.mask_maps and [m.detach().to(rest) for m in self.mask_maps],
+            None if self.gates is None else self.gates.detach().to(rest),
+            self.seeds,
+            self.temperature,
+            self.cotangents,
+        )
+
+    def leaves(self) -> dict[str, Tensor]:
+        """Everything that can have a gradient, by name."""
+        named = {f"features[{l}]": f for l, f in enumerate(self.features)}
+        named |= {f"mask_maps[{l}]": m for l, m in enumerate(self.mask_maps or ())}
+        named["points"] = self.points
+        if self.gates is not None:
+            named["gates"] = self.gates
+        return named
+
+    def attend(self, backend: str) -> Attended:
+        return attend(
+            self.features,
+            self.points,
+            self.mask_maps,
+            self.gates,
+            seeds=self.seeds,
+            temperature=self.temperature,
+            backend=backend,
+        )
+
+    def run(self, backend: str, wanted: set[str] | None = None) -> dict[str, Tensor]:
+        """Results and the gradients of those wanted (all of them by default), detached, by name."""
+        leaves = self.leaves()
+        wanted = leaves.keys() if wanted is None else wanted
+        for name, leaf in leaves.items():
+            leaf.requires_grad_(name in wanted)
+            leaf.grad = None
+        out = self.attend(backend)
+        if out.aggregate.requires_grad:
+            pairs = [
+                (o, c.to(o.dtype))
+                for o, c in zip(out, self.cotangents, strict=True)
+                if o.requires_grad
+            ]
+            torch.autograd.backward(*zip(*pairs, strict=True))
+        found = {name: result.detach() for name, result in out._asdict().items()}
+        return found | {f"∂{name}": leaf.grad for name, leaf in leaves.items()}
+
+
+def make(
+    size: Size,
+    *,
+    spread: float = 2.0,
+    masks: bool = True,
+    mask_sign: int = 0,
+    gates: list[float] | None = None,
+    seeds: bool = False,
+    seed: int = 0,
+) -> Inputs:
+    """Random inputs; offsets have the standard deviation `spread`, in pixels; mask logits all have
+    the sign `mask_sign` unless it is 0."""
+    B, H, W, L, K, C = size
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        # Multiples of 1/256, so that every type of arithmetic starts from the same numbers.
+        drawn = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return (drawn * 256).round() / 256
+
+    points = normal(B, H, W, L, 3, K)
+    offsets = points[..., :2, :]  # never whole numbers, where the derivative jumps
+    offsets.copy_((offsets * spread * 256).round() / 256 + 1 / 512)
+    drawn = [normal(B, H + 2, W + 2, C) for _ in range(L)]
+    maps = [normal(B, H + 2, W + 2, K) for _ in range(L)]
+    if mask_sign:
+        maps = [mask_sign * (m.abs() + 1 / 16) for m in maps]
+    return Inputs(
+        features=[f.bfloat16().double() for f in drawn],
+        points=points,
+        mask_maps=maps if masks else None,
+        gates=None if gates is None else torch.tensor(gates, dtype=torch.float64),
+        seeds=torch.randint(-(2**62), 2**62, (B,), generator=generator) if seeds else None,
+        temperature=0.7,
+        cotangents=[normal(B, H, W, L, C), normal(B, H, W, L), normal(B, L)],
+    )
+
+
+def margin(inputs: Inputs) -> float:
+    """How near a mask's logit comes to 0, where rounding could decide whether a key is open."""
+    if inputs.mask_maps is None:
+        return float("inf")
+    B, H, W, L, _, K = inputs.points.shape
+    points = inputs.points.detach()
+    grid = torch.stack(torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij"), -1)
+    logits = torch.stack(
+        [
+            torch.stack(
+                [
+                    sample(m.detach()[..., k : k + 1], grid + points[..., l, :2, k])[..., 0]
+                    for k in range(K)
+                ],
+                -1,
+            )
+            for l, m in enumerate(inputs.mask_maps)
+        ],
+        3,
+    )
+    if inputs.seeds is not None:
+        logits = logits + logistic_noise(inputs.seeds, H * W * L * K).view(B, H, W, L, K)
+    return logits.abs().min().item()
+
+
+def make_clear(size: Size, *, around: float = 1e-5, **options: object) -> Inputs:
+    """As `make`, from the first seed whose masks are all decided by more than this."""
+    for seed in range(100):
+        inputs = make(size, seed=seed, **options)
+        if margin(inputs) > around:
+            return inputs
+    raise AssertionError("no seed keeps the masks clear of 0")
