@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from acla import cli, config, training
-from acla.architecture import Architecture
+from acla.architecture import Architecture, for_task
 from acla.checkpoint import load_state, save_model, save_state, write_atomically
 from acla.config import ModelConfig, SearchConfig, Task
 from acla.cost import full_attention_flops
@@ -68,7 +68,7 @@ def plan_from_flags(args: argparse.Namespace, preset: str) -> Plan:
     """The search that the flags describe; the preset's unless they say otherwise."""
     task = config.task_from_flags(args) or Task()
     backbone = getattr(args, "backbone", "edsr")
-    model = config.override(config.model_preset(preset, task, backbone), args)
+    model = for_task(config.override(config.model_preset(preset, task, backbone), args), task)
     how = config.search_preset(preset, task, backbone)
     return Plan(task, model, config.override_length(how, args))
 

@@ -118,8 +118,13 @@ def choose_network(
     network = dataclasses.replace(
         size, attention=attention, keys=keys, positions=positions, scale=task.scale
     )
-    network = override(network, args)
+    return task, for_task(override(network, args), task)
+
+
+def for_task(network: ModelConfig, task: Task) -> ModelConfig:
+    """The network, if its pictures have as many channels as the task's may have. Raises
+    UsageError."""
     fixed = {"car": 1, "demosaic": 3}.get(task.name, network.channels)
     if network.channels != fixed:
         raise UsageError(f"--channels {network.channels}: {task.name} has {fixed} by its protocol")
-    return task, network
+    return network

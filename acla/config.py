@@ -318,7 +318,7 @@ def parse_positions(text: str) -> tuple[int, ...]:
 def add_flags(parser: argparse.ArgumentParser, kind: type, but: tuple[str, ...] = ()) -> None:
     """Add a flag for each field of a configuration, but for the named ones. A flag that is not
     given leaves no trace in the parsed arguments, so that a preset can fill it."""
-    group = parser.add_argument_group((kind.__doc__ or kind.__name__).splitlines()[0])
+    group = parser.add_argument_group((kind.__doc__ or kind.__name__).splitlines()[0].rstrip("."))
     for item in dataclasses.fields(kind):
         if item.metadata["help"] is None or item.name in but:
             continue

@@ -12,6 +12,7 @@ import train
 from acla.architecture import read_architecture
 from acla.checkpoint import load_model, load_state
 from acla.config import SearchConfig, Task
+from acla.errors import UsageError
 
 SMALL = ["--preset", "tiny", "--blocks", "3", "--width", "8", "--keys", "3"]
 SHORT = ["--batch", "2", "--patch", "16", "--steps", "8", "--epoch-steps", "2"]
@@ -113,6 +114,21 @@ def test_tau_falls_in_the_second_stage_only():
     assert taus[:6] == [2.0] * 6
     assert taus == sorted(taus, reverse=True)
     assert taus[-1] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--channels", "3"], "car has 1 by its protocol"),
+        (["--lambda", "-1"], "--lambda must be 0 or more"),
+        (["--resume"], "holds no supernet"),
+        (["--warmup", "1"], "--warmup must lie in"),
+    ],
+)
+def test_wrong_calls_say_what_to_do_and_leave_nothing(words, message):
+    with pytest.raises(UsageError, match=message):
+        search.main([*words, "--preset", "tiny"])
+    assert not Path("runs").exists()
 
 
 def test_weights_and_alpha_see_disjoint_pictures():
