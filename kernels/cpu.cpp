@@ -44,14 +44,14 @@ constexpr int kTile = 8;  // queries are worked on in tiles of 8 × 8, whose key
 
 template <class A>
 struct Entries {  // arrays; in a local copy the compiler sees that no write moves them
-  A *y, *x;                            // position, later within the four corners
-  A *f, *logit;                        // softmax over the keys; mask logit with its noise
-  A *slope_y, *slope_x;                // of the mask logit
-  A *open, *inside;                    // 1 where the mask is open; gate · f · share inside the image
-  A *w0, *w1, *w2, *w3;                // gate · f · the corner's share
-  A *f_gradient, *mask_gradient, *d;   // d [4]: gradient · feature at each corner
-  int64_t* corner;                     // of the upper left corner, in elements of the layer's image
-  int32_t *row, *column, *picked;      // row and column of that corner, border included
+  A *y, *x;                           // position, later within the four corners
+  A *f, *logit;                       // softmax over the keys; mask logit with its noise
+  A *slope_y, *slope_x;               // of the mask logit
+  A *open, *inside;                   // 1 where the mask is open; gate · f · share in the image
+  A *w0, *w1, *w2, *w3;               // gate · f · the corner's share; before, the mask's values
+  A *f_gradient, *mask_gradient, *d;  // d [4]: gradient · feature at each corner
+  int64_t* corner;                    // of the upper left corner, in elements of the layer's image
+  int32_t *row, *column, *picked;     // row and column of that corner, border included
 };
 
 template <class A>
@@ -88,7 +88,7 @@ void locate(const Problem& p, Tile<A>& tile, int begin, int end) {
   const Entries<A> at = tile.at;
   const A height = A(p.H), width = A(p.W);
   const int last_row = int(p.H) - 1, last_column = int(p.W) - 1, K = tile.K;
-    for (int q = begin; q < end; ++q) {
+  for (int q = begin; q < end; ++q) {
     const A* in = static_cast<const A*>(p.points) + tile.pair(p, q) * 3 * K;
     const A y = A(tile.y(q)), x = A(tile.x(q)), top = top_of(in + 2 * K, K);
 #pragma omp simd
@@ -232,7 +232,7 @@ void gather(const Problem& p, const Tile<A>& tile, const T* image, F&& sink) {
   });
 }
 
-// Adds to d, four dots to a key: the gradient's row with each corner's feature, of open or all keys.
+// Adds to d four dots a key, of the gradient's row with each corner's feature: open or all keys.
 template <class T, class A>
 void dots(const Problem& p, Tile<A>& tile, const T* image, bool all) {
   constexpr int lanes = kLanes<A>;
@@ -443,7 +443,7 @@ struct Share {
     const bool reads = gate != 0 && p.aggregate;
     read_all = reads && p.mask_maps && (p.grad_points || mask);
     read_open = reads && !read_all && (p.grad_points || p.grad_gates);
-    shut_gate = gate == 0 && p.grad_gates;   // its gradient is what the layer would have sent
+    shut_gate = gate == 0 && p.grad_gates;    // its gradient is what the layer would have sent
     flows = gate != 0 || kept_gradient != 0;  // else every other gradient is zero
   }
 };

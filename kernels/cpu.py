@@ -247,8 +247,10 @@ def cache_directory() -> Path:
     """$ACLA_CACHE, else the user's cache directory."""
     if os.environ.get("ACLA_CACHE"):
         return Path(os.environ["ACLA_CACHE"])
-    base = os.environ.get("XDG_CACHE_HOME")
-    return Path(base, "acla") if base else Path.home() / ".cache" / "acla"
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"], "acla")
+    home = os.path.expanduser("~")
+    return Path(os.devnull if home == "~" else home, ".cache", "acla")  # no home: nothing is kept
 
 
 def digest(path: Path) -> str:
@@ -258,13 +260,13 @@ def digest(path: Path) -> str:
 
 def run(command: list[str]) -> str:
     """The command's output; its errors are raised."""
-    done = subprocess.run(
-        command, check=True, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL
-    )
-    return done.stdout
+    quiet = {"capture_output": True, "stdin": subprocess.DEVNULL}
+    readable = {"encoding": "utf-8", "errors": "replace"}
+    return subprocess.run(command, check=True, timeout=600, **quiet, **readable).stdout
 
 
 def describe(error: Exception) -> str:
-    """The last line a failed command wrote, or the error itself."""
+    """The line in which a failed command names its error, its last one, or the error itself."""
     lines = (getattr(error, "stderr", None) or "").strip().splitlines()
-    return lines[-1] if lines else str(error)
+    errors = [line for line in lines if "error" in line]
+    return (errors or lines[-1:] or [str(error)])[0]

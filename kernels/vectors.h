@@ -80,8 +80,8 @@ inline void store(T* to, Vector<A> v, int count) {
     for (int i = 0; i < count; ++i) narrow(v[i], to[i]);
   } else if constexpr (std::is_same_v<T, bfloat16>) {
     const Words bits = bit_cast<Words>(v), number = bit_cast<Words>(v == v);
-    const Words rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
-    const Halves halves = __builtin_convertvector((rounded & number) | (0x7FC0 & ~number), Halves);
+    const Words rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
+    const Halves halves = __builtin_convertvector((rounded & number) | (0x7FC0u & ~number), Halves);
     std::memcpy(to, &halves, sizeof halves);
   } else {
     std::memcpy(to, &v, sizeof v);

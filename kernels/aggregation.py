@@ -1,0 +1,315 @@
+"""Sparse masked aggregation in Triton: weighted sums of the open keys' features, and back.
+
+B batch · L referred layers · K sampled keys per layer and query · H,W grid, N = H·W · C channels
+
+The plan (sampling.py) lists each query's keys, open ones first. A program owns a tile of queries
+times channels and goes through the lists together, to the longest: a closed key costs nothing but
+the wait for its neighbours. All sums are float32.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.autotune import Call, launch
+from kernels.bilinear import (
+    entries_of,
+    fill_up,
+    gate_of,
+    gather,
+    layer_of,
+    layers,
+    pointer_of,
+    reach,
+    share_of,
+    shares,
+    unit_of,
+    unpack,
+)
+from kernels.sampling import Plan, list_arguments, sort_by_pixel
+
+
+@triton.jit(do_not_specialize=["N", "L"])
+def _aggregate(
+    features,  # L × [B,H+2,W+2,C]
+    corner_ptr,  # [B,L,N,K], like dy, dx and weight
+    dy_ptr,
+    dx_ptr,
+    weight_ptr,
+    count_ptr,  # [B,L,N]
+    gates_ptr,  # [L], or None
+    out_ptr,  # [B,N,L,C]
+    strides,
+    N,
+    L,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Sum the open keys of BLOCK_N queries of one image on one layer, in BLOCK_C channels."""
+    CHUNKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    b = tl.program_id(2).to(tl.int64)
+    l = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) // CHUNKS * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    c = tl.program_id(0) % CHUNKS * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]  # [1,BLOCK_C]
+    pointer, image, row_stride, column_stride = layer_of(features, strides, l)
+    gate = gate_of(gates_ptr, l)
+    query = (b * L + l) * N + n
+    count = tl.load(count_ptr + query, mask=n < tl.where(gate != 0, N, 0), other=0)
+    total = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    for slot in range(tl.max(count, 0)):
+        open = slot < count  # [BLOCK_N]
+        entry = query * K + slot
+        row, column = unpack(tl.load(corner_ptr + entry, mask=open, other=0))
+        f = tl.load(weight_ptr + entry, mask=open, other=0.0)
+        dy = tl.load(dy_ptr + entry, mask=open, other=0.0)
+        dx = tl.load(dx_ptr + entry, mask=open, other=0.0)
+        s0, s1, s2, s3 = shares(dy, dx)
+        offset = (b * image + row * row_stride + column * column_stride)[:, None]
+        mask = open[:, None] & (c < C)
+        v0, v1, v2, v3 = gather(pointer, offset, c, row_stride, column_stride, mask, [1, UNIT])
+        total += (f * s0)[:, None] * v0 + (f * s1)[:, None] * v1
+        total += (f * s2)[:, None] * v2 + (f * s3)[:, None] * v3
+    at = out_ptr + ((((b * N + n) * L + l) * C)[:, None] + c)
+    tl.store(at, (gate * total).to(out_ptr.dtype.element_ty), mask=(n < N)[:, None] & (c < C))
+
+
+def aggregate(
+    features: Sequence[Tensor], plan: Plan, gates: Tensor | None, H: int, W: int
+) -> Tensor:
+    """s_l Σ_k m f x^l(p_i + Δp_ik) of Eq. 6, [B,H,W,L,C] of the features' type."""
+    B, L, N, K = plan.corner.shape
+    C = features[0].shape[-1]
+    tensors, strides = layers(features)
+    out = torch.empty(B, H, W, L, C, dtype=tensors[0].dtype, device=tensors[0].device)
+    arguments = {
+        "features": tensors,
+        **list_arguments(plan),
+        "gates_ptr": gates,
+        "out_ptr": out,
+        "strides": strides,
+        **{"N": N, "L": L, "K": K, "C": C, "UNIT": unit_of(tensors)},
+    }
+    launch(Call(_aggregate, arguments, (N, L, B)))
+    return out
+
+
+@triton.jit(do_not_specialize=["N", "L"])
+def _dots(
+    features,  # L × [B,H+2,W+2,C]
+    corner_ptr,  # [B,L,N,K]
+    count_ptr,  # [B,L,N]
+    gates_ptr,  # [L], or None
+    grad_ptr,  # [B,N,L,C]
+    out_ptr,  # [B,L,N,K,4]
+    strides,
+    N,
+    L,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    CLOSED: tl.constexpr,
+    SHUT: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Multiply the gradient with the features at each key's four corners, for BLOCK_N queries of
+    one image on one layer and all channels."""
+    b = tl.program_id(2).to(tl.int64)
+    l = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    pointer, image, row_stride, column_stride = layer_of(features, strides, l)
+    gate = gate_of(gates_ptr, l)
+    query = (b * L + l) * N + n
+    count = tl.load(count_ptr + query, mask=n < N, other=0)
+    limit = tl.where(n < N, reach(count, gate, K, CLOSED, SHUT), 0)
+    grad_at = grad_ptr + (((b * N + n) * L + l) * C)[:, None]
+    for slot in range(tl.max(limit, 0)):
+        valid = slot < limit  # [BLOCK_N]
+        entry = query * K + slot
+        row, column = unpack(tl.load(corner_ptr + entry, mask=valid, other=0))
+        offset = (b * image + row * row_stride + column * column_stride)[:, None]
+        d0 = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+        d1, d2, d3 = d0, d0, d0
+        for begin in range(0, C, BLOCK_C):
+            c = begin + tl.arange(0, BLOCK_C)[None, :]  # [1,BLOCK_C]
+            mask = valid[:, None] & (c < C)
+            grad = tl.load(grad_at + c, mask=mask, other=0.0).to(tl.float32)
+            v0, v1, v2, v3 = gather(pointer, offset, c, row_stride, column_stride, mask, [1, UNIT])
+            d0 += grad * v0
+            d1 += grad * v1
+            d2 += grad * v2
+            d3 += grad * v3
+        out_at = out_ptr + entry * 4
+        tl.store(out_at, tl.sum(d0, 1), mask=valid)
+        tl.store(out_at + 1, tl.sum(d1, 1), mask=valid)
+        tl.store(out_at + 2, tl.sum(d2, 1), mask=valid)
+        tl.store(out_at + 3, tl.sum(d3, 1), mask=valid)
+
+
+def dots(
+    features: Sequence[Tensor],
+    plan: Plan,
+    gates: Tensor | None,
+    grad: Tensor,
+    closed: bool,
+    shut: bool,
+) -> Tensor:
+    """Products of the gradient [B,H,W,L,C] with the feature at each key's corners, [B,L,N,K,4]
+    float32: all that the gradients of offsets, logits, masks and gates need of the features.
+    Written as far as `bilinear.reach` says."""
+    B, L, N, K = plan.corner.shape
+    tensors, strides = layers(features)
+    out = torch.empty(B, L, N, K, 4, dtype=torch.float32, device=grad.device)
+    arguments = {
+        "features": tensors,
+        "corner_ptr": plan.corner,
+        "count_ptr": plan.count,
+        "gates_ptr": gates,
+        "grad_ptr": grad,
+        "out_ptr": out,
+        "strides": strides,
+        **{"N": N, "L": L, "K": K, "C": grad.shape[-1], "CLOSED": closed, "SHUT": shut},
+        "UNIT": unit_of(tensors),
+    }
+    launch(Call(_dots, arguments, (N, L, B)))
+    return out
+
+
+@triton.jit(do_not_specialize=["N", "L", "H", "W"])
+def _scatter(
+    corner_ptr,  # [B,L,N,K], like dy, dx and weight
+    dy_ptr,
+    dx_ptr,
+    weight_ptr,
+    count_ptr,  # [B,L,N]
+    gates_ptr,  # [L], or None
+    grad_ptr,  # [B,N,L,C]
+    outs,  # L × [B,H+2,W+2,C] float32, zeros to add to
+    N,
+    L,
+    H,
+    W,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Add the gradients of BLOCK_N queries of one image on one layer to the corners of their open
+    keys, in BLOCK_C channels. The order of the additions varies."""
+    CHUNKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    b = tl.program_id(2).to(tl.int64)
+    l = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) // CHUNKS * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    c = tl.program_id(0) % CHUNKS * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]  # [1,BLOCK_C]
+    pointer = pointer_of(outs, l)
+    gate = gate_of(gates_ptr, l)
+    query = (b * L + l) * N + n
+    count = tl.load(count_ptr + query, mask=n < tl.where(gate != 0, N, 0), other=0)
+    grad_at = grad_ptr + ((((b * N + n) * L + l) * C)[:, None] + c)
+    grad = tl.load(grad_at, mask=(count > 0)[:, None] & (c < C), other=0.0).to(tl.float32)
+    grad *= gate
+    for slot in range(tl.max(count, 0)):
+        open = slot < count  # [BLOCK_N]
+        entry = query * K + slot
+        row, column = unpack(tl.load(corner_ptr + entry, mask=open, other=0))
+        f = tl.load(weight_ptr + entry, mask=open, other=0.0)
+        dy = tl.load(dy_ptr + entry, mask=open, other=0.0)
+        dx = tl.load(dx_ptr + entry, mask=open, other=0.0)
+        s0, s1, s2, s3 = shares(dy, dx)
+        at = pointer + ((((b * (H + 2) + row) * (W + 2) + column) * C)[:, None] + c)
+        below = at + (W + 2).to(tl.int64) * C
+        mask = open[:, None] & (c < C)
+        tl.atomic_add(at, (f * s0)[:, None] * grad, mask=mask, sem="relaxed")
+        tl.atomic_add(at + C, (f * s1)[:, None] * grad, mask=mask, sem="relaxed")
+        tl.atomic_add(below, (f * s2)[:, None] * grad, mask=mask, sem="relaxed")
+        tl.atomic_add(below + C, (f * s3)[:, None] * grad, mask=mask, sem="relaxed")
+
+
+def scatter(plan: Plan, gates: Tensor | None, grad: Tensor) -> list[Tensor]:
+    """The features' gradients L × [B,H+2,W+2,C], float32, added atomically: the last bits vary from
+    run to run. grad [B,H,W,L,C], contiguous."""
+    B, H, W, L, C = grad.shape
+    size, device = (B, H + 2, W + 2, C), grad.device
+    outs = [torch.zeros(size, dtype=torch.float32, device=device) for _ in range(L)]
+    arguments = {
+        **list_arguments(plan),
+        "gates_ptr": gates,
+        "grad_ptr": grad,
+        "outs": fill_up(outs),
+        **{"N": H * W, "L": L, "H": H, "W": W, "K": plan.corner.shape[-1], "C": C},
+    }
+    launch(Call(_scatter, arguments, (H * W, L, B)))
+    return outs
+
+
+@triton.jit(do_not_specialize=["N", "L", "W"])
+def _sum_rows(
+    order_ptr,  # [B·L·N·K] int64, entries sorted by their corner's pixel
+    first_ptr,  # [L·B·(H+2)·(W+2) + 1] int64, where in it the entries of each pixel begin
+    dy_ptr,  # [B,L,N,K], like dx and weight
+    dx_ptr,
+    weight_ptr,
+    gates_ptr,  # [L], or None
+    grad_ptr,  # [B,N,L,C]
+    outs,  # L × [B,H+2,W+2,C] float32
+    N,
+    L,
+    W,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Sum, in a fixed order, what the open keys send to one pixel of a feature, in BLOCK_C
+    channels."""
+    CHUNKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    l = tl.program_id(1).to(tl.int64)
+    pixel = (tl.program_id(0) // CHUNKS).to(tl.int64)  # of [B,H+2,W+2]
+    of_all = l * (tl.num_programs(0) // CHUNKS) + pixel
+    c = tl.program_id(0) % CHUNKS * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]  # [1,BLOCK_C]
+    total = tl.zeros([1, BLOCK_C], tl.float32)
+    for corner in tl.static_range(4):
+        begin, end = entries_of(first_ptr, of_all, corner, W)
+        for e in range(begin, end, BLOCK_E):
+            at = e + tl.arange(0, BLOCK_E)  # [BLOCK_E]
+            valid = at < end
+            entry = tl.load(order_ptr + at, mask=valid, other=0)
+            query = entry // K  # (b·L + l)·N + n
+            f = tl.load(weight_ptr + entry, mask=valid, other=0.0)
+            f *= share_of(dy_ptr, dx_ptr, entry, valid, corner)
+            grad_row = (query // N // L * N + query % N) * L + l
+            mask = valid[:, None] & (c < C)
+            grad = tl.load(grad_ptr + ((grad_row * C)[:, None] + c), mask=mask, other=0.0)
+            total += tl.sum(f[:, None] * grad.to(tl.float32), 0)[None, :]
+    gate = gate_of(gates_ptr, l)
+    tl.store(pointer_of(outs, l) + (pixel * C + c), gate * total, mask=c < C)
+
+
+def sum_rows(plan: Plan, gates: Tensor | None, grad: Tensor) -> list[Tensor]:
+    """As `scatter`, but every sum in one order: the same bits in every run."""
+    B, H, W, L, C = grad.shape
+    K = plan.corner.shape[-1]
+    listed = torch.arange(K, device=grad.device) < plan.count.unsqueeze(-1)  # [B,L,N,K]
+    if gates is not None:
+        listed &= (gates != 0).view(L, 1, 1)
+    order, first = sort_by_pixel(plan, H, W, listed)
+    size, device = (B, H + 2, W + 2, C), grad.device
+    outs = [torch.empty(size, dtype=torch.float32, device=device) for _ in range(L)]
+    lists = list_arguments(plan)
+    arguments = {
+        "order_ptr": order,
+        "first_ptr": first,
+        **{name: lists[name] for name in ("dy_ptr", "dx_ptr", "weight_ptr")},
+        "gates_ptr": gates,
+        "grad_ptr": grad,
+        "outs": fill_up(outs),
+        **{"N": H * W, "L": L, "W": W, "K": K, "C": C},
+    }
+    launch(Call(_sum_rows, arguments, (B * (H + 2) * (W + 2), L, 1), rows_block=None))
+    return outs

@@ -1,0 +1,250 @@
+"""What the Triton rooms share: layers in tuples, positions, bilinear corners, the mask's noise.
+
+B batch · L referred layers · K sampled keys per layer and query · H,W grid, N = H·W · C channels
+offsets are (dy, dx) in pixels, y first
+
+Rows have a one-pixel border, so that the four corners of a position clamped to [-1,H] × [-1,W] lie
+inside the tensor: no bounds are checked and nothing outside is touched. Corners are numbered 0 at
+(row, column), 1 to its right, 2 below it, 3 below and to the right.
+"""
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+VECTOR = 16  # bytes that one thread loads at once
+
+
+def layers(tensors: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[tuple[int, ...], ...]]:
+    """L tensors [B,H+2,W+2,·] as kernel arguments: themselves and their strides (image, row,
+    column), once if they agree. Copies only what is not dense in its last dimension, or if types
+    differ."""
+    tensors = [tensor.detach() for tensor in tensors]
+    if len({tensor.dtype for tensor in tensors}) > 1:
+        tensors = [tensor.float() for tensor in tensors]
+    tensors = [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]
+    strides = [tensor.stride()[:3] for tensor in tensors]
+    return fill_up(tensors), fill_up(strides[:1] if len(set(strides)) == 1 else strides)
+
+
+def fill_up(items: Sequence) -> tuple:
+    """A tuple of a power of two: the last item is repeated. So a supernet of 32 modules compiles
+    six kernels, not 32."""
+    return (*items, *[items[-1]] * (triton.next_power_of_2(len(items)) - len(items)))
+
+
+def unit_of(tensors: Sequence[Tensor]) -> int:
+    """Elements that divide where every row starts: 16 bytes' worth, or 1. (Whether the tensor
+    itself starts at a multiple of 16 bytes, Triton finds out.)"""
+    width = VECTOR // tensors[0].element_size()
+    for tensor in tensors:
+        strides = zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True)
+        if any(stride % width for stride, size in strides if size > 1):
+            return 1
+    return width
+
+
+@triton.jit
+def wide(number):
+    """A run-time argument as int64. (Inside a tuple Triton makes a stride of 1 a constant.)"""
+    return tl.full([], number, tl.int64)
+
+
+@triton.jit
+def pointer_of(tensors, l):
+    """Address of layer l, which is searched: a kernel indexes a tuple by constants only.
+
+    (A table of addresses would have to be copied to the device, which no CUDA graph can capture.)
+    """
+    pointer = tensors[0]
+    for i in tl.static_range(1, len(tensors)):
+        pointer = tl.where(l == i, tensors[i], pointer)
+    return pointer
+
+
+@triton.jit
+def layer_of(tensors, strides, l):
+    """Address and strides (image, row, column) of layer l."""
+    image = wide(strides[0][0])
+    row = wide(strides[0][1])
+    column = wide(strides[0][2])
+    for i in tl.static_range(1, len(strides)):
+        image = tl.where(l == i, wide(strides[i][0]), image)
+        row = tl.where(l == i, wide(strides[i][1]), row)
+        column = tl.where(l == i, wide(strides[i][2]), column)
+    return pointer_of(tensors, l), image, row, column
+
+
+@triton.jit
+def gate_of(gates_ptr, l):
+    """s_l as float32, 1 without gates."""
+    gate = tl.full([], 1.0, tl.float32)
+    if gates_ptr is not None:
+        gate = tl.load(gates_ptr + l).to(tl.float32)
+    return gate
+
+
+@triton.jit
+def reach(count, gate, K: tl.constexpr, CLOSED: tl.constexpr, SHUT: tl.constexpr):
+    """How many entries of each list need dots: the open keys of an open layer, the closed ones too
+    if CLOSED (the masks' gradient); and the open keys of a shut layer if SHUT (the gate's)."""
+    of_open = count
+    if CLOSED:
+        of_open = tl.full(count.shape, K, tl.int32)
+    of_shut = tl.zeros(count.shape, tl.int32)
+    if SHUT:
+        of_shut = count
+    return tl.where(gate != 0, of_open, of_shut)
+
+
+@triton.jit
+def points_of(points_ptr, strides, b, n, l, key, W):
+    """Address of the keys' dy, and the queries' own y and x. The tiles are n's times key's."""
+    y = n // W
+    x = n % W
+    query = y.to(tl.int64) * wide(strides[1]) + x.to(tl.int64) * wide(strides[2])
+    layer = b * wide(strides[0]) + l * wide(strides[3])
+    at = points_ptr + (layer + query + key.to(tl.int64) * wide(strides[5]))
+    return at, y.to(tl.float32), x.to(tl.float32)
+
+
+@triton.jit
+def locate(y, x, H, W):
+    """Row and column of corner 0, border included, and (dy, dx) within the four corners."""
+    height = H.to(tl.float32)
+    width = W.to(tl.float32)
+    y = tl.where(y > -1, y, -1.0)  # NaN is outside
+    x = tl.where(x > -1, x, -1.0)
+    y = tl.where(y < height, y, height)
+    x = tl.where(x < width, x, width)
+    y0 = tl.minimum(tl.floor(y), height - 1)
+    x0 = tl.minimum(tl.floor(x), width - 1)
+    return y0.to(tl.int32) + 1, x0.to(tl.int32) + 1, y - y0, x - x0
+
+
+@triton.jit
+def pack(row, column):
+    """A corner as one int64: its row in the upper half, its column in the lower."""
+    return (row.to(tl.int64) << 32) | column.to(tl.int64)
+
+
+@triton.jit
+def unpack(corner):
+    """Row and column of a packed corner, int64."""
+    return corner >> 32, corner.to(tl.int32).to(tl.int64)
+
+
+@triton.jit
+def gather(pointer, offset, c, row, column, mask, UNIT: tl.constexpr):
+    """The values at the four corners, float32: of channels c of the pixels at an offset (corner 0),
+    with the strides of rows and columns.
+
+    A run of channels starts at a multiple of UNIT (one number a dimension) at each corner. The
+    compiler cannot know, and must be told of each sum where it is made, to load 16 bytes at once.
+    """
+    v0 = tl.load(pointer + tl.multiple_of(offset + c, UNIT), mask=mask, other=0.0)
+    offset1 = offset + column
+    v1 = tl.load(pointer + tl.multiple_of(offset1 + c, UNIT), mask=mask, other=0.0)
+    offset2 = offset + row
+    v2 = tl.load(pointer + tl.multiple_of(offset2 + c, UNIT), mask=mask, other=0.0)
+    offset3 = offset1 + row
+    v3 = tl.load(pointer + tl.multiple_of(offset3 + c, UNIT), mask=mask, other=0.0)
+    return v0.to(tl.float32), v1.to(tl.float32), v2.to(tl.float32), v3.to(tl.float32)
+
+
+@triton.jit
+def shares(dy, dx):
+    """The corners' weights, whose sum is 1."""
+    return (1 - dy) * (1 - dx), (1 - dy) * dx, dy * (1 - dx), dy * dx
+
+
+@triton.jit
+def share_of(dy_ptr, dx_ptr, entry, valid, CORNER: tl.constexpr):
+    """The weight of one corner in some entries of a plan, 0 where not valid."""
+    dy = tl.load(dy_ptr + entry, mask=valid, other=0.0)
+    dx = tl.load(dx_ptr + entry, mask=valid, other=0.0)
+    along_y = dy if CORNER >= 2 else 1 - dy
+    along_x = dx if CORNER % 2 else 1 - dx
+    return tl.where(valid, along_y * along_x, 0.0)
+
+
+@triton.jit
+def entries_of(first_ptr, pixel, CORNER: tl.constexpr, W):
+    """Begin and end, in the sorted order, of the entries whose corner CORNER is this pixel.
+
+    Rows of pixels follow each other: a step left of a row's first, or up from an image's, meets
+    the last column or row of another, where no entry has its corner 0.
+    """
+    above = W.to(tl.int64) + 2
+    start = pixel - (CORNER % 2) - (CORNER // 2) * above
+    exists = start >= 0
+    begin = tl.load(first_ptr + start, mask=exists, other=0)
+    return begin, tl.load(first_ptr + start + 1, mask=exists, other=0)
+
+
+@triton.jit
+def blend(v0, v1, v2, v3, dy, dx):
+    """The bilinear value of four corners and its slopes in y and x."""
+    value = (1 - dy) * ((1 - dx) * v0 + dx * v1) + dy * ((1 - dx) * v2 + dx * v3)
+    slope_y = (1 - dx) * (v2 - v0) + dx * (v3 - v1)
+    slope_x = (1 - dy) * (v1 - v0) + dy * (v3 - v2)
+    return value, slope_y, slope_x
+
+
+@triton.jit
+def inside(row, column, H, W):
+    """1 for each of the corners that is a pixel, 0 for each on the border."""
+    up = tl.where(row >= 1, 1.0, 0.0)
+    low = tl.where(row < H, 1.0, 0.0)
+    left = tl.where(column >= 1, 1.0, 0.0)
+    right = tl.where(column < W, 1.0, 0.0)
+    return up * left, up * right, low * left, low * right
+
+
+@triton.jit
+def logistic_noise(seed, counter):
+    """Draw number `counter` (int64) of a seed (`reference.logistic_noise`, Eq. 7)."""
+    low = counter.to(tl.uint32)
+    zero = tl.zeros_like(low)
+    word, _, _, _ = tl.philox(seed, low, (counter >> 32).to(tl.uint32), zero, zero)
+    u = ((word >> 9).to(tl.float32) + 0.5) * (1.0 / 8388608)  # 23 bits, in (0, 1)
+    return tl.log(u) - tl.log(1 - u)
+
+
+@triton.jit
+def mask_logit(maps, map_strides, seeds_ptr, b, l, n, key, row, column, dy, dx, valid, L, K):
+    """β + noise of the keys, whose sign is the mask (Eq. 7 and 8), and β's slopes in y and x.
+
+    n [BLOCK_N,1]; everything else but the scalars [BLOCK_N,BLOCK_K].
+    """
+    pointer, image, row_stride, column_stride = layer_of(maps, map_strides, l)
+    offset = b * image + row * row_stride + column * column_stride
+    v0, v1, v2, v3 = gather(pointer, offset, key, row_stride, column_stride, valid, [1, 1])
+    logit, slope_y, slope_x = blend(v0, v1, v2, v3, dy, dx)
+    if seeds_ptr is not None:
+        counter = (n.to(tl.int64) * L + l) * K + key  # in [H,W,L,K]
+        logit += logistic_noise(tl.load(seeds_ptr + b), counter)
+    return logit, slope_y, slope_x
+
+
+@triton.jit
+def decide(
+    points_ptr, maps, seeds_ptr, points_strides, map_strides, b, l, n, key, valid, H, W, L, K
+):
+    """Where the keys lie (row, column, dy, dx), which are open, and the address of their dy.
+
+    n [BLOCK_N,1], key [1,BLOCK_K]; results [BLOCK_N,BLOCK_K].
+    """
+    at, y, x = points_of(points_ptr, points_strides, b, n, l, key, W)
+    y += tl.load(at, mask=valid, other=0.0).to(tl.float32)
+    x += tl.load(at + wide(points_strides[4]), mask=valid, other=0.0).to(tl.float32)
+    row, column, dy, dx = locate(y, x, H, W)
+    open = valid
+    if maps is not None:
+        logit, _, _ = mask_logit(
+            maps, map_strides, seeds_ptr, b, l, n, key, row, column, dy, dx, valid, L, K
+        )
+        open = valid & (logit > 0)
+    return row, column, dy, dx, open, at

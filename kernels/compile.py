@@ -1,0 +1,259 @@
+"""Compile every Triton kernel ahead of time, without a GPU: `python -m kernels.compile`.
+
+Every kernel, in every configuration of autotune.py, for each named GPU: its registers, spills,
+shared memory and widest load. The exit status is 1 if a kernel spills, or if the gathers do not
+load 16 bytes at a time.
+"""
+
+import argparse
+import importlib.util
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from kernels import autotune
+
+# The name → Triton's backend and architecture, and the lanes of a warp.
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+GATHERS = {"_aggregate": 4, "_dots": 5}  # wide loads to a tile: four corners, and the gradient
+WIDE = autotune.VECTOR
+TYPES = {
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+LAYERS, KEYS, CHANNELS = 2, 16, (64, 256)
+NVIDIA_WIDTHS = {"128": 16, "64": 8, "": 4, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+AMD_WIDTHS = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2, "short": 2}
+
+
+class Job(NamedTuple):
+    """One compilation, in terms that travel between processes."""
+
+    kernel: str
+    module: str
+    variant: str  # what tells it from the kernel's other launches
+    target: str
+    config: autotune.Config
+    signature: dict[str, Any]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], list]
+    wide_loads: int  # that a thread must do; 0 where the width does not matter
+
+
+class Row(NamedTuple):
+    """What came of it."""
+
+    target: str
+    kernel: str
+    variant: str
+    rows: int
+    channels: int
+    warps: int
+    registers: int
+    spills: int  # bytes on NVIDIA, registers on AMD
+    shared: int  # bytes
+    load: int  # bytes of the widest load; of a gather's feature loads, all of them
+    problem: str
+
+
+def jobs(targets: Sequence[str], quick: bool) -> list[Job]:
+    """All compilations without repetition. Quick: only each kernel's default, at the most
+    channels."""
+    found: dict[tuple, Job] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for C in CHANNELS[-1:] if quick else CHANNELS:
+            inputs = autotune.problem((1, 4, 4, C, LAYERS, KEYS), dtype, "cpu")
+            for call in autotune.trace(inputs, run=False):
+                for target in targets:
+                    configs = autotune.candidates(call, TARGETS[target][2])
+                    for config in configs[:1] if quick else configs:
+                        job = describe(call, target, config)
+                        key = (job.kernel, str(job.signature), str(job.constants), target, config)
+                        found.setdefault(key, job)
+    return list(found.values())
+
+
+def describe(call: autotune.Call, target: str, config: autotune.Config) -> Job:
+    """A launch as Triton's compiler is told of it, specialised as the launch would be."""
+    lanes = TARGETS[target][2]
+    blocks = call.blocks(config, lanes)
+    values = {**call.arguments, **blocks}
+    signature, constants, attributes = {}, {}, {}
+
+    def type_of(value: Any, path: tuple[int, ...]) -> Any:
+        if isinstance(value, tuple):
+            return tuple(type_of(v, (*path, i)) for i, v in enumerate(value))
+        if isinstance(value, torch.Tensor):
+            if value.data_ptr() % 16 == 0:
+                attributes[path] = [["tt.divisibility", 16]]
+            return f"*{TYPES[value.dtype]}"
+        if isinstance(value, float):
+            return "fp32"
+        if isinstance(value, int) and len(path) == 1:
+            return "i32"  # not specialised
+        if isinstance(value, int) and value != 1:
+            if value % 16 == 0:
+                attributes[path] = [["tt.divisibility", 16]]
+            return "i32"
+        constants[path] = value
+        return "constexpr"
+
+    for index, parameter in enumerate(call.kernel.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr:
+            constants[(index,)] = value
+            signature[parameter.name] = "constexpr"
+        else:
+            signature[parameter.name] = type_of(value, (index,))
+    variant = ""
+    wide_loads = 0
+    if "BLOCK_C" in blocks:
+        C, dtype = values["C"], call.dtype
+        variant = f"{TYPES[dtype]} C{C}"
+        share = blocks["BLOCK_C"] * blocks.get("BLOCK_N", 0) * dtype.itemsize
+        whole = share // (lanes * config.warps * WIDE)  # wide loads of a tile to a thread
+        if values.get("UNIT", 1) > 1:  # else rows start anywhere, and narrow loads are right
+            wide_loads = GATHERS.get(call.name, 0) * whole
+    elif "key_ptr" in values:
+        variant = "forward" if values["key_ptr"] is None else "backward"
+    if values.get("grad_mask_ptr") is not None:
+        variant = "ordered"
+    fn = call.kernel.fn
+    name = (fn.__name__, fn.__module__, variant, target, config)
+    return Job(*name, signature, constants, attributes, wide_loads)
+
+
+def compile_job(job: Job) -> Row:
+    """Compile and read registers, spills and load widths from what came out."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(importlib.import_module(job.module), job.kernel)
+    source = ASTSource(kernel, job.signature, job.constants, job.attributes)
+    options = {"num_warps": job.config.warps, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget(*TARGETS[job.target]), options=options)
+    if "cubin" in compiled.asm:
+        registers, spills, widths = read_nvidia(compiled.asm["cubin"])
+    else:
+        registers, spills, widths = read_amd(compiled.asm["amdgcn"])
+    load = max(widths, default=0)
+    if job.wide_loads and widths[WIDE] < job.wide_loads:
+        load = max((width for width in widths if width < WIDE), default=0)
+    problems = [f"spills {spills}"] if spills else []
+    if job.wide_loads and load < WIDE:
+        problems.append(f"loads {load} bytes at a time")
+    return Row(
+        *(job.target, job.kernel.strip("_"), job.variant, *job.config, registers, spills),
+        *(compiled.metadata.shared, load, " and ".join(problems)),
+    )
+
+
+def read_nvidia(cubin: bytes) -> tuple[int, int, Counter[int]]:
+    """Registers, spilled bytes, and how many loads there are of each width in bytes."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", "--dump-sass", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    usage = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    loads = re.findall(r"\bLDG\.E((?:\.\w+)*)", text)
+    widths = (set(load.split(".")) & NVIDIA_WIDTHS.keys() - {""} for load in loads)
+    counted = Counter(NVIDIA_WIDTHS[next(iter(width), "")] for width in widths)
+    return usage["REG"], usage["STACK"] + usage["LOCAL"], counted
+
+
+def read_amd(text: str) -> tuple[int, int, Counter[int]]:
+    """The same from the assembly; spills are in registers."""
+    numbers = {k: int(v) for k, v in re.findall(r"\.([a-z_]+_count):\s+(\d+)", text)}
+    loads = re.findall(r"\b(?:global|buffer|flat)_load_([a-z0-9]+)", text)
+    spills = numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"]
+    return numbers["vgpr_count"], spills, Counter(AMD_WIDTHS.get(load, 1) for load in loads)
+
+
+def compile_all(todo: Sequence[Job], workers: int) -> list[Row]:
+    """Compile in several processes, with a cache directory that is thrown away."""
+    with tempfile.TemporaryDirectory(prefix="compile-") as cache:
+        context = multiprocessing.get_context("spawn")  # processes that have not imported Triton
+        with ProcessPoolExecutor(workers, context, set_cache, (cache,)) as pool:
+            return list(pool.map(compile_job, todo))
+
+
+def set_cache(directory: str) -> None:
+    """Tell a process, before it imports Triton, where to keep what it compiles."""
+    os.environ["TRITON_CACHE_DIR"] = directory
+
+
+def table(rows: Sequence[NamedTuple]) -> str:
+    """Aligned columns under the fields' names."""
+    lines = [rows[0]._fields, *([str(value) for value in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = ("  ".join(v.ljust(w) for v, w in zip(row, widths, strict=True)) for row in lines)
+    return "\n".join(line.rstrip() for line in padded)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m kernels.compile", description=__doc__)
+    known = ",".join(TARGETS)
+    parser.add_argument("--target", default=known, help=f"GPUs, comma-separated (default: {known})")
+    parser.add_argument(
+        "--quick", action="store_true", help="only each kernel's default configuration, C 256"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="processes (default: one a processor)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the rows here too; - is the output")
+    options = parser.parse_args(arguments)
+    options.target = options.target.split(",")
+    unknown = set(options.target) - TARGETS.keys()
+    if unknown:
+        parser.error(f"unknown target {', '.join(sorted(unknown))}; known: {known}")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    options = parse(arguments)
+    if importlib.util.find_spec("triton") is None:
+        print("Triton is not installed: nothing to compile", file=sys.stderr)
+        return 1
+    from triton import knobs
+
+    if knobs.runtime.interpret:
+        print("TRITON_INTERPRET is set: the interpreter compiles nothing", file=sys.stderr)
+        return 1
+    rows = compile_all(jobs(options.target, options.quick), options.workers)
+    text = json.dumps([row._asdict() for row in rows], indent=1)
+    if options.json == "-":
+        print(text)
+    else:
+        print(table(rows))
+        if options.json:
+            Path(options.json).write_text(text + "\n", encoding="utf-8")
+    bad = [row for row in rows if row.problem]
+    for row in bad:
+        name = " ".join(map(str, row[: Row._fields.index("registers")]))
+        print(f"{name}: {row.problem}", file=sys.stderr)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

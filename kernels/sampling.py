@@ -1,0 +1,440 @@
+"""Offset sampling in Triton: from points and mask maps to each query's list of open keys, and back.
+
+B batch · L referred layers · K sampled keys per layer and query · H,W grid, N = H·W
+offsets are (dy, dx) in pixels, y first
+
+Nothing here touches a feature: 1×1 convolutions and bilinear sampling are linear, so M(x(p)) is a
+sample of the map M(x) at p. What the gather needs of a key is its corner, its place (dy, dx) within
+the four corners, and its weight f.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.accounting import tally
+from kernels.autotune import Call, launch
+from kernels.bilinear import (
+    blend,
+    decide,
+    entries_of,
+    fill_up,
+    gate_of,
+    inside,
+    layers,
+    mask_logit,
+    pack,
+    pointer_of,
+    points_of,
+    reach,
+    share_of,
+    shares,
+    unpack,
+    wide,
+)
+
+
+class Plan(NamedTuple):
+    """The keys of each query, open ones first: entry (b, l, n, slot) of the lists [B,L,N,K].
+
+    For the forward pass only open keys of open layers are written; for the backward pass all, with
+    the key's number.
+    """
+
+    corner: Tensor  # int64: row of corner 0 in the upper half, its column in the lower
+    dy: Tensor  # float32, within the four corners
+    dx: Tensor  # float32
+    weight: Tensor  # float32, f of Eq. 6
+    key: Tensor | None  # int32
+    count: Tensor  # [B,L,N] int32, open keys
+
+
+@triton.jit(do_not_specialize=["H", "W", "L"])
+def _plan(
+    points_ptr,  # [B,H,W,L,3,K]
+    maps,  # L × [B,H+2,W+2,K], or None
+    gates_ptr,  # [L], or None
+    seeds_ptr,  # [B], or None
+    corner_ptr,  # [B,L,N,K], like dy, dx, weight and key
+    dy_ptr,
+    dx_ptr,
+    weight_ptr,
+    key_ptr,  # None in the forward pass
+    count_ptr,  # [B,L,N]
+    coverage_ptr,  # [B,N,L], or None
+    kept_ptr,  # [B,L], or None
+    points_strides,
+    map_strides,
+    H,
+    W,
+    L,
+    K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Decide, weigh and list all keys of BLOCK_N queries of one image on one layer."""
+    b = tl.program_id(2).to(tl.int64)
+    l = tl.program_id(1).to(tl.int64)
+    N = H * W
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]  # [BLOCK_N,1]
+    key = tl.arange(0, BLOCK_K)[None, :]  # [1,BLOCK_K]
+    valid = (n < N) & (key < K)  # [BLOCK_N,BLOCK_K], like all tiles below
+    gate = gate_of(gates_ptr, l)
+
+    row, column, dy, dx, open, at = decide(
+        points_ptr, maps, seeds_ptr, points_strides, map_strides, b, l, n, key, valid, H, W, L, K
+    )
+    rank = tl.cumsum(open.to(tl.int32), 1)  # open keys up to and with this one
+    count = tl.sum(open.to(tl.int32), 1)[:, None]  # [BLOCK_N,1]
+    if kept_ptr is not None:
+        tally(kept_ptr + b * L + l, open)
+
+    covered = tl.zeros([BLOCK_N, 1], tl.float32)
+    if (gate != 0) | (key_ptr is not None):
+        logit_at = at + 2 * wide(points_strides[4])
+        f = tl.load(logit_at, mask=valid, other=-float("inf")).to(tl.float32)
+        f = tl.where(n < N, f, 0.0)  # rows past the end must not divide by 0
+        f = tl.exp(f - tl.max(f, 1)[:, None])
+        f = f / tl.sum(f, 1)[:, None]
+        if coverage_ptr is not None:
+            i0, i1, i2, i3 = inside(row, column, H, W)
+            share, _, _ = blend(i0, i1, i2, i3, dy, dx)
+            covered = gate * tl.sum(tl.where(open, f * share, 0.0), 1)[:, None]
+        slot = tl.where(open, rank - 1, count + key - rank)
+        entry = ((b * L + l) * N + n) * K + slot
+        written = open
+        if key_ptr is not None:
+            written = valid
+            tl.store(key_ptr + entry, tl.broadcast_to(key, [BLOCK_N, BLOCK_K]), mask=written)
+        tl.store(corner_ptr + entry, pack(row, column), mask=written)
+        tl.store(dy_ptr + entry, dy, mask=written)
+        tl.store(dx_ptr + entry, dx, mask=written)
+        tl.store(weight_ptr + entry, f, mask=written)
+    tl.store(count_ptr + (b * L + l) * N + n, count, mask=n < N)
+    if coverage_ptr is not None:
+        tl.store(coverage_ptr + (b * N + n) * L + l, covered, mask=n < N)
+
+
+def sample(
+    points: Tensor,
+    mask_maps: Sequence[Tensor] | None,
+    gates: Tensor | None,
+    seeds: Tensor | None,
+) -> tuple[Plan, Tensor, Tensor]:
+    """The forward pass's plan, coverage [B,H,W,L] float32 and kept [B,L] float64."""
+    B, H, W, L, _, _ = points.shape
+    plan = empty_plan(points, with_keys=False)
+    coverage = torch.empty(B, H, W, L, dtype=torch.float32, device=points.device)
+    kept = torch.zeros(B, L, dtype=torch.float64, device=points.device)
+    launch_plan(points, mask_maps, gates, seeds, plan, coverage, kept)
+    return plan, coverage, kept
+
+
+def resample(
+    points: Tensor,
+    mask_maps: Sequence[Tensor] | None,
+    gates: Tensor | None,
+    seeds: Tensor | None,
+) -> Plan:
+    """The backward pass's plan: closed keys and layers too, with the keys' numbers."""
+    plan = empty_plan(points, with_keys=True)
+    launch_plan(points, mask_maps, gates, seeds, plan, None, None)
+    return plan
+
+
+def empty_plan(points: Tensor, with_keys: bool) -> Plan:
+    """Room for the lists; what is not written is not read."""
+    B, H, W, L, _, K = points.shape
+
+    def room(dtype: torch.dtype) -> Tensor:
+        return torch.empty(B, L, H * W, K, dtype=dtype, device=points.device)
+
+    count = torch.empty(B, L, H * W, dtype=torch.int32, device=points.device)
+    real = torch.float32
+    key = room(torch.int32) if with_keys else None
+    return Plan(room(torch.int64), room(real), room(real), room(real), key, count)
+
+
+def launch_plan(
+    points: Tensor,
+    mask_maps: Sequence[Tensor] | None,
+    gates: Tensor | None,
+    seeds: Tensor | None,
+    plan: Plan,
+    coverage: Tensor | None,
+    kept: Tensor | None,
+) -> None:
+    """Fill the plan and, where given, coverage and kept."""
+    B, H, W, L, _, K = points.shape
+    maps, map_strides = (None, None) if mask_maps is None else layers(mask_maps)
+    arguments = {
+        "points_ptr": points.detach(),
+        "maps": maps,
+        "gates_ptr": gates,
+        "seeds_ptr": seeds,
+        **list_arguments(plan),
+        "key_ptr": plan.key,
+        "coverage_ptr": coverage,
+        "kept_ptr": kept,
+        "points_strides": points.stride(),
+        "map_strides": map_strides,
+        **{"H": H, "W": W, "L": L, "K": K},
+    }
+    launch(Call(_plan, arguments, (H * W, L, B)))
+
+
+def list_arguments(plan: Plan) -> dict[str, Tensor]:
+    """The plan's lists by the names that kernels give them."""
+    names = ("corner_ptr", "dy_ptr", "dx_ptr", "weight_ptr", "count_ptr")
+    lists = (plan.corner, plan.dy, plan.dx, plan.weight, plan.count)
+    return dict(zip(names, lists, strict=True))
+
+
+class Wanted(NamedTuple):
+    """What a backward pass must find, and how."""
+
+    features: bool
+    points: bool
+    maps: bool
+    gates: bool
+    closed: bool  # dots of closed keys too
+    ordered: bool  # every sum in a fixed order
+
+
+@triton.jit(do_not_specialize=["temperature", "H", "W", "L"])
+def _spread(
+    points_ptr,  # [B,H,W,L,3,K]
+    maps,  # L × [B,H+2,W+2,K], or None
+    gates_ptr,  # [L], or None
+    seeds_ptr,  # [B], or None
+    corner_ptr,  # [B,L,N,K], like dy, dx, weight and key
+    dy_ptr,
+    dx_ptr,
+    weight_ptr,
+    key_ptr,
+    count_ptr,  # [B,L,N]
+    dots_ptr,  # [B,L,N,K,4], or None for zeros
+    grad_coverage_ptr,  # [B,N,L], or None for zeros
+    grad_kept_ptr,  # [B,L], or None for zeros
+    grad_points_ptr,  # [B,N,L,3,K], or None
+    grad_maps,  # L × [B,H+2,W+2,K] float32, zeros to add to, or None
+    grad_mask_ptr,  # [B,L,N,K], or None
+    grad_gates_ptr,  # [B,L,N], each query's share, or None
+    points_strides,
+    map_strides,
+    temperature,
+    H,
+    W,
+    L,
+    K: tl.constexpr,
+    CLOSED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Turn dots into the gradients of offsets, logits, masks and gate: all keys of BLOCK_N queries
+    of one image on one layer. The order of the additions to grad_maps varies."""
+    b = tl.program_id(2).to(tl.int64)
+    l = tl.program_id(1).to(tl.int64)
+    N = H * W
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]  # [BLOCK_N,1]
+    slot = tl.arange(0, BLOCK_K)[None, :]  # [1,BLOCK_K]
+    valid = (n < N) & (slot < K)  # [BLOCK_N,BLOCK_K], like all tiles below
+    gate = gate_of(gates_ptr, l)
+    query = (b * L + l) * N + n
+    entry = query * K + slot
+    count = tl.load(count_ptr + query, mask=n < N, other=0)  # [BLOCK_N,1]
+    open = tl.where(slot < count, 1.0, 0.0)
+    row, column = unpack(tl.load(corner_ptr + entry, mask=valid, other=0))
+    dy = tl.load(dy_ptr + entry, mask=valid, other=0.0)
+    dx = tl.load(dx_ptr + entry, mask=valid, other=0.0)
+    f = tl.load(weight_ptr + entry, mask=valid, other=0.0)
+    key = tl.load(key_ptr + entry, mask=valid, other=0)
+
+    d0 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    d1, d2, d3 = d0, d0, d0
+    if dots_ptr is not None:
+        known = valid & (slot < reach(count, gate, K, CLOSED, grad_gates_ptr is not None))
+        at = dots_ptr + entry * 4
+        d0 = tl.load(at, mask=known, other=0.0)
+        d1 = tl.load(at + 1, mask=known, other=0.0)
+        d2 = tl.load(at + 2, mask=known, other=0.0)
+        d3 = tl.load(at + 3, mask=known, other=0.0)
+    if grad_coverage_ptr is not None:
+        at = grad_coverage_ptr + (b * N + n) * L + l
+        covered = tl.load(at, mask=n < N, other=0.0).to(tl.float32)
+        i0, i1, i2, i3 = inside(row, column, H, W)
+        d0 += covered * i0
+        d1 += covered * i1
+        d2 += covered * i2
+        d3 += covered * i3
+    dot, dot_y, dot_x = blend(d0, d1, d2, d3, dy, dx)  # of the gradient with the sample
+    sent = tl.sum(open * f * dot, 1)[:, None]  # [BLOCK_N,1], the gate's gradient
+    if grad_gates_ptr is not None:
+        tl.store(grad_gates_ptr + query, sent, mask=n < N)
+
+    grad_y = gate * open * f * dot_y
+    grad_x = gate * open * f * dot_x
+    if maps is not None:
+        logit, slope_y, slope_x = mask_logit(
+            maps, map_strides, seeds_ptr, b, l, n, key, row, column, dy, dx, valid, L, K
+        )
+        e = tl.exp(-tl.abs(logit) / temperature)
+        slope = e / ((1 + e) * (1 + e) * temperature)  # of the sigmoid: straight-through
+        grad_mask = gate * f * dot
+        if grad_kept_ptr is not None:
+            grad_mask += tl.load(grad_kept_ptr + b * L + l).to(tl.float32)
+        grad_mask *= slope
+        grad_y += grad_mask * slope_y
+        grad_x += grad_mask * slope_x
+        if grad_mask_ptr is not None:
+            tl.store(grad_mask_ptr + entry, grad_mask, mask=valid)
+        if grad_maps is not None:
+            down = (W + 2).to(tl.int64) * K
+            pixel = (b * (H + 2) + row) * (W + 2) + column
+            at = pointer_of(grad_maps, l) + (pixel * K + key)
+            s0, s1, s2, s3 = shares(dy, dx)
+            tl.atomic_add(at, grad_mask * s0, mask=valid, sem="relaxed")
+            tl.atomic_add(at + K, grad_mask * s1, mask=valid, sem="relaxed")
+            tl.atomic_add(at + down, grad_mask * s2, mask=valid, sem="relaxed")
+            tl.atomic_add(at + (down + K), grad_mask * s3, mask=valid, sem="relaxed")
+    if grad_points_ptr is not None:
+        at, y, x = points_of(points_ptr, points_strides, b, n, l, key, W)
+        y += tl.load(at, mask=valid, other=0.0).to(tl.float32)
+        x += tl.load(at + wide(points_strides[4]), mask=valid, other=0.0).to(tl.float32)
+        # Farther out, moving changes nothing.
+        grad_y = tl.where((y >= -1) & (y <= H), grad_y, 0.0)
+        grad_x = tl.where((x >= -1) & (x <= W), grad_x, 0.0)
+        at = grad_points_ptr + (((b * N + n) * L + l) * 3 * K + key)
+        tl.store(at, grad_y, mask=valid)
+        tl.store(at + K, grad_x, mask=valid)
+        tl.store(at + 2 * K, gate * f * (open * dot - sent), mask=valid)
+
+
+def spread(
+    points: Tensor,
+    mask_maps: Sequence[Tensor] | None,
+    gates: Tensor | None,
+    seeds: Tensor | None,
+    temperature: float,
+    plan: Plan,
+    dots: Tensor | None,
+    grad_coverage: Tensor | None,
+    grad_kept: Tensor | None,
+    wanted: Wanted,
+) -> tuple[Tensor | None, list[Tensor] | None, Tensor | None]:
+    """Gradients of points (contiguous), of all mask maps L × [B,H+2,W+2,K], both float32, and of
+    the gates [L], float64; None where not wanted. `dots` is the result of `aggregation.dots`."""
+    B, H, W, L, _, K = points.shape
+    maps, map_strides = (None, None) if mask_maps is None else layers(mask_maps)
+
+    def room(wanted: bool, *shape: int) -> Tensor | None:
+        return torch.empty(shape, dtype=torch.float32, device=points.device) if wanted else None
+
+    grad_points = room(wanted.points, *points.shape)
+    grad_maps = None
+    if wanted.maps and not wanted.ordered:
+        size, real, device = (B, H + 2, W + 2, K), torch.float32, points.device
+        grad_maps = [torch.zeros(size, dtype=real, device=device) for _ in range(L)]
+    grad_mask = room(wanted.maps and wanted.ordered, B, L, H * W, K)
+    grad_gates = room(wanted.gates, B, L, H * W)
+    arguments = {
+        "points_ptr": points.detach(),
+        "maps": maps,
+        "gates_ptr": gates,
+        "seeds_ptr": seeds,
+        **list_arguments(plan),
+        "key_ptr": plan.key,
+        "dots_ptr": dots,
+        "grad_coverage_ptr": grad_coverage,
+        "grad_kept_ptr": grad_kept,
+        "grad_points_ptr": grad_points,
+        "grad_maps": grad_maps and fill_up(grad_maps),
+        "grad_mask_ptr": grad_mask,
+        "grad_gates_ptr": grad_gates,
+        "points_strides": points.stride(),
+        "map_strides": map_strides,
+        "temperature": float(temperature),
+        **{"H": H, "W": W, "L": L, "K": K, "CLOSED": wanted.closed},
+    }
+    launch(Call(_spread, arguments, (H * W, L, B)))
+    if grad_mask is not None:
+        grad_maps = sum_maps(plan, grad_mask, H, W)
+    return grad_points, grad_maps, None if grad_gates is None else grad_gates.double().sum((0, 2))
+
+
+@triton.jit(do_not_specialize=["W"])
+def _sum_maps(
+    order_ptr,  # [B·L·N·K] int64, entries sorted by their corner's pixel
+    first_ptr,  # [L·B·(H+2)·(W+2) + 1] int64, where in it the entries of each pixel begin
+    dy_ptr,  # [B,L,N,K], like dx, key and grad_mask
+    dx_ptr,
+    key_ptr,
+    grad_mask_ptr,
+    outs,  # L × [B,H+2,W+2,K] float32
+    W,
+    K: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Sum, in a fixed order, what the keys send to one pixel of a mask map."""
+    l = tl.program_id(1)
+    pixel = tl.program_id(0).to(tl.int64)  # of [B,H+2,W+2]
+    of_all = l.to(tl.int64) * tl.num_programs(0) + pixel
+    key = tl.arange(0, BLOCK_K)[None, :]  # [1,BLOCK_K]
+    total = tl.zeros([BLOCK_K], tl.float32)
+    for corner in tl.static_range(4):
+        begin, end = entries_of(first_ptr, of_all, corner, W)
+        for e in range(begin, end, BLOCK_E):
+            at = e + tl.arange(0, BLOCK_E)  # [BLOCK_E]
+            valid = at < end
+            entry = tl.load(order_ptr + at, mask=valid, other=0)
+            share = share_of(dy_ptr, dx_ptr, entry, valid, corner)
+            sent = share * tl.load(grad_mask_ptr + entry, mask=valid, other=0.0)
+            channel = tl.load(key_ptr + entry, mask=valid, other=0)
+            total += tl.sum(tl.where(channel[:, None] == key, sent[:, None], 0.0), 0)
+    at = pointer_of(outs, l) + (pixel * K + tl.arange(0, BLOCK_K))
+    tl.store(at, total, mask=tl.arange(0, BLOCK_K) < K)
+
+
+def sum_maps(plan: Plan, grad_mask: Tensor, H: int, W: int) -> list[Tensor]:
+    """The mask maps' gradients L × [B,H+2,W+2,K] from the keys' own [B,L,N,K], each sum in a fixed
+    order."""
+    B, L, _, K = grad_mask.shape
+    order, first = sort_by_pixel(plan, H, W)
+    size, device = (B, H + 2, W + 2, K), grad_mask.device
+    outs = [torch.empty(size, dtype=torch.float32, device=device) for _ in range(L)]
+    lists = list_arguments(plan)
+    arguments = {
+        "order_ptr": order,
+        "first_ptr": first,
+        "dy_ptr": lists["dy_ptr"],
+        "dx_ptr": lists["dx_ptr"],
+        "key_ptr": plan.key,
+        "grad_mask_ptr": grad_mask,
+        "outs": fill_up(outs),
+        **{"W": W, "K": K},
+    }
+    launch(Call(_sum_maps, arguments, (B * (H + 2) * (W + 2), L, 1), rows_block=None))
+    return outs
+
+
+def sort_by_pixel(
+    plan: Plan, H: int, W: int, listed: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The plan's entries in the order of their corner's pixel in [L,B,H+2,W+2], and where in it
+    each pixel begins. `listed` [B,L,N,K]: the entries to take; None means all. Equal pixels keep
+    their order."""
+    B, L, _, _ = plan.corner.shape
+    device = plan.corner.device
+    image = torch.arange(L, device=device) * B + torch.arange(B, device=device).unsqueeze(1)
+    row, column = plan.corner >> 32, plan.corner & 0xFFFFFFFF
+    pixel = (image.view(B, L, 1, 1) * (H + 2) + row) * (W + 2) + column
+    pixels = L * B * (H + 2) * (W + 2)
+    if listed is not None:
+        pixel = pixel.where(listed, pixels)
+    pixel, order = pixel.flatten().sort(stable=True)
+    return order, torch.searchsorted(pixel, torch.arange(pixels + 1, device=device))

@@ -1,0 +1,145 @@
+"""Tile sizes and their choice, with a timer that needs no GPU."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from kernels import autotune
+
+ROOT = Path(__file__).resolve().parents[1]
+BAD_TILE = '{"GPU": {"_plan float32": [32, 0, 4], "key": [24, 0, 4]}}'
+CPU_SIZE = (1, 4, 4, 64, 2, 16)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Nobody's saved choices but those of the test."""
+    monkeypatch.setenv("ACLA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(autotune, "REPOSITORY_COPY", tmp_path / "repository.json")
+    autotune.choose.cache_clear()
+    yield
+    autotune.choose.cache_clear()
+
+
+@pytest.fixture
+def calls():
+    return autotune.trace(autotune.problem(CPU_SIZE, torch.bfloat16, "cpu"), run=False)
+
+
+def find(calls, name):
+    return next(call for call in calls if call.name == name)
+
+
+def test_a_trace_launches_every_kernel_and_runs_none(calls):
+    assert {call.name for call in calls} == set(autotune.CONFIGS)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_without_a_saved_choice_the_first_configuration_is_taken(calls):
+    for call in calls:
+        chosen = autotune.choose("GPU", call.name, autotune.call_key(call))
+        assert chosen == autotune.CONFIGS[call.name][0]
+
+
+def test_the_fastest_is_chosen_and_a_tie_goes_to_the_first(calls):
+    seen = []
+
+    def timer(run):  # microseconds, or anything
+        _, (config, _) = run.func, run.args
+        seen.append(config)
+        return abs(config.warps - 8)
+
+    chosen = autotune.tune(calls, 32, timer)
+    for call in calls:
+        config = autotune.Config(*chosen[autotune.call_key(call)])
+        listed = autotune.candidates(call, 32)
+        least = min(abs(other.warps - 8) for other in listed)
+        assert config == next(c for c in listed if abs(c.warps - 8) == least)
+    assert set(seen) >= set(autotune.CONFIGS["_plan"])
+
+
+def test_a_kernel_that_is_launched_twice_is_timed_as_a_whole(calls):
+    times = iter([5, 1, 5, 1, 1, 1, 9, 9])  # configuration by configuration, forward and backward
+    plans = [call for call in calls if call.name == "_plan"][:2]
+    chosen = autotune.tune(plans, 32, lambda run: next(times))
+    assert list(chosen.values()) == [list(autotune.CONFIGS["_plan"][2])]
+
+
+def test_choices_are_saved_and_the_users_come_first(calls, tmp_path):
+    call = find(calls, "_aggregate")
+    key = autotune.call_key(call)
+    assert key == "aggregate bfloat16 K16 C64 small"
+    autotune.save_choices(autotune.REPOSITORY_COPY, "GPU", {key: [32, 32, 4], "other": [8, 64, 2]})
+    assert autotune.choose("GPU", call.name, key) == (32, 32, 4)
+    assert autotune.choose("another GPU", call.name, key) == autotune.CONFIGS[call.name][0]
+    autotune.save_choices(autotune.user_copy(), "GPU", {key: [16, 128, 4]})
+    assert autotune.choose("GPU", call.name, key) == (16, 128, 4)
+    autotune.save_choices(autotune.REPOSITORY_COPY, "Another", {key: [16, 64, 4]})
+    saved = json.loads(autotune.REPOSITORY_COPY.read_text())
+    assert saved["GPU"] == {key: [32, 32, 4], "other": [8, 64, 2]}
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".json"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[1]", '{"GPU": [1]}', '{"GPU": {"key": [1, 2]}}', BAD_TILE]
+)
+def test_a_file_that_is_no_table_is_ignored(calls, text):
+    autotune.user_copy().parent.mkdir(parents=True)
+    autotune.user_copy().write_text(text)
+    assert autotune.choose("GPU", "_plan", "key") == autotune.CONFIGS["_plan"][0]
+
+
+@pytest.mark.parametrize("lanes", [32, 64])
+@pytest.mark.parametrize(
+    ("dtype", "C"), [(torch.float32, 8), (torch.float32, 96), (torch.bfloat16, 64)]
+)
+def test_every_thread_of_a_gather_loads_sixteen_bytes(lanes, dtype, C):
+    inputs = autotune.problem((1, 4, 4, C, 2, 4), dtype, "cpu")
+    for call in autotune.trace(inputs, run=False):
+        if call.name in ("_aggregate", "_dots", "_scatter"):
+            for config in autotune.CONFIGS[call.name]:
+                tile = call.blocks(config, lanes)
+                size = tile["BLOCK_N"] * tile["BLOCK_C"] * dtype.itemsize
+                assert size >= 16 * lanes * config.warps
+
+
+@pytest.mark.parametrize(
+    ("C", "most", "block"),
+    [(1, 64, 1), (3, 64, 4), (24, 64, 32), (96, 64, 32), (256, 64, 64), (40, 64, 16)],
+)
+def test_channel_blocks_leave_few_lanes_idle(C, most, block):
+    assert autotune.channel_block(C, most) == block
+
+
+def test_choices_do_not_depend_on_the_pictures_height_and_width(calls):
+    keys = {autotune.call_key(call) for call in calls}
+    other = autotune.trace(autotune.problem((1, 5, 7, 64, 2, 16), torch.bfloat16, "cpu"), run=False)
+    assert {autotune.call_key(call) for call in other} == keys
+
+
+def test_the_grid_covers_everything_once(calls):
+    call = find(calls, "_aggregate")._replace(grid=(35, 2, 3))
+    call.arguments["C"] = 96
+    tile = call.blocks(autotune.Config(16, 64, 1), 32)
+    assert tile == {"BLOCK_N": 16, "BLOCK_C": 32}
+    assert call.programs(tile) == (3 * 3, 2, 3)
+    sums = find(calls, "_sum_maps")._replace(grid=(50, 1, 1))
+    assert sums.programs(sums.blocks(autotune.Config(16, 0, 1), 32)) == (50, 1, 1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_explains_itself(capsys):
+    assert autotune.main([]) == 1
+    assert "There is no GPU" in capsys.readouterr().err
+
+
+def test_show_needs_no_gpu():
+    command = [sys.executable, "-m", "kernels.autotune", "--show"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "aggregate: (16, 64, 4)" in done.stdout

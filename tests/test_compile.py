@@ -1,0 +1,80 @@
+"""Ahead-of-time compilation, which needs no GPU."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from kernels import autotune, compile
+
+
+def gather_job(target="sm_80", dtype=torch.float32, config=None):
+    """The compilation of the gather's default, or of another configuration."""
+    calls = autotune.trace(autotune.problem((1, 4, 4, 64, 2, 16), dtype, "cpu"), run=False)
+    call = next(call for call in calls if call.name == "_aggregate")
+    return compile.describe(call, target, config or autotune.CONFIGS["_aggregate"][0])
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_three_gpus_without_spills_or_narrow_loads(capsys):
+    assert compile.main(["--quick", "--json", "-"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    names = {name.strip("_") for name in autotune.CONFIGS}
+    pairs = {(row["kernel"], row["target"]) for row in rows}
+    assert pairs == {(name, target) for name in names for target in compile.TARGETS}
+    gathers = [row for row in rows if row["kernel"] in ("aggregate", "dots")]
+    assert {row["load"] for row in gathers} == {16}
+    assert not any(row["spills"] for row in rows)
+    assert all(0 < row["registers"] <= 255 for row in rows)
+
+
+@pytest.mark.slow
+def test_strides_of_one_compile_too():
+    calls = autotune.trace(autotune.problem((1, 1, 1, 1, 3, 1), torch.float32, "cpu"), run=False)
+    for call in calls:
+        config = autotune.CONFIGS[call.name][0]
+        assert compile.compile_job(compile.describe(call, "sm_90", config)).registers > 0
+
+
+def test_the_full_list_holds_every_configuration():
+    todo = compile.jobs(["sm_80"], quick=False)
+    compiled = {(job.kernel, job.config) for job in todo}
+    for kernel, configs in autotune.CONFIGS.items():
+        assert {config for name, config in compiled if name == kernel} == set(configs)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_narrow_loads_are_found(target):
+    job = gather_job(target)
+    assert compile.compile_job(job).problem == ""
+    addresses = {path: a for path, a in job.attributes.items() if len(path) == 1}
+    row = compile.compile_job(job._replace(attributes=addresses))  # features may start anywhere
+    assert row.load < 16
+    assert "bytes at a time" in row.problem
+
+
+def test_spills_are_found():
+    row = compile.compile_job(gather_job(config=autotune.Config(128, 64, 1)))
+    assert row.spills > 0
+    assert "spills" in row.problem
+
+
+def test_a_problem_is_named_and_fails(monkeypatch, capsys):
+    good = compile.Row("sm_80", "aggregate", "fp32 C64", 16, 64, 4, 72, 0, 0, 16, "")
+    bad = good._replace(target="gfx942", spills=3, problem="spills 3")
+    monkeypatch.setattr(compile, "jobs", lambda targets, quick: [])
+    monkeypatch.setattr(compile, "compile_all", lambda todo, workers: [good, bad])
+    assert compile.main([]) == 1
+    shown = capsys.readouterr()
+    assert shown.err == "gfx942 aggregate fp32 C64 16 64 4: spills 3\n"
+    assert shown.out.splitlines()[0].split() == list(compile.Row._fields)
+    assert len(shown.out.splitlines()) == 3
+
+
+def test_unknown_targets_are_refused(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        compile.main(["--target", "sm_80,voodoo"])
+    assert stopped.value.code == 2
+    assert "unknown target voodoo; known: sm_80,sm_90,gfx942" in capsys.readouterr().err
