@@ -306,8 +306,8 @@ def show() -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command's flags."""
     parser = argparse.ArgumentParser(
         prog="python -m kernels.autotune", description="Find the fastest tiles for this GPU."
     )
@@ -316,7 +316,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--out", type=Path, default=user_copy(), help="where to save (default: %(default)s)"
     )
     parser.add_argument("--show", action="store_true", help="print the choices and stop")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    options = parse(arguments)
     if options.show:
         print(show())
         return 0

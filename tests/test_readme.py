@@ -10,9 +10,11 @@ import pytest
 import evaluate
 import search
 import train
+from kernels import autotune, bench, compile
 
 TEXT = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 SCRIPTS = {"train.py": train, "search.py": search, "evaluate.py": evaluate}
+MODULES = {f"kernels.{m.__name__.split('.')[1]}": m for m in (autotune, bench, compile)}
 
 
 def blocks(language: str) -> list[str]:
@@ -24,7 +26,8 @@ def commands() -> list[list[str]]:
     lines = [line for block in blocks("sh") for line in block.splitlines()]
     calls = [call for line in lines for call in line.split("&&")]
     words = [shlex.split(call, comments=True) for call in calls]
-    return [w for w in words if len(w) > 1 and w[0] == "python" and w[1] in SCRIPTS]
+    called = [[w[0], *w[2:]] if w[1:2] == ["-m"] else w for w in words]
+    return [w for w in called if len(w) > 1 and w[0] == "python" and w[1] in SCRIPTS | MODULES]
 
 
 def test_the_example_runs():
@@ -37,7 +40,7 @@ def test_the_example_runs():
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_commands_are_understood(words):
-    SCRIPTS[words[1]].parse(words[2:])
+    (SCRIPTS | MODULES)[words[1]].parse(words[2:])
 
 
 def test_the_two_commands_are_there():
