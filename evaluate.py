@@ -254,7 +254,9 @@ def score_set(
     """A row for each picture, one in memory at a time; processes divide the pictures."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     rows = {}
-    for path in progress(paths[rank::world], desc=str(task), unit="picture", disable=rank > 0):
+    for path in progress(
+        paths[rank::world], desc=str(task), unit="picture", disable=rank > 0 or None
+    ):
         clean = load(path)
         try:
             start = time.perf_counter()

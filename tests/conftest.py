@@ -11,7 +11,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts are modules too
-torch.set_num_threads(2)
+THREADS = 2
 with torch.device("meta"):
     torch.empty(0)  # torch notes its constructors at the first use, which must be the real ones
 
@@ -27,6 +27,12 @@ def empty_holds_nan(monkeypatch: pytest.MonkeyPatch) -> None:
             return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
 
     monkeypatch.setattr(torch, "empty", filled)
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> None:
+    """Every test begins with as many threads, whatever the one before did: bits depend on them."""
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="session")

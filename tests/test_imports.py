@@ -49,7 +49,7 @@ KERNEL_PACKAGES = {"torch", "triton", "numpy", "kernels"}
 # The benchmark times whole networks and a rival; it is a command, and nothing imports it.
 BENCH_PACKAGES = KERNEL_PACKAGES | {"acla", "torchvision"}
 # Inside kernels: the operator reaches its backends; they never see each other or the reference.
-BACKENDS = {"reference", "cpu", "sampling", "aggregation", "accounting"}
+BACKENDS = {"reference", "cpu", "bags", "gpu", "sampling", "aggregation", "accounting"}
 
 
 def imported(path: Path) -> set[str]:
@@ -102,7 +102,7 @@ def test_kernels_stand_alone(path):
     tops = {name.split(".")[0] for name in names} - sys.stdlib_module_names
     assert tops <= (BENCH_PACKAGES if path.stem == "bench" else KERNEL_PACKAGES)
     assert "kernels.bench" not in names
-    if path.stem in BACKENDS & {"reference", "cpu"}:
+    if path.stem in {"reference", "cpu", "bags"}:
         others = {f"kernels.{name}" for name in BACKENDS} - {f"kernels.{path.stem}"}
         assert not names & others
 

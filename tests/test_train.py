@@ -1,6 +1,7 @@
 """train.py as a user calls it."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -69,7 +70,9 @@ def test_a_resumed_run_equals_a_straight_one_to_the_bit(words):
 def test_a_killed_run_resumes_to_the_bit():
     words = [*SMALL, *SHORT, "--steps", "40", "--validate", "3"]
     command = [sys.executable, ROOT / "train.py", *words, "--out", "killed"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    quiet = {"stderr": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+    process = subprocess.Popen(command, env=threads, **quiet)
     state = Path("killed/state.safetensors")
     while not state.is_file() and process.poll() is None:
         time.sleep(0.01)
