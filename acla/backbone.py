@@ -112,7 +112,9 @@ class Backbone(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.recompute = False  # attention keeps its inputs only: less memory for a little time
+        self.sample_limit = (
+            math.inf
+        )  # bytes; above, attention is computed again in the backward pass
         width, channels = config.width, config.channels
         self.sub_mean = MeanShift(channels, -1)
         self.head = nn.Sequential(convolution(channels, width))
@@ -176,10 +178,12 @@ class Backbone(nn.Module):
         return self.add_mean(restored), kept
 
     def run_attention(self, position: str, *given: object) -> tuple[Tensor, Tensor]:
-        """Run one module; where `recompute` is set it saves its inputs alone for the backward
-        pass."""
-        module = self.attention[position]
-        if self.recompute and torch.is_grad_enabled():
+        """Run one module. Where the samples of all modules would pass the limit, it saves its
+        inputs alone and is run again in the backward pass."""
+        module, modules = self.attention[position], len(self.attention)
+        query = given[0]
+        samples = query.numel() * query.element_size() * modules * (modules + 1) // 2
+        if samples > self.sample_limit and torch.is_grad_enabled():
             return checkpoint(module, *given, use_reentrant=False, preserve_rng_state=False)
         return module(*given)
 

@@ -238,8 +238,8 @@ def search_preset(preset: str, task: Task, backbone: str = "edsr") -> SearchConf
             return SearchConfig(steps=10_000, epoch_steps=100, rate=4e-4, alpha_rate=5e-3, lam=lam)
         case "tiny":
             return SearchConfig(
-                steps=600,
-                epoch_steps=50,
+                steps=480,
+                epoch_steps=40,
                 batch=4,
                 patch=24,
                 rate=1e-3,

@@ -13,6 +13,8 @@ from acla.config import ModelConfig
 from acla.cost import attention_flops
 from acla.gate import expected_gates
 
+SAMPLE_LIMIT = 256 * 2**20  # bytes
+
 
 class Supernet(nn.Module):
     """A backbone with attention behind every block and α [J], one an insert position, which starts
@@ -25,7 +27,7 @@ class Supernet(nn.Module):
         super().__init__()
         everywhere = tuple(range(1, config.blocks + 1))
         self.backbone = Backbone(replace(config, positions=everywhere))
-        self.backbone.recompute = True  # every module's samples at once would be gigabytes
+        self.backbone.sample_limit = SAMPLE_LIMIT
         # w of Eq. 14; the mean shifts are fixed.
         self.weights = [p for p in self.backbone.parameters() if p.requires_grad]
         self.alpha = nn.Parameter(torch.zeros(config.blocks))

@@ -126,3 +126,19 @@ def test_modules_draw_different_noise():
     assert position_seeds(None, 3) is None
     drawn = {tuple(position_seeds(seeds, p).tolist()) for p in range(1, 40)}
     assert len(drawn) == 39
+
+
+@pytest.mark.parametrize("limit", [0, float("inf")], ids=["recomputed", "kept"])
+def test_recomputing_changes_no_gradient(limit):
+    grads = []
+    for each in (limit, float("inf")):
+        net = random_supernet()
+        net.backbone.sample_limit = each
+        gates = draw_gates(net.alpha, 3, 1.0)
+        restored, kept = net(torch.linspace(0, 1, 40).view(2, 1, 5, 4).double(), gates)
+        (restored.square().sum() + net.cost(kept, 20).log()).backward()
+        grads.append([p.grad for p in net.parameters()])
+    for ours, theirs in zip(*grads, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
