@@ -92,6 +92,8 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError(f"--predictions {args.predictions}: there is no such folder")
     if args.json not in (None, "-") and not Path(args.json).parent.is_dir():
         raise UsageError(f"--json {args.json}: there is no folder {Path(args.json).parent}")
+    if args.json not in (None, "-") and Path(args.json).is_dir():
+        raise UsageError(f"--json {args.json}: that is a folder; name a file in it")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -312,10 +314,10 @@ def publish(results: list[dict[str, Any]], method: Method, where: str | None) ->
     if where == "-":
         print(text)
         return
-    if where:
-        Path(where).write_text(text + "\n", encoding="utf-8")
     for result in results:
         print(table(method.label, result))
+    if where:
+        Path(where).write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

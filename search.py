@@ -39,9 +39,11 @@ class Plan:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     device = cli.pick_device(args.device)
+    cli.require_one_process()
     state = training.open_run(args.out, STATE, args.resume)
     if state is None:
         plan = plan_from_flags(args, cli.pick_preset(args.preset, device))
+        cli.tell_of_sample(args)
         search(plan, args, device)
     else:
         tensors, progress = load_state(state)
@@ -86,12 +88,13 @@ def search(
     """Both stages, from the start or from a state: weights alone, then weights and α in turn.
     Writes the state and a row of the log after every epoch, and at the end what was found."""
     how, out = plan.search, args.out
+    flags = progress["flags"] if progress else {"preset": args.preset}
     for_weights, for_alpha = search_sets(how.train_set, args.data)
     data = {"weights": training.digest(for_weights), "alpha": training.digest(for_alpha)}
     channels = plan.model.channels
     samplers = [
         PatchSampler(
-            Pictures(paths), plan.task, how.patch, how.batch, how.seed + kind, channels=channels
+            Pictures(paths), plan.task, how.patch, how.batch, 2 * how.seed + kind, channels=channels
         )
         for kind, paths in ((WEIGHTS, for_weights), (ALPHA, for_alpha))
     ]
@@ -134,7 +137,7 @@ def search(
             refresh=False, mse=f"{mse:.1f}", open=len(net.open_positions()), tau=f"{tau:.2f}"
         )
         training.append_row(out / "search.jsonl", row)
-        state = {**row, "plan": asdict(plan), "data": data}
+        state = {**row, "plan": asdict(plan), "data": data, "flags": flags}
         save_state(out / STATE, training.pack(parts), state)
         total, count = total.zero_(), 0
     report(plan, net, samplers[ALPHA], args, device)

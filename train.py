@@ -39,11 +39,13 @@ class Plan:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     device = cli.pick_device(args.device)
+    cli.require_one_process()
     state = None
     if not args.describe:
         state = training.open_run(args.out, STATE, args.resume)
     if state is None:
         plan = plan_from_flags(args, cli.pick_preset(args.preset, device))
+        cli.tell_of_sample(args)
         if args.describe:
             print(json.dumps(describe(plan.model)))
             return
@@ -103,13 +105,14 @@ def train(
     """Run the plan to its end, from the start or from a state; at every validation write the model,
     the state and a row of the log."""
     how, out, log = plan.train, args.out, args.out / "train.jsonl"
+    flags = progress["flags"] if progress else {"preset": args.preset, "arch": args.arch}
     paths, val_paths = training_sets(how.train_set, how.val_set or None, args.data)
     data = {"train": training.digest(paths), "val": training.digest(val_paths)}
     channels = plan.model.channels
     sampler = PatchSampler(
         Pictures(paths), plan.task, how.patch, how.batch, how.seed, channels=channels
     )
-    validation = Pictures(val_paths)
+    validation = training.validation_set(val_paths, plan.task, channels)
     run = Run(plan, device)
     start, seconds = 0, 0.0
     if progress:
@@ -131,8 +134,8 @@ def train(
         if done % how.validate and done < how.steps:
             continue
         loss = total.item() / count
-        training.require_finite(loss, done - count, done, out)
         psnr = training.mean_psnr(run.result, validation, plan.task, device)
+        training.require_finite(loss, done - count, done, out, psnr)
         bar.set_postfix(refresh=False, loss=f"{loss:.3f}", psnr=f"{psnr:.2f}")
         row = {
             "step": done,
@@ -144,7 +147,7 @@ def train(
         training.append_row(log, row)
         info = {"train": asdict(how), "data": data, **row}
         save_model(out / MODEL, run.result, plan.model, plan.task, info)
-        state = {**row, "plan": asdict(plan), "data": data}
+        state = {**row, "plan": asdict(plan), "data": data, "flags": flags}
         save_state(out / STATE, training.pack(run.parts), state)
         total, count = total.zero_(), 0
     psnr = row["val_psnr"]

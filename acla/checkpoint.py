@@ -57,9 +57,11 @@ def load_model(path: Path) -> Checkpoint:
         info = json.loads(header["info"])
     except (KeyError, ValueError, TypeError, UsageError) as error:
         raise CheckpointError(f"{path}: the configuration inside is not valid: {error}") from error
-    with torch.device("meta"):
+    if task.scale != config.scale:
+        raise CheckpointError(f"{path}: a network for ×{config.scale} with the task {task}")
+    with torch.device("meta"):  # no memory before names and shapes are known to fit
         model = Backbone(config)
-    load_strictly(model.to_empty(device="cpu"), tensors, path)
+    load_strictly(model, tensors, path)
     return Checkpoint(model.eval(), config, task, info)
 
 
@@ -80,6 +82,8 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -
                 f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}, "
                 f"but the network's is {wanted[name].dtype} {list(wanted[name].shape)}"
             )
+    if any(tensor.is_meta for tensor in wanted.values()):
+        model.to_empty(device="cpu")
     model.load_state_dict(tensors)
 
 

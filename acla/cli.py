@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from acla.config import PRESETS
 from acla.errors import AclaError, UsageError
+from kernels import available_backends
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -46,10 +47,26 @@ def add_preset_flag(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def tell_of_sample(args: argparse.Namespace) -> None:
+    """Say that the pictures below --data are not used where no set of them is named."""
+    if args.data and "train_set" not in args:
+        notice(f"set sample: built in; --train-set NAME takes a set of {args.data}")
+
+
+def require_one_process() -> None:
+    """Refuse to run as one of several processes that would write into each other's folder."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UsageError("this script runs in one process: start it with python, not torchrun")
+
+
 def pick_device(name: str) -> torch.device:
     """The device that --device names; auto takes the GPU if there is one. Raises UsageError."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: no CUDA device is available; use --device cpu")
+    backend = os.environ.get("ACLA_BACKEND") or "auto"
+    if backend not in ("auto", *available_backends()):
+        known = ", ".join(available_backends())
+        raise UsageError(f"ACLA_BACKEND names no backend: {backend!r}; known: {known}")
     gpu = name == "cuda" or (name == "auto" and torch.cuda.is_available())
     return torch.device("cuda" if gpu else "cpu")
 
@@ -73,6 +90,9 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
         sys.exit(2)
     except AclaError as error:
         notice(f"error: {error}")
+        sys.exit(1)
+    except torch.OutOfMemoryError:
+        notice("error: out of memory on the GPU; a smaller --batch, --patch or --tile needs less")
         sys.exit(1)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""

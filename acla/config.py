@@ -260,8 +260,8 @@ def format_positions(positions: tuple[int, ...]) -> str:
 
 def check_positive(config: Any, *names: str) -> None:
     """Refuse fields that are not finite and above zero, and seeds below zero."""
-    if config.seed < 0:
-        raise UsageError(f"--seed must be 0 or more, not {config.seed}")
+    if not 0 <= config.seed < 2**62:
+        raise UsageError(f"--seed must be 0 or more and below 2^62, not {config.seed}")
     for name in names:
         value = getattr(config, name)
         if not 0 < value < float("inf"):

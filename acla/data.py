@@ -135,7 +135,10 @@ def split_every(paths: Sequence[Path], nth: int) -> tuple[list[Path], list[Path]
     """
     ordered = sorted(paths)
     if len(ordered) < 2:
-        raise DataError(f"{len(ordered)} picture(s) cannot be split in two: at least 2 are needed")
+        raise DataError(
+            f"{len(ordered)} picture(s) cannot be split into training and validation: add pictures "
+            "to the training set, or name a set for validation (train.py: --val-set)"
+        )
     apart = ordered[nth - 1 :: nth] or ordered[-1:]
     return [path for path in ordered if path not in apart], apart
 

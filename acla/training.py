@@ -17,12 +17,20 @@ from torch import Tensor, nn
 
 from acla.backbone import Backbone
 from acla.checkpoint import load_strictly, write_atomically
-from acla.config import Task, TrainConfig, flag_name, from_dict, override, task_from_flags
+from acla.config import (
+    Task,
+    TrainConfig,
+    flag_name,
+    from_dict,
+    override,
+    override_length,
+    task_from_flags,
+)
 from acla.data import Pictures
 from acla.degrade import generator_for, pair
 from acla.errors import AclaError, CheckpointError, DataError, UsageError
 from acla.image import from_levels
-from acla.protocol import score
+from acla.protocol import finite, score
 from acla.restore import restore
 
 EMA_DECAY = 0.999
@@ -34,21 +42,25 @@ VALIDATION_SIDE = 256  # pixels
 
 def open_run(folder: Path, state: str, resume: bool) -> Path | None:
     """The state file of the run to go on with, or None for a run that begins. Raises UsageError
-    where there is nothing to resume, or a run that beginning would overwrite."""
+    where there is nothing to resume, or something that beginning would overwrite."""
     found = folder / state
     if resume and not found.is_file():
-        raise UsageError(f"--resume: {folder} holds no {found.name}; leave --resume out to begin")
-    if not resume and found.is_file():
+        raise UsageError(f"--resume: {folder} holds no {state}; leave --resume out to begin")
+    if resume:
+        return found
+    taken = [name for name in (state, "model.safetensors") if (folder / name).is_file()]
+    if taken:
         raise UsageError(
-            f"{folder} already holds a run: --resume goes on with it, --out DIR begins another"
+            f"{folder} already holds a run ({taken[0]}): --resume goes on with it, "
+            "--out DIR begins another"
         )
-    return found if resume else None
+    return None
 
 
 def append_row(path: Path, row: dict) -> None:
-    """Add one JSON row to a log."""
+    """Add one JSON row to a log; what is not finite becomes null."""
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(json.dumps(finite(row), allow_nan=False) + "\n")
 
 
 def drop_rows_after(path: Path, step: int) -> None:
@@ -80,6 +92,10 @@ def resumed_plan(kind: type, progress: dict, args: argparse.Namespace) -> Any:
         )
     except (KeyError, TypeError, UsageError) as error:
         raise CheckpointError(f"the plan inside the state is not valid: {error}") from error
+    for name in ("preset", "arch"):
+        begun, given = progress["flags"].get(name), getattr(args, name, None)
+        if given not in (None, begun):
+            raise UsageError(f"--resume: the run was begun with --{name} {begun}, not {given}")
     asked = task_from_flags(args)
     if asked not in (None, plan.task):
         raise UsageError(f"--resume: the run is for {plan.task}, not for {asked}")
@@ -87,7 +103,8 @@ def resumed_plan(kind: type, progress: dict, args: argparse.Namespace) -> Any:
         before = getattr(plan, name)
         if name == "task":
             continue
-        after = override(before, args)
+        has_length = hasattr(before, "epoch_steps")
+        after = override_length(before, args) if has_length else override(before, args)
         changed = [f for f in vars(before) if getattr(before, f) != getattr(after, f)]
         if (
             changed == ["steps"]
@@ -199,13 +216,40 @@ def restoration_loss(kind: str, restored: Tensor, target: Tensor) -> Tensor:
     return error.abs().mean() if kind == "l1" else error.square().mean()
 
 
-def require_finite(loss: float, first: int, last: int, folder: Path) -> None:
-    """Stop a run that diverged, before its weights are written. Raises AclaError."""
-    if not np.isfinite(loss):
+def require_finite(loss: float, first: int, last: int, folder: Path, psnr: float = 0.0) -> None:
+    """Stop a run whose loss or validation diverged, before its weights are written. Raises
+    AclaError."""
+    if not np.isfinite(loss) or np.isnan(psnr):
+        loss = loss if not np.isfinite(loss) else psnr
         raise AclaError(
             f"the loss is {loss} between steps {first} and {last}; the checkpoint in {folder} is "
             "from before: lower --rate and begin anew with --out DIR"
         )
+
+
+def validation_set(paths: Sequence[Path], task: Task, channels: int) -> Pictures:
+    """The pictures to validate on, each tried once, so that a bad one is found before the training
+    and not after. Raises DataError and PictureError, which name the file."""
+    pictures = Pictures(paths)
+    for index, path in enumerate(paths):
+        _, target = validation_pair(pictures, index, task, channels)
+        try:
+            score(target, target, task)
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
+    return pictures
+
+
+def validation_pair(
+    pictures: Pictures, index: int, task: Task, channels: int
+) -> tuple[Tensor, Tensor]:
+    """The input and the target that the middle of a picture makes."""
+    path = pictures.paths[index]
+    try:
+        clean = middle(from_levels(pictures[index]))
+        return pair(clean, task, generator_for(path.stem), channels)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 def mean_psnr(model: Backbone, pictures: Pictures, task: Task, device: torch.device) -> float:
@@ -214,9 +258,8 @@ def mean_psnr(model: Backbone, pictures: Pictures, task: Task, device: torch.dev
     was_training = model.training
     model.eval()
     total = 0.0
-    for index, path in enumerate(pictures.paths):
-        clean = middle(from_levels(pictures[index]))
-        low, high = pair(clean, task, generator_for(path.stem), model.config.channels)
+    for index in range(len(pictures)):
+        low, high = validation_pair(pictures, index, task, model.config.channels)
         total += score(restore(model, low.to(device)).cpu(), high, task)[0]
     model.train(was_training)
     return total / len(pictures)

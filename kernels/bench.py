@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -445,15 +446,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("--device cuda: no CUDA device is available; use --device cpu")
+        refuse("--device cuda: no CUDA device is available; use --device cpu")
     try:
         sizes = [tuple(map(int, size.split("x"))) for size in args.sizes.split(",")]
         if any(len(size) != 4 or min(size) < 1 for size in sizes):
             raise ValueError
     except ValueError:
-        raise SystemExit(
-            f"--sizes {args.sizes}: sizes are BxHxWxC, for instance {SIZES[0]}"
-        ) from None
+        refuse(f"--sizes {args.sizes}: sizes are BxHxWxC, for instance {SIZES[0]}")
     torch.set_num_threads(args.threads)
     rows = []
     if args.only in (None, "operator"):
@@ -471,6 +470,12 @@ def main(argv: list[str] | None = None) -> None:
     clock = "processor time" if args.threads == 1 else "wall time"
     print(f"{device_name(args.device)}, {args.threads} CPU thread(s), medians of {clock}")
     print("\n".join(ratios(rows)))
+
+
+def refuse(message: str) -> NoReturn:
+    """Stop: the call was wrong."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def commit() -> str:

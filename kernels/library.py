@@ -48,7 +48,7 @@ def attend(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from kernels import ops
 
-    forward, _ = passes(ops.choose_backend(backend, points))
+    forward, _ = passes(ops.choose_backend(backend, points, features))
     aggregate, coverage, kept = forward(features, points, mask_maps or None, gates, seeds)
     return aggregate.to(features[0].dtype), coverage.to(points.dtype), kept
 
@@ -77,7 +77,7 @@ def attend_backward(
     """Gradients of features, points, mask maps and gates in this order, empty where not wanted."""
     from kernels import ops
 
-    _, backward = passes(ops.choose_backend(backend, points))
+    _, backward = passes(ops.choose_backend(backend, points, features))
     L = len(features)
     grads = backward(
         features,

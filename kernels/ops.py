@@ -86,7 +86,7 @@ def attend(
     features, mask_maps = list(features), None if mask_maps is None else list(mask_maps)
     check(features, points, mask_maps, gates, seeds, temperature)
     if backend == "auto":
-        backend = os.environ.get("ACLA_BACKEND", "auto")
+        backend = os.environ.get("ACLA_BACKEND") or "auto"
     if backend == "reference":
         from kernels import reference
 
@@ -104,22 +104,22 @@ def available_backends() -> tuple[str, ...]:
     return BACKENDS
 
 
-def choose_backend(backend: str, points: Tensor) -> str:
+def choose_backend(backend: str, points: Tensor, features: Sequence[Tensor] = ()) -> str:
     """The backend to run; a named one is refused with the reason, never replaced by another."""
     if backend == "auto":
-        return settle(points)
+        return settle(points, features)
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
-    reason = why_not(backend, points)
+    reason = why_not(backend, points, features)
     if reason:
         raise RuntimeError(f"backend={backend!r} refused: {reason}")
     return backend
 
 
-def settle(points: Tensor) -> str:
+def settle(points: Tensor, features: Sequence[Tensor] = ()) -> str:
     """What "auto" takes for tensors like this; says so once."""
     best, why = FASTEST.get(points.device.type, ("torch", "nothing faster runs on this device"))
-    reason = why_not(best, points)
+    reason = why_not(best, points, features)
     if reason is None:
         say(logging.INFO, best, why)
         return best
@@ -133,8 +133,8 @@ def say(level: int, backend: str, reason: str) -> None:
     logger.log(level, "backend='auto' took %r: %s", backend, reason)
 
 
-def why_not(backend: str, points: Tensor) -> str | None:
-    """None where the backend runs on this tensor's device, else the reason why it does not."""
+def why_not(backend: str, points: Tensor, features: Sequence[Tensor] = ()) -> str | None:
+    """None where the backend runs on these tensors, else the reason why it does not."""
     match backend:
         case "cpp":
             from kernels import cpu
@@ -143,7 +143,7 @@ def why_not(backend: str, points: Tensor) -> str | None:
         case "triton":
             from kernels import gpu
 
-            return gpu.why_not_triton(points)
+            return gpu.why_not_triton(points, features)
     return None
 
 

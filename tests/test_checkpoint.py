@@ -28,7 +28,8 @@ def random_network(**changes) -> Backbone:
 @pytest.mark.parametrize("scale", [1, 2])
 def test_a_network_comes_back_to_the_bit(tmp_path, backbone, scale):
     net = random_network(backbone=backbone, scale=scale)
-    path, task = tmp_path / "model.safetensors", Task("sr", 2)
+    path = tmp_path / "model.safetensors"
+    task = Task("sr", 2) if scale == 2 else Task("demosaic", 0)
     save_model(path, net, net.config, task, {"step": 7})
     found = load_model(path)
     assert (found.config, found.task, found.info) == (net.config, task, {"step": 7})
@@ -102,6 +103,13 @@ def test_a_configuration_that_is_not_valid_is_refused(written, model):
     rewrite(written, model=model)
     with pytest.raises(CheckpointError, match="configuration inside is not valid"):
         load_model(written)
+
+
+def test_a_network_of_another_scale_than_its_task_is_refused(tmp_path):
+    net = random_network(scale=2)
+    save_model(tmp_path / "model.safetensors", net, net.config, Task("sr", 3), {})
+    with pytest.raises(CheckpointError, match="a network for ×2 with the task sr x3"):
+        load_model(tmp_path / "model.safetensors")
 
 
 def test_tensors_must_be_the_networks(written):

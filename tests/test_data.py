@@ -104,7 +104,7 @@ def test_splits_are_disjoint_and_stable():
         assert sorted(rest + apart) == paths
         assert split(paths) == (rest, apart)
     assert split_validation(paths[:3]) == (paths[:2], paths[2:3])
-    with pytest.raises(DataError, match="at least 2 are needed"):
+    with pytest.raises(DataError, match="--val-set"):
         split_validation(paths[:1])
 
 

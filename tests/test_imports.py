@@ -42,7 +42,7 @@ ALLOWED = {
         "protocol",
         "restore",
     },
-    "cli": {"config"},
+    "cli": {"config", "kernels"},
 }
 STANDARD_LIBRARY_ONLY = ("errors", "config", "cost", "architecture")
 KERNEL_PACKAGES = {"torch", "triton", "numpy", "kernels"}

@@ -108,6 +108,7 @@ def test_describe_prints_one_object_and_stops(capsys):
         (["--positions", "3,99"], UsageError, "do not fit"),
         (["--task", "sr", "--q", "10"], UsageError, "--q belongs"),
         (["--device", "cuda"], UsageError, "no CUDA device"),
+        (["--seed", "9" * 30], UsageError, "--seed must be 0 or more and below"),
         (["--train-set", "DIV2K"], DataError, "--data DIR"),
         (["--train-set", "DIV2K", "--data", "nowhere"], DataError, "nowhere is no folder"),
         (["--arch", "nowhere.json"], Exception, "no such file"),
@@ -121,12 +122,34 @@ def test_wrong_calls_say_what_to_do_and_leave_nothing(words, error, message):
     assert not Path("runs").exists()
 
 
+def test_several_processes_and_unknown_backends_are_refused(monkeypatch):
+    monkeypatch.setenv("ACLA_BACKEND", "nope")
+    with pytest.raises(UsageError, match="ACLA_BACKEND names no backend: 'nope'"):
+        train.main([*SMALL, *SHORT])
+    monkeypatch.setenv("ACLA_BACKEND", "")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="not torchrun"):
+        train.main([*SMALL, *SHORT])
+    assert not Path("runs").exists()
+
+
+def test_pictures_that_are_not_used_are_told_of(capsys):
+    train.main([*SMALL, *SHORT, "--data", "somewhere"])
+    assert "--train-set NAME takes a set of somewhere" in capsys.readouterr().err
+
+
 def test_a_resumed_run_goes_on_as_it_was_begun():
     train.main([*SMALL, *SHORT])
     with pytest.raises(UsageError, match="already holds a run"):
         train.main([*SMALL, *SHORT])
     with pytest.raises(UsageError, match="--width 8"):
         train.main(["--resume", "--width", "9"])
+    with pytest.raises(UsageError, match="begun with --preset tiny, not small"):
+        train.main(["--resume", "--preset", "small"])
+    with pytest.raises(UsageError, match="begun with --arch None, not none"):
+        train.main(["--resume", "--arch", "none"])
+    train.main(["--resume", "--epochs", "1"])  # an epoch of this preset is longer than the run was
+    assert rows("runs/train")[-1]["step"] == 20
     with pytest.raises(UsageError, match="is for car q10"):
         train.main(["--resume", "--q", "20"])
     state = Path("runs/train/state.safetensors")
@@ -134,7 +157,7 @@ def test_a_resumed_run_goes_on_as_it_was_begun():
     progress["data"]["train"] = "another"
     save_state(state, tensors, progress)
     with pytest.raises(DataError, match="pictures for train are not those"):
-        train.main(["--resume", "--steps", "8"])
+        train.main(["--resume", "--steps", "30"])
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,9 @@ import torch
 
 from acla import training
 from acla.checkpoint import load_state, save_state
-from acla.errors import AclaError, UsageError
+from acla.config import Task
+from acla.errors import AclaError, DataError, PictureError, UsageError
+from acla.image import save
 
 
 def test_the_rate_is_halved_on_time():
@@ -51,6 +53,9 @@ def test_a_run_never_begins_over_another(tmp_path):
     assert training.open_run(tmp_path / "new", "state", False) is None
     with pytest.raises(UsageError, match="holds no state"):
         training.open_run(tmp_path, "state", True)
+    (tmp_path / "model.safetensors").touch()  # another script's
+    with pytest.raises(UsageError, match=r"already holds a run \(model"):
+        training.open_run(tmp_path, "state", False)
     (tmp_path / "state").touch()
     with pytest.raises(UsageError, match=r"already holds a run.*--resume"):
         training.open_run(tmp_path, "state", False)
@@ -71,8 +76,26 @@ def test_rows_after_the_checkpoint_are_taken_back(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     training.require_finite(1.0, 0, 5, tmp_path)
-    with pytest.raises(AclaError, match="nan between steps 10 and 20"):
-        training.require_finite(float("nan"), 10, 20, tmp_path)
+    for loss, psnr in ((float("nan"), 30.0), (1.0, float("nan"))):
+        with pytest.raises(AclaError, match="nan between steps 10 and 20"):
+            training.require_finite(loss, 10, 20, tmp_path, psnr)
+
+
+def test_rows_are_json_whatever_they_hold(tmp_path):
+    training.append_row(tmp_path / "log", {"psnr": float("inf")})
+    assert json.loads((tmp_path / "log").read_text()) == {"psnr": None}
+
+
+def test_a_bad_validation_picture_is_found_before_training(tmp_path):
+    good, small, broken = (tmp_path / name for name in ("good.png", "small.png", "broken.png"))
+    save(torch.rand(3, 40, 30), good)
+    save(torch.rand(3, 4, 4), small)
+    broken.write_bytes(b"no picture")
+    assert len(training.validation_set([good], Task("sr", 2), 3)) == 1
+    with pytest.raises(DataError, match=r"small\.png: "):
+        training.validation_set([good, small], Task("sr", 2), 3)
+    with pytest.raises(PictureError, match=r"broken\.png"):
+        training.validation_set([good, broken], Task("sr", 2), 3)
 
 
 def test_a_digest_notices_another_set(tmp_path):
