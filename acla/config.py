@@ -243,7 +243,7 @@ def search_preset(preset: str, task: Task, backbone: str = "edsr") -> SearchConf
                 batch=4,
                 patch=24,
                 rate=1e-3,
-                alpha_rate=5e-2,
+                alpha_rate=0.15,
                 warmup=0.6,
                 lam=lam / 10,
             )
