@@ -16,19 +16,25 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from kernels import attend, available_backends, to_rows
+from kernels.contenders import (
+    KEYS,
+    LAYERS,
+    Case,
+    by_backend,
+    by_convolution,
+    by_grid_sample,
+    contenders,
+    make_case,
+)
 from kernels.timing import paired, peak_mb, percentiles
 
 SIZES = ("1x48x48x256", "1x256x256x64", "16x48x48x64", "1x96x96x128")
-LAYERS, KEYS = 5, 16
 KEEP = (1.0, 0.5, 0.25)
 PASSES = ("forward", "both")
 # EDSR 32 × 256, EDSR 16 × 64 and RCAN at the positions of Table 9; multiply-adds at 48 × 48.
@@ -40,154 +46,6 @@ NETWORKS = {
 
 
 Row = dict[str, object]
-
-
-@dataclass
-class Case:
-    """One problem: what `attend` takes, and the gradient that its first result gets."""
-
-    features: list[Tensor]
-    points: Tensor
-    mask_maps: list[Tensor]
-    gradient: Tensor
-
-    @property
-    def inputs(self) -> list[Tensor]:
-        return [*self.features, self.points, *self.mask_maps]
-
-    def kept(self) -> float:
-        """Share of the keys that the masks keep."""
-        B, H, W, L, _, K = self.points.shape
-        with torch.no_grad():
-            return attend(self.features, self.points, self.mask_maps).kept.sum().item() / (
-                B * H * W * L * K
-            )
-
-
-def make_case(
-    size: tuple[int, int, int, int], keep: float, dtype: torch.dtype, device: str, seed: int = 0
-) -> Case:
-    """Random features, offsets of a few pixels, and mask maps that keep about `keep` of the keys.
-
-    size: (B, H, W, C); the layers are LAYERS and the keys KEYS.
-    """
-    B, H, W, C = size
-    draw = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=draw).to(device)
-
-    features = [to_rows(normal(B, C, H, W)).to(dtype) for _ in range(LAYERS)]
-    points = normal(B, H, W, LAYERS, 3, KEYS) * 3
-    # Of a map of independent normals, a bilinear sample's deviation is two thirds of a pixel's.
-    shift = torch.distributions.Normal(0, 2 / 3).icdf(torch.tensor(min(keep, 1 - 1e-6))).item()
-    maps = [normal(B, H + 2, W + 2, KEYS) + shift for _ in range(LAYERS)]
-    gradient = normal(B, H, W, LAYERS, C).to(dtype)
-    return Case(features, points, maps, gradient)
-
-
-# ------------------------------------------------------------------ contenders
-
-
-def by_backend(name: str) -> Callable[[Case], Tensor]:
-    def run(case: Case) -> Tensor:
-        return attend(case.features, case.points, case.mask_maps, backend=name).aggregate
-
-    return run
-
-
-def grids(points: Tensor, size: tuple[int, int]) -> Tensor:
-    """grid_sample's normalised (x, y) [B,H,W,L,K,2] of the keys, on maps with a one-pixel
-    border."""
-    H, W = size
-    y = torch.arange(H, device=points.device).view(H, 1, 1, 1) + points[..., 0, :] + 1
-    x = torch.arange(W, device=points.device).view(1, W, 1, 1) + points[..., 1, :] + 1
-    return torch.stack([(2 * x + 1) / (W + 2) - 1, (2 * y + 1) / (H + 2) - 1], -1)
-
-
-def open_keys(mask_map: Tensor, grid: Tensor) -> Tensor:
-    """Hard masks [B,H,W,K] of one layer with the sigmoid's gradient; grid [B,H,W,K,2]."""
-    B, H, W, K, _ = grid.shape
-    each = mask_map.permute(0, 3, 1, 2).reshape(B * K, 1, *mask_map.shape[1:3])
-    where = grid.permute(0, 3, 1, 2, 4).reshape(B * K, H, W, 2)
-    beta = F.grid_sample(each, where, padding_mode="border", align_corners=False)
-    soft = beta.view(B, K, H, W).permute(0, 2, 3, 1).sigmoid()
-    return (soft > 0.5).to(soft) + (soft - soft.detach())
-
-
-def by_grid_sample(per_key: bool) -> Callable[[Case], Tensor]:
-    """What users write today: every key of every layer is sampled, then multiplied by its weight
-    and mask."""
-
-    def run(case: Case) -> Tensor:
-        _, H, W, L, _, K = case.points.shape
-        grid = grids(case.points, (H, W))
-        sums = []
-        for l in range(L):
-            value = case.features[l].permute(0, 3, 1, 2)
-            weight = case.points[..., l, 2, :].softmax(-1)
-            weight = (weight * open_keys(case.mask_maps[l], grid[:, :, :, l])).to(value.dtype)
-            where = grid[:, :, :, l].to(value.dtype)
-            if per_key:
-                total = 0.0
-                for k in range(K):
-                    sampled = F.grid_sample(value, where[:, :, :, k], align_corners=False)
-                    total = total + sampled * weight[:, None, :, :, k]
-            else:
-                sampled = F.grid_sample(value, where.flatten(2, 3), align_corners=False)
-                total = (sampled.unflatten(3, (W, K)) * weight.unsqueeze(1)).sum(-1)
-            sums.append(total.permute(0, 2, 3, 1))
-        return torch.stack(sums, 3)
-
-    return run
-
-
-def by_deform_conv(deform_conv2d: Callable) -> Callable[[Case], Tensor]:
-    """The authors' pattern: a 1×1 deformable convolution with an identity kernel for each key."""
-
-    def run(case: Case) -> Tensor:
-        _, H, W, L, _, K = case.points.shape
-        C = case.features[0].shape[-1]
-        grid = grids(case.points, (H, W))
-        identity = torch.eye(C, device=case.points.device).view(C, C, 1, 1)
-        sums = []
-        for l in range(L):
-            value = case.features[l][:, 1:-1, 1:-1].permute(0, 3, 1, 2)
-            weight = case.points[..., l, 2, :].softmax(-1)
-            weight = weight * open_keys(case.mask_maps[l], grid[:, :, :, l])
-            total = 0.0
-            for k in range(K):
-                offset = case.points[..., l, :2, k].permute(0, 3, 1, 2)
-                sampled = deform_conv2d(value.float(), offset, identity)
-                total = total + sampled * weight[:, None, :, :, k]
-            sums.append(total.permute(0, 2, 3, 1))
-        return torch.stack(sums, 3).to(case.features[0].dtype)
-
-    return run
-
-
-def by_convolution(case: Case) -> Tensor:
-    """One 3×3 convolution of the same width: the scale that everything else is read on."""
-    value = case.features[0][:, 1:-1, 1:-1].permute(0, 3, 1, 2)
-    C = value.shape[1]
-    kernel = value.new_ones(C, C, 3, 3).contiguous(memory_format=torch.channels_last)
-    return F.conv2d(value, kernel.requires_grad_(value.requires_grad), padding=1)
-
-
-def contenders(device: str) -> dict[str, Callable[[Case], Tensor]]:
-    """Everything that can run on the device, by name; the reference is not meant to be fast and
-    stays out."""
-    fast = {"cpu": ("cpp", "torch"), "cuda": ("triton", "torch")}[device]
-    found = {name: by_backend(name) for name in fast if name in available_backends()}
-    found["grid_sample per layer"] = by_grid_sample(per_key=False)
-    found["grid_sample per key"] = by_grid_sample(per_key=True)
-    try:
-        from torchvision.ops import deform_conv2d
-    except ImportError:
-        print("torchvision is not installed: no deform_conv2d rows", file=sys.stderr)
-    else:
-        found["deform_conv2d"] = by_deform_conv(deform_conv2d)
-    return found
 
 
 # ------------------------------------------------------------------ measuring
@@ -382,11 +240,13 @@ def ratios(rows: list[Row]) -> list[str]:
         for name in ("cpp", "torch", "triton"):
             if grid and name in group:
                 ours = group[name]["ms_p50"]
-                line = f"{where}: {name} is {min(grid) / ours:.1f}× the better grid_sample"
+                line = (
+                    f"{where}: {name} is {min(grid) / ours:.1f}× as fast as the better grid_sample"
+                )
                 if "deform_conv2d" in group:
-                    line += f", {group['deform_conv2d']['ms_p50'] / ours:.1f}× deform_conv2d"
+                    line += f", {group['deform_conv2d']['ms_p50'] / ours:.1f}× as deform_conv2d"
                 lines.append(
-                    f"{line}, {group['conv3x3']['ms_p50'] / ours:.2f}× one 3×3 convolution"
+                    f"{line}, {group['conv3x3']['ms_p50'] / ours:.2f}× as one 3×3 convolution"
                 )
         for name in NETWORKS:
             if name in group:

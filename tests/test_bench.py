@@ -30,7 +30,7 @@ def test_ratios_are_printed_last(capsys):
     bench.main([*TINY, "--only", "operator"])
     out = capsys.readouterr().out
     assert "1 CPU thread(s)" in out
-    assert "the better grid_sample" in out
+    assert "as the better grid_sample" in out
     assert "of its time with all" in out
 
 

@@ -100,8 +100,9 @@ def test_these_rooms_need_the_standard_library_only(room):
 def test_kernels_stand_alone(path):
     names = imported(path)
     tops = {name.split(".")[0] for name in names} - sys.stdlib_module_names
-    assert tops <= (BENCH_PACKAGES if path.stem == "bench" else KERNEL_PACKAGES)
+    assert tops <= (BENCH_PACKAGES if path.stem in ("bench", "contenders") else KERNEL_PACKAGES)
     assert "kernels.bench" not in names
+    assert "acla" not in tops or path.stem == "bench"
     if path.stem in {"reference", "cpu", "bags"}:
         others = {f"kernels.{name}" for name in BACKENDS} - {f"kernels.{path.stem}"}
         assert not names & others
