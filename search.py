@@ -55,12 +55,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    cli.add_common_flags(parser)
-    cli.add_preset_flag(parser)
-    config.add_task_flags(parser)
-    parser.add_argument("--out", type=Path, metavar="DIR", default=OUT, help=f"default: {OUT}")
-    parser.add_argument("--resume", action="store_true", help="go on with the search in --out")
-    parser.add_argument("--epochs", type=int, help="length in epochs instead of --steps")
+    cli.add_run_flags(parser, OUT, "search")
     config.add_flags(parser, SearchConfig)
     config.add_flags(parser, ModelConfig, but=("attention", "positions"))
     return parser.parse_args(argv)
@@ -91,12 +86,9 @@ def search(
     flags = progress["flags"] if progress else {"preset": args.preset}
     for_weights, for_alpha = search_sets(how.train_set, args.data)
     data = {"weights": training.digest(for_weights), "alpha": training.digest(for_alpha)}
-    channels = plan.model.channels
     samplers = [
-        PatchSampler(
-            Pictures(paths), plan.task, how.patch, how.batch, 2 * how.seed + kind, channels=channels
-        )
-        for kind, paths in ((WEIGHTS, for_weights), (ALPHA, for_alpha))
+        make_sampler(plan, paths, stream)
+        for stream, paths in ((WEIGHTS, for_weights), (ALPHA, for_alpha))
     ]
     torch.manual_seed(how.seed)
     net = Supernet(plan.model).to(device).train()
@@ -148,6 +140,13 @@ def search_sets(name: str, root: Path | None) -> tuple[list[Path], list[Path]]:
     if name == "sample":
         return sample("train"), sample("val")
     return split_for_search(find_set(name, root, "train"))
+
+
+def make_sampler(plan: Plan, paths: list[Path], stream: int) -> PatchSampler:
+    """The patches of one kind of step; no seed of one kind is a seed of the other."""
+    how, channels = plan.search, plan.model.channels
+    seed = 2 * how.seed + stream
+    return PatchSampler(Pictures(paths), plan.task, how.patch, how.batch, seed, channels=channels)
 
 
 def temperature(how: SearchConfig, step: int) -> float:

@@ -60,18 +60,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    cli.add_common_flags(parser)
-    cli.add_preset_flag(parser)
-    config.add_task_flags(parser)
+    cli.add_run_flags(parser, OUT, "run")
     parser.add_argument(
         "--arch",
         metavar="paper|none|FILE",
         help="where the attention stands: Table 9, nowhere, or a file of search.py "
         f"(default: {SEARCHED} if it is there, else paper)",
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", default=OUT, help=f"default: {OUT}")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_argument("--epochs", type=int, help="length in epochs instead of --steps")
     parser.add_argument("--describe", action="store_true", help="print the network's size and stop")
     config.add_flags(parser, TrainConfig)
     config.add_flags(parser, ModelConfig)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from acla.config import PRESETS
+from acla.config import PRESETS, add_task_flags
 from acla.errors import AclaError, UsageError
 from kernels import available_backends
 
@@ -40,11 +40,17 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_preset_flag(parser: argparse.ArgumentParser) -> None:
-    """--preset, the size and length that single flags override."""
+def add_run_flags(parser: argparse.ArgumentParser, out: Path, what: str) -> None:
+    """The flags of a script that begins or resumes a run (`what`) in a folder, by default `out`:
+    the common ones, the task, the preset, the folder."""
+    add_common_flags(parser)
     parser.add_argument(
         "--preset", choices=PRESETS, help="size and length (default: paper on a GPU, tiny on a CPU)"
     )
+    add_task_flags(parser)
+    parser.add_argument("--out", type=Path, metavar="DIR", default=out, help=f"default: {out}")
+    parser.add_argument("--resume", action="store_true", help=f"go on with the {what} in --out")
+    parser.add_argument("--epochs", type=int, help="length in epochs instead of --steps")
 
 
 def tell_of_sample(args: argparse.Namespace) -> None:
