@@ -48,11 +48,14 @@ def open_run(folder: Path, state: str, resume: bool) -> Path | None:
         raise UsageError(f"--resume: {folder} holds no {state}; leave --resume out to begin")
     if resume:
         return found
-    taken = [name for name in (state, "model.safetensors") if (folder / name).is_file()]
-    if taken:
+    if found.is_file():
         raise UsageError(
-            f"{folder} already holds a run ({taken[0]}): --resume goes on with it, "
-            "--out DIR begins another"
+            f"{folder} already holds a run: --resume goes on with it, --out DIR begins another"
+        )
+    if (folder / "model.safetensors").is_file():
+        raise UsageError(
+            f"{folder} already holds a network, model.safetensors, that this run would overwrite: "
+            "move it away, or begin elsewhere with --out DIR"
         )
     return None
 

@@ -54,7 +54,7 @@ def test_a_run_never_begins_over_another(tmp_path):
     with pytest.raises(UsageError, match="holds no state"):
         training.open_run(tmp_path, "state", True)
     (tmp_path / "model.safetensors").touch()  # another script's
-    with pytest.raises(UsageError, match=r"already holds a run \(model"):
+    with pytest.raises(UsageError, match=r"already holds a network, model\.safetensors"):
         training.open_run(tmp_path, "state", False)
     (tmp_path / "state").touch()
     with pytest.raises(UsageError, match=r"already holds a run.*--resume"):
