@@ -70,7 +70,7 @@ def plan_from_flags(args: argparse.Namespace, preset: str) -> Plan:
     return Plan(task, model, config.override_length(how, args))
 
 
-# ------------------------------------------------------------------ the search
+# The search
 
 
 def search(
@@ -212,7 +212,7 @@ def batch(
     return low.to(device), target.to(device), seeds.to(device)
 
 
-# ------------------------------------------------------------------ what was found
+# What was found
 
 
 def gate_report(plan: Plan, net: Supernet) -> dict[str, object]:

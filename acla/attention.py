@@ -16,9 +16,8 @@ from kernels import attend
 
 RING_KEYS = 8
 RING_STEP = 2.0  # pixels
-OPEN_LOGIT = (
-    2.0  # a fresh mask keeps a key with probability σ(2) = 0.88 under noise, always without
-)
+# A fresh mask keeps a key with probability σ(2) = 0.88 under noise, and always without.
+OPEN_LOGIT = 2.0
 
 
 class CrossLayerAttention(nn.Module):

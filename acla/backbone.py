@@ -112,9 +112,8 @@ class Backbone(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.sample_limit = (
-            math.inf
-        )  # bytes; above, attention is computed again in the backward pass
+        # Bytes; above, attention is computed again in the backward pass.
+        self.sample_limit = math.inf
         width, channels = config.width, config.channels
         self.sub_mean = MeanShift(channels, -1)
         self.head = nn.Sequential(convolution(channels, width))
@@ -165,10 +164,10 @@ class Backbone(nn.Module):
                 continue
             # A module that is there refers to its own layer, so its own gate stands before its
             # output alone.
-            own = None if gates is None else gates[len(rows) - 1]
-            referred = (
-                None if gates is None else torch.cat([gates[: len(rows) - 1], own.new_ones(1)])
-            )
+            own = referred = None
+            if gates is not None:
+                own = gates[len(rows) - 1]
+                referred = torch.cat([gates[: len(rows) - 1], own.new_ones(1)])
             given = y, tuple(rows), referred, position_seeds(seeds, position), temperature
             z, kept[position] = self.run_attention(str(position), *given)
             y = y + (z if own is None else own * z)

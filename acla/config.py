@@ -197,7 +197,7 @@ class SearchConfig:
         return int(self.steps * self.warmup)
 
 
-# ------------------------------------------------------------------ presets
+# Presets
 
 
 def model_preset(preset: str, task: Task, backbone: str = "edsr") -> ModelConfig:
@@ -250,7 +250,7 @@ def search_preset(preset: str, task: Task, backbone: str = "edsr") -> SearchConf
     raise UsageError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
 
 
-# ------------------------------------------------------------------ checks, JSON
+# Checks, JSON
 
 
 def format_positions(positions: tuple[int, ...]) -> str:
@@ -302,7 +302,7 @@ def from_dict(kind: type, values: Any) -> Any:
     return kind(**as_tuples)
 
 
-# ------------------------------------------------------------------ flags
+# Flags
 
 
 def flag_name(name: str) -> str:

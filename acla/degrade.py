@@ -18,9 +18,8 @@ from acla.errors import DataError
 from acla.image import fit_channels, from_levels, round_8bit, to_levels
 
 JPEG_BLOCK = 8
-SHRINK_REACH = (
-    2  # low-quality pixels: the antialiased cubic kernel reaches two of them to each side
-)
+# Low-quality pixels: the antialiased cubic kernel reaches two of them to each side.
+SHRINK_REACH = 2
 
 
 def generator_for(name: str, seed: int = 0) -> torch.Generator:

@@ -37,7 +37,7 @@ EMA_DECAY = 0.999
 VALIDATION_SIDE = 256  # pixels
 
 
-# ------------------------------------------------------------------ the run's folder
+# The run's folder
 
 
 def open_run(folder: Path, state: str, resume: bool) -> Path | None:
@@ -165,7 +165,7 @@ def unpack(
             load_strictly(part, own, path)
 
 
-# ------------------------------------------------------------------ seeds and rates
+# Seeds and rates
 
 
 def image_seeds(seed: int, step: int, indices: Sequence[int], stream: int = 0) -> Tensor:
@@ -210,7 +210,7 @@ def moving_average(average: Tensor, current: Tensor, count: Tensor) -> Tensor:
     return average.lerp(current, max(1 - EMA_DECAY, 9 / (10 + int(count))))
 
 
-# ------------------------------------------------------------------ losses and validation
+# Losses and validation
 
 
 def restoration_loss(kind: str, restored: Tensor, target: Tensor) -> Tensor:

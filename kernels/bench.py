@@ -48,7 +48,7 @@ NETWORKS = {
 Row = dict[str, object]
 
 
-# ------------------------------------------------------------------ measuring
+# Measuring
 
 
 def run_pass(contender: Callable[[Case], Tensor], case: Case, which: str) -> list[Tensor]:
@@ -91,7 +91,7 @@ def require_right(name: str, contender: Callable[[Case], Tensor], case: Case) ->
             raise SystemExit(f"{name} is wrong: {what} is off by {error:.1e} of {tolerance:.1e}")
 
 
-# ------------------------------------------------------------------ rows
+# Rows
 
 
 def operator_rows(size: tuple[int, int, int, int], args: argparse.Namespace) -> list[Row]:
@@ -224,7 +224,7 @@ def show(row: Row) -> None:
     print(" ".join(f"{key}={value}" for key, value in row.items()), file=sys.stderr, flush=True)
 
 
-# ------------------------------------------------------------------ ratios
+# Ratios
 
 
 def ratios(rows: list[Row]) -> list[str]:
