@@ -45,10 +45,10 @@ def main(argv: list[str] | None = None) -> None:
         state = training.open_run(args.out, STATE, args.resume)
     if state is None:
         plan = plan_from_flags(args, cli.pick_preset(args.preset, device))
-        cli.tell_of_sample(args)
         if args.describe:
             print(json.dumps(describe(plan.model)))
             return
+        cli.tell_of_sample(args)
         train(plan, args, device)
     else:
         tensors, progress = load_state(state)

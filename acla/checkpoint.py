@@ -22,6 +22,7 @@ from acla.config import ModelConfig, Task, from_dict
 from acla.errors import CheckpointError, UsageError
 
 FORMAT = "acla-1"
+STATES = "state.safetensors of train.py or supernet.safetensors of search.py"
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, st
     if header.get("format") != FORMAT:
         raise CheckpointError(f"{path}: a safetensors file, but not one of ours ({FORMAT})")
     if header.get("kind") != kind:
-        other = {"model": "model.safetensors", "state": "state.safetensors"}[kind]
+        other = {"model": "model.safetensors", "state": STATES}[kind]
         raise CheckpointError(
             f"{path}: holds a {header.get('kind')}, not a {kind}; the file wanted is {other}"
         )
