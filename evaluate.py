@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from acla.checkpoint import load_model
@@ -21,6 +19,7 @@ from acla.data import find_set, match_stems
 from acla.degrade import generator_for, pair, untouched
 from acla.errors import CheckpointError, DataError, UsageError
 from acla.image import fit_channels, load, save
+from acla.processes import Processes, join
 from acla.protocol import finite, line, published, score, table, task_of_set
 from acla.restore import check_tile, restore
 
@@ -99,8 +98,8 @@ def check(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     check(args)
-    device = pick_device(args.device)
-    rank = start_processes(device)
+    processes = join(pick_device(args.device))
+    device = processes.device
     flags = task_from_flags(args)
     names = list(dict.fromkeys(args.dataset.split(",")))
     sets = {name: find_set(name, args.data) for name in names}
@@ -110,14 +109,13 @@ def main(argv: list[str] | None = None) -> None:
     folders = {name: pick_folders(args, name, sets) for name in sets}
 
     images = {
-        name: score_set(method, tasks[name], paths, folders[name], args.seed)
+        name: score_set(method, tasks[name], paths, folders[name], args.seed, processes)
         for name, paths in sets.items()
     }
-    if rank == 0:
+    if processes.first:
         results = [report(name, tasks[name], method, images[name]) for name in sets]
         publish(results, method, args.json)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    processes.leave()
 
 
 # What is scored, and as which task
@@ -236,29 +234,19 @@ def pick_folders(
 # The loop
 
 
-def start_processes(device: torch.device) -> int:
-    """Join the processes that torchrun started, each on a GPU of its own; the rank of this one."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return 0
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    dist.init_process_group("gloo")  # rows of figures travel, not tensors
-    return dist.get_rank()
-
-
 def score_set(
     method: Method,
     task: Task,
     paths: list[Path],
     folders: tuple[Path | None, Path | None],
     seed: int,
+    processes: Processes,
 ) -> list[dict[str, Any]]:
     """A row for each picture, one in memory at a time; processes divide the pictures."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     rows = {}
-    for path in progress(
-        paths[rank::world], desc=str(task), unit="picture", disable=rank > 0 or None
-    ):
+    own = paths[processes.rank :: processes.world]
+    quiet = None if processes.first else True  # None: where standard error is a file
+    for path in progress(own, desc=str(task), unit="picture", disable=quiet):
         clean = load(path)
         try:
             start = time.perf_counter()
@@ -273,10 +261,7 @@ def score_set(
         except DataError as error:
             raise DataError(f"{path.name}: {error}") from error
         rows[path] = {"name": path.name, "psnr": psnr, "ssim": ssim, "seconds": seconds}
-    if world > 1:
-        shares: list[Any] = [None] * world
-        dist.all_gather_object(shares, rows)
-        rows = {path: row for share in shares for path, row in share.items()}
+    rows = {path: row for share in processes.all_rows(rows) for path, row in share.items()}
     return [rows[path] for path in paths]
 
 

@@ -3,52 +3,67 @@ arch.json.
 
     python search.py --task car --q 10
     python search.py --task sr --scale 2 --backbone rcan --data DIR --train-set DIV2K
+    python search.py --task car --q 10 --lambda auto --seeds 3
+    torchrun --nproc-per-node 2 search.py --task car --q 10
 """
 
 import argparse
-import time
-from dataclasses import asdict, dataclass
+import dataclasses
+import json
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from acla import cli, config, training
-from acla.architecture import Architecture, for_task
-from acla.checkpoint import load_state, save_model, save_state, write_atomically
-from acla.config import ModelConfig, SearchConfig, Task
-from acla.cost import full_attention_flops
-from acla.data import PatchSampler, Pictures, find_set, sample, split_for_search
-from acla.gate import draw_gates, expected_gates
-from acla.supernet import Supernet
+from acla.architecture import for_task
+from acla.checkpoint import write_atomically
+from acla.config import SearchConfig, Task
+from acla.errors import CheckpointError, UsageError
+from acla.processes import Processes, join
+from acla.searching import Found, Plan, Sets, run, search_sets, table, undecided
+from acla.selection import (
+    GRID,
+    agreement,
+    agreement_table,
+    cross_validate,
+    publish,
+    within_budget,
+)
 
 OUT = Path("runs/search")
-STATE = "supernet.safetensors"
-WEIGHTS, ALPHA = 0, 1  # the streams of noise of the two kinds of step
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything that decides how a search goes."""
-
-    task: Task
-    model: ModelConfig
-    search: SearchConfig
+PLAN = "plan.json"
+KEPT_FLAGS = ("preset", "auto", "grid", "budget", "seeds")  # in the plan, for --resume
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    device = cli.pick_device(args.device)
-    cli.require_one_process()
-    state = training.open_run(args.out, STATE, args.resume)
-    if state is None:
-        plan = plan_from_flags(args, cli.pick_preset(args.preset, device))
+    processes = join(cli.pick_device(args.device))
+    written = training.open_run(args.out, PLAN, args.resume)
+    if written is None:
+        plan = plan_from_flags(args, cli.pick_preset(args.preset, processes.device))
+        flags = {
+            name: getattr(args, name) for name in ("preset", "auto", "grid", "budget", "seeds")
+        }
         cli.tell_of_sample(args)
-        search(plan, args, device)
     else:
-        tensors, progress = load_state(state)
-        plan = training.resumed_plan(Plan, progress, args)
-        search(plan, args, device, tensors, progress)
+        plan, flags = read_plan(written, args)
+    processes.require_share(plan.search.batch)
+    sets = search_sets(plan.search.train_set, args.data)
+    processes.wait()  # none may find the plan that another writes
+    if processes.first and written is None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        begun = {"plan": dataclasses.asdict(plan), "flags": flags}
+        write_atomically(args.out / PLAN, json.dumps(begun, indent=2).encode())
+    tell(plan, sets, processes)
+    found = search(plan, flags, sets, args, processes)
+    cli.say(table(found))
+    if count := undecided(found):
+        cli.notice(
+            f"{count} of {len(found.architecture.alpha)} gates are still undecided "
+            "(chance between 0.1 and 0.9): a longer search, --steps, settles them"
+        )
+    files = " · ".join(str(args.out / name) for name in ("arch.json", "search.jsonl"))
+    cli.say(f"written: {files} · {args.out / 'model.safetensors'}")
+    processes.leave()
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -56,9 +71,60 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     cli.add_run_flags(parser, OUT, "search")
-    config.add_flags(parser, SearchConfig)
-    config.add_flags(parser, ModelConfig, but=("attention", "positions"))
-    return parser.parse_args(argv)
+    group = parser.add_argument_group("Choosing λ, and several searches")
+    group.add_argument(
+        "--lambda",
+        dest="lam",
+        metavar="X|auto",
+        type=parse_lambda,
+        default=argparse.SUPPRESS,
+        help="λ of Eq. 14, the weight of log cost, 0 or more; auto: by cross-validation on 20 %% "
+        "of the training pictures (default: by --preset; paper: Table 9's)",
+    )
+    group.add_argument(
+        "--grid",
+        metavar="X,X…",
+        type=parse_grid,
+        help=f"values that --lambda auto tries (default: {','.join(map(str, GRID))})",
+    )
+    group.add_argument(
+        "--budget",
+        metavar="X",
+        type=float,
+        help="most multiply-adds that the attention found may add to a 48×48 picture, every key "
+        "read; λ by bisection",
+    )
+    group.add_argument(
+        "--seeds", metavar="N", type=int, help="searches, from --seed on, and their agreement"
+    )
+    config.add_flags(parser, SearchConfig, but=("lam",))
+    config.add_flags(parser, config.ModelConfig, but=("attention", "positions"))
+    args = parser.parse_args(argv)
+    args.auto = None
+    if getattr(args, "lam", None) == "auto":
+        del args.lam
+        args.auto = True
+    if args.grid and not (args.auto or args.resume):
+        raise UsageError("--grid goes with --lambda auto")
+    if args.auto and args.budget is not None:
+        raise UsageError("--lambda auto and --budget both choose λ: give one of them")
+    if args.budget is not None and not 0 < args.budget < float("inf"):
+        raise UsageError(f"--budget must be above 0, not {args.budget:g}")
+    if args.seeds is not None and not 1 <= args.seeds <= 100:
+        raise UsageError(f"--seeds must be 1 to 100, not {args.seeds}")
+    return args
+
+
+def parse_lambda(text: str) -> float | str:
+    return text if text == "auto" else float(text)
+
+
+def parse_grid(text: str) -> list[float]:
+    """Raises ValueError, which argparse reports."""
+    values = [float(part) for part in text.split(",")]
+    if not all(0 <= value < float("inf") for value in values):
+        raise ValueError(text)
+    return values
 
 
 def plan_from_flags(args: argparse.Namespace, preset: str) -> Plan:
@@ -70,217 +136,77 @@ def plan_from_flags(args: argparse.Namespace, preset: str) -> Plan:
     return Plan(task, model, config.override_length(how, args))
 
 
-# The search
+def read_plan(path: Path, args: argparse.Namespace) -> tuple[Plan, dict[str, Any]]:
+    """The plan and the flags of the search to go on with. Raises CheckpointError, UsageError."""
+    try:
+        begun = json.loads(path.read_text(encoding="utf-8"))
+        return training.resumed_plan(Plan, begun, args), begun["flags"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not a plan of search.py: {error!r}") from error
+
+
+def tell(plan: Plan, sets: Sets, processes: Processes) -> None:
+    """What is about to happen, in one line."""
+    how = plan.search
+    several = f", {processes.world} processes" if processes.world > 1 else ""
+    cli.notice(
+        f"{plan.task}: {plan.model.backbone} of {plan.model.blocks} blocks × {plan.model.width}; "
+        f"{how.steps} steps of {how.batch} patches of {how.patch}², the first {how.first_stage} "
+        f"for the weights alone; {len(sets.weights)} pictures of {how.train_set} for the weights, "
+        f"{len(sets.alpha)} for α; on {processes.device}{several}"
+    )
 
 
 def search(
     plan: Plan,
+    flags: dict[str, Any],
+    sets: Sets,
     args: argparse.Namespace,
-    device: torch.device,
-    tensors: dict[str, Tensor] | None = None,
-    progress: dict | None = None,
-) -> None:
-    """Both stages, from the start or from a state: weights alone, then weights and α in turn.
-    Writes the state and a row of the log after every epoch, and at the end what was found."""
-    how, out = plan.search, args.out
-    flags = progress["flags"] if progress else {"preset": args.preset}
-    for_weights, for_alpha = search_sets(how.train_set, args.data)
-    data = {"weights": training.digest(for_weights), "alpha": training.digest(for_alpha)}
-    samplers = [
-        make_sampler(plan, paths, stream)
-        for stream, paths in ((WEIGHTS, for_weights), (ALPHA, for_alpha))
-    ]
-    torch.manual_seed(how.seed)
-    net = Supernet(plan.model).to(device).train()
-    weights = training.adam(net.weights, how.rate)
-    alpha = training.adam([net.alpha], how.alpha_rate)
-    parts = {"supernet": net, "weights": weights, "alpha": alpha}
-    start, seconds = 0, 0.0
-    if progress:
-        training.require_same_data(progress, data)
-        training.unpack(parts, tensors, out / STATE)
-        start, seconds = progress["step"], progress["seconds"]
-    out.mkdir(parents=True, exist_ok=True)
-    training.drop_rows_after(out / "search.jsonl", start)
-    cli.notice(
-        f"{plan.task}: {plan.model.backbone} of {plan.model.blocks} blocks × {plan.model.width}, "
-        f"λ {how.lam:g}; {how.steps} steps of {how.batch} patches of {how.patch}², the first "
-        f"{how.first_stage} for the weights alone; {len(for_weights)} pictures of "
-        f"{how.train_set} for the weights, {len(for_alpha)} for α; on {device}"
-    )
-    total, count, begun = torch.zeros((), device=device), 0, time.monotonic()
-    bar = cli.progress(
-        range(start, how.steps), initial=start, total=how.steps, unit="step", desc="search"
-    )
-    for step in bar:
-        tau = temperature(how, step)
-        total += weight_step(plan, net, weights, samplers[WEIGHTS], step, tau)
-        if step >= how.first_stage:
-            alpha_step(plan, net, alpha, samplers[ALPHA], step, tau)
-
-        done, count = step + 1, count + 1
-        if done % how.epoch_steps and done < how.steps:
-            continue
-        mse = total.item() / count
-        training.require_finite(mse, done - count, done, out)
-        row = {"epoch": -(-done // how.epoch_steps), "step": done, "tau": tau, "mse": mse}
-        row |= {**gate_report(plan, net), "seconds": round(seconds + time.monotonic() - begun, 2)}
-        bar.set_postfix(
-            refresh=False, mse=f"{mse:.1f}", open=len(net.open_positions()), tau=f"{tau:.2f}"
-        )
-        training.append_row(out / "search.jsonl", row)
-        state = {**row, "plan": asdict(plan), "data": data, "flags": flags}
-        save_state(out / STATE, training.pack(parts), state)
-        total, count = total.zero_(), 0
-    report(plan, net, samplers[ALPHA], args, device)
+    processes: Processes,
+) -> Found:
+    """Choose λ where that is asked for, then search once or with several seeds."""
+    out, notes = args.out, {}
+    if flags["auto"]:
+        grid = flags["grid"] or GRID
+        lam, rows = cross_validate(plan, args.data, out / "trials", grid, processes)
+        notes = {"cross_validation": rows}
+        plan = dataclasses.replace(plan, search=dataclasses.replace(plan.search, lam=lam))
+        for row in rows:
+            cli.say(
+                f"λ {row['lambda']:<6g} {row['psnr']:.3f} dB, {row['lost']:.3f} ± "
+                f"{row['lost_error']:.3f} below the best; {max(row['macs']) / 1e6:.1f} M "
+                "multiply-adds"
+            )
+    cli.notice(f"λ {plan.search.lam:g}" if flags["budget"] is None else "λ by bisection")
+    seeds = range(plan.search.seed, plan.search.seed + (flags["seeds"] or 1))
+    if len(seeds) == 1:
+        return search_once(plan, flags, sets, out, processes, notes)
+    found = []
+    for seed in seeds:
+        cli.notice(f"seed {seed}")
+        how = dataclasses.replace(plan.search, seed=seed)
+        one = dataclasses.replace(plan, search=how)
+        found.append(search_once(one, flags, sets, out / f"seed-{seed}", processes, notes))
+    report = agreement(found)
+    cli.say(agreement_table(report))
+    best = max(found, key=lambda one: one.mean_psnr)
+    chosen = best.architecture.seed
+    cli.say(f"the best by PSNR, seed {chosen}:")
+    return publish(best, out / f"seed-{chosen}", out, processes, {"agreement": report})
 
 
-def search_sets(name: str, root: Path | None) -> tuple[list[Path], list[Path]]:
-    """The pictures for the weights and those for α: disjoint."""
-    if name == "sample":
-        return sample("train"), sample("val")
-    return split_for_search(find_set(name, root, "train"))
-
-
-def make_sampler(plan: Plan, paths: list[Path], stream: int) -> PatchSampler:
-    """The patches of one kind of step; no seed of one kind is a seed of the other."""
-    how, channels = plan.search, plan.model.channels
-    seed = 2 * how.seed + stream
-    return PatchSampler(Pictures(paths), plan.task, how.patch, how.batch, seed, channels=channels)
-
-
-def temperature(how: SearchConfig, step: int) -> float:
-    """τ of Eq. 10: constant while the weights train alone, then falling geometrically to its
-    end."""
-    share = max(0, step - how.first_stage) / max(1, how.steps - 1 - how.first_stage)
-    return how.tau * (how.tau_end / how.tau) ** share
-
-
-def weight_step(
+def search_once(
     plan: Plan,
-    net: Supernet,
-    optimizer: torch.optim.Optimizer,
-    sampler: PatchSampler,
-    step: int,
-    tau: float,
-) -> Tensor:
-    """Descend ∇_w of Eq. 14 on training patches, with gates drawn and α as it is. Returns the MSE
-    on 0..255."""
-    how = plan.search
-    training.set_rate(optimizer, training.cosine(how.rate, step, how.steps))
-    low, target, seeds = batch(plan, sampler, step, WEIGHTS, net.alpha.device)
-    fixed = net.alpha.detach()
-    gates = draw_gates(fixed, training.gate_seed(how.seed, step, WEIGHTS), tau)
-    restored, kept = net(low, gates, seeds)
-    mse = training.restoration_loss("mse", restored, target)
-    cost = net.cost(kept, low.shape[2] * low.shape[3], expected_gates(fixed))
-    optimizer.zero_grad(set_to_none=True)
-    (mse + how.lam * cost.log()).backward()
-    optimizer.step()
-    return mse.detach()
-
-
-def alpha_step(
-    plan: Plan,
-    net: Supernet,
-    optimizer: torch.optim.Optimizer,
-    sampler: PatchSampler,
-    step: int,
-    tau: float,
-) -> None:
-    """Descend ∇_α of Eq. 14 on validation patches, with the weights as they are."""
-    how = plan.search
-    rate = training.cosine(how.alpha_rate, step - how.first_stage, how.steps - how.first_stage)
-    training.set_rate(optimizer, rate)
-    low, target, seeds = batch(plan, sampler, step, ALPHA, net.alpha.device)
-    gates = draw_gates(net.alpha, training.gate_seed(how.seed, step, ALPHA), tau)
-    with net.weights_fixed():
-        restored, kept = net(low, gates, seeds)
-        mse = training.restoration_loss("mse", restored, target)
-        cost = net.cost(kept, low.shape[2] * low.shape[3])
-        optimizer.zero_grad(set_to_none=True)
-        (mse + how.lam * cost.log()).backward()
-    optimizer.step()
-
-
-def batch(
-    plan: Plan, sampler: PatchSampler, step: int, stream: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Degraded patches, their targets and the seeds of their masks."""
-    low, target = sampler.batch(step)
-    seeds = training.image_seeds(plan.search.seed, step, sampler.indices, stream)
-    return low.to(device), target.to(device), seeds.to(device)
-
-
-# What was found
-
-
-def gate_report(plan: Plan, net: Supernet) -> dict[str, object]:
-    """The search's state for its log: α, the gates' probabilities σ(α), the expected cost in FLOPs,
-    the keys kept."""
-    n = plan.search.patch**2
-    with torch.no_grad():
-        chance = expected_gates(net.alpha)
-        cost = net.cost({}, n)
-    pairs = net.density.tril().sum() / (len(chance) * (len(chance) + 1) / 2)
-    return {
-        "alpha": net.alpha.tolist(),
-        "gates": chance.tolist(),
-        "cost": cost.item(),
-        "kept": pairs.item(),
-    }
-
-
-def report(
-    plan: Plan,
-    net: Supernet,
-    sampler: PatchSampler,
-    args: argparse.Namespace,
-    device: torch.device,
-) -> None:
-    """Derive the network, measure its cost on validation patches, write arch.json and print the
-    table of positions."""
-    how, out = plan.search, args.out
-    positions, n = net.open_positions(), how.patch**2
-    low, _, _ = batch(plan, sampler, how.steps, ALPHA, device)
-    net.eval()
-    with torch.no_grad():
-        gates = draw_gates(net.alpha, None, 1.0)
-        _, kept = net(low, gates)
-        cost = net.cost(kept, n, gates).item()
-    derived = net.derive(positions)
-    pictures = Pictures(sampler.pictures.paths)
-    psnr = training.mean_psnr(derived, pictures, plan.task, device)
-    architecture = Architecture(
-        plan.task, derived.config, how.lam, how.seed, tuple(net.alpha.tolist()), cost, how.patch
-    )
-    info = {"search": asdict(how), "val_psnr": psnr}
-    save_model(out / "model.safetensors", derived, derived.config, plan.task, info)
-    write_atomically(out / "arch.json", architecture.to_json().encode())
-
-    dense = full_attention_flops(
-        plan.model.blocks, n, plan.model.width, plan.model.keys, masked=True
-    )
-    print("position   alpha  chance  keys kept  module")
-    for j, (value, chance) in enumerate(
-        zip(net.alpha.tolist(), expected_gates(net.alpha).tolist(), strict=True), 1
-    ):
-        share = kept[j].mean().item() / (n * plan.model.keys) if j in kept else None
-        shown = f"{share:9.1%}" if share is not None else "        –"
-        print(f"{j:8d}  {value:+.3f}  {chance:6.2f}  {shown}  {'open' if j in kept else '–'}")
-    undecided = [c for c in expected_gates(net.alpha).tolist() if 0.1 < c < 0.9]
-    if undecided:
-        cli.notice(
-            f"{len(undecided)} of {len(net.alpha)} gates are still undecided "
-            "(chance between 0.1 and 0.9): a longer search, --steps, settles them"
-        )
-    print(f"positions: {config.format_positions(positions)}")
-    print(
-        f"attention costs {cost / 2e6:.1f} M multiply-adds for {how.patch}×{how.patch} pixels, "
-        f"{1 - cost / dense:.1%} less than a module behind every block ({dense / 2e6:.1f} M)"
-    )
-    print(f"{plan.task}: {psnr:.2f} dB on the validation pictures with the supernet's weights")
-    print(f"written: {out / 'arch.json'} · {out / 'search.jsonl'} · {out / 'model.safetensors'}")
+    flags: dict[str, Any],
+    sets: Sets,
+    out: Path,
+    processes: Processes,
+    notes: dict[str, Any],
+) -> Found:
+    """One search, or the one that a budget allows."""
+    if flags["budget"] is None:
+        return run(plan, sets, out, processes, notes=notes)
+    return within_budget(plan, sets, out / "trials", flags["budget"], processes, notes)
 
 
 if __name__ == "__main__":

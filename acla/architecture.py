@@ -26,7 +26,8 @@ COST_UNIT = "FLOPs per picture of patch × patch (a multiply-add is two)"
 class Architecture:
     """What a search found. model: the derived network; alpha: α_j of every block; cost: Eq. 13 of
     the derived network at the mask density met, in COST_UNIT for low-quality pictures of patch ×
-    patch pixels."""
+    patch pixels; evidence: JSON values that say where it comes from (commit, versions, data, the
+    search's configuration)."""
 
     task: Task
     model: ModelConfig
@@ -35,6 +36,7 @@ class Architecture:
     alpha: tuple[float, ...]
     cost: float
     patch: int
+    evidence: dict = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:
         """The text of arch.json."""
@@ -53,6 +55,7 @@ class Architecture:
                 "cost_unit": COST_UNIT,
                 "patch": self.patch,
                 "model": dataclasses.asdict(self.model),
+                "evidence": self.evidence,
             },
             indent=2,
         )
@@ -73,7 +76,8 @@ def read_architecture(path: Path) -> Architecture:
             raise ValueError("positions differ from those in model")
         alpha = tuple(map(float, values["alpha"]))
         numbers = float(values["lambda"]), int(values["seed"]), alpha, float(values["cost"])
-        return Architecture(task, model, *numbers, int(values["patch"]))
+        evidence = dict(values.get("evidence", {}))
+        return Architecture(task, model, *numbers, int(values["patch"]), evidence)
     except FileNotFoundError as error:
         raise AclaError(f"{path}: there is no such file; search.py writes one") from error
     except (OSError, KeyError, TypeError, ValueError, UsageError) as error:

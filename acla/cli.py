@@ -16,14 +16,28 @@ from kernels import available_backends
 DEVICES = ("auto", "cpu", "cuda")
 
 
+def is_first() -> bool:
+    """Whether this is the first of the processes that torchrun started: the one that speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def notice(text: str) -> None:
     """Progress and notices go to standard error; results alone go to standard output."""
-    print(text, file=sys.stderr, flush=True)
+    if is_first():
+        print(text, file=sys.stderr, flush=True)
+
+
+def say(text: str) -> None:
+    """A result, on standard output."""
+    if is_first():
+        print(text, flush=True)
 
 
 def progress(steps: Iterable, **options: object) -> tqdm:
     """A progress bar on standard error; where that is a file, a line now and then."""
-    return tqdm(steps, mininterval=0.1 if sys.stderr.isatty() else 10, file=sys.stderr, **options)
+    often = 0.1 if sys.stderr.isatty() else 10
+    options = {"disable": not is_first(), **options}
+    return tqdm(steps, mininterval=often, file=sys.stderr, **options)
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
@@ -57,12 +71,6 @@ def tell_of_sample(args: argparse.Namespace) -> None:
     """Say that the pictures below --data are not used where no set of them is named."""
     if args.data and "train_set" not in args:
         notice(f"set sample: built in; --train-set NAME takes a set of {args.data}")
-
-
-def require_one_process() -> None:
-    """Refuse to run as one of several processes that would write into each other's folder."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UsageError("this script runs in one process: start it with python, not torchrun")
 
 
 def pick_device(name: str) -> torch.device:

@@ -95,10 +95,11 @@ def resumed_plan(kind: type, progress: dict, args: argparse.Namespace) -> Any:
         )
     except (KeyError, TypeError, UsageError) as error:
         raise CheckpointError(f"the plan inside the state is not valid: {error}") from error
-    for name in ("preset", "arch"):
-        begun, given = progress["flags"].get(name), getattr(args, name, None)
+    for name, begun in progress["flags"].items():
+        given = getattr(args, name, None)
         if given not in (None, begun):
-            raise UsageError(f"--resume: the run was begun with --{name} {begun}, not {given}")
+            flag = flag_name(name)
+            raise UsageError(f"--resume: the run was begun with --{flag} {begun}, not {given}")
     asked = task_from_flags(args)
     if asked not in (None, plan.task):
         raise UsageError(f"--resume: the run is for {plan.task}, not for {asked}")
@@ -255,17 +256,23 @@ def validation_pair(
         raise DataError(f"{path}: {error}") from error
 
 
-def mean_psnr(model: Backbone, pictures: Pictures, task: Task, device: torch.device) -> float:
-    """Validation: mean PSNR in dB over the middles (at most 256 × 256) of the pictures, by the
-    task's protocol."""
+def each_psnr(model: Backbone, pictures: Pictures, task: Task, device: torch.device) -> list[float]:
+    """Validation: PSNR in dB over the middle (at most 256 × 256) of each picture, by the task's
+    protocol."""
     was_training = model.training
     model.eval()
-    total = 0.0
+    found = []
     for index in range(len(pictures)):
         low, high = validation_pair(pictures, index, task, model.config.channels)
-        total += score(restore(model, low.to(device)).cpu(), high, task)[0]
+        found.append(score(restore(model, low.to(device)).cpu(), high, task)[0])
     model.train(was_training)
-    return total / len(pictures)
+    return found
+
+
+def mean_psnr(model: Backbone, pictures: Pictures, task: Task, device: torch.device) -> float:
+    """The mean of `each_psnr`."""
+    found = each_psnr(model, pictures, task, device)
+    return sum(found) / len(found)
 
 
 def middle(picture: Tensor) -> Tensor:

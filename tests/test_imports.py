@@ -43,6 +43,22 @@ ALLOWED = {
         "restore",
     },
     "cli": {"config", "kernels"},
+    "processes": set(),
+    "provenance": set(),
+    "searching": {
+        "architecture",
+        "checkpoint",
+        "cli",
+        "config",
+        "cost",
+        "data",
+        "gate",
+        "processes",
+        "provenance",
+        "supernet",
+        "training",
+    },
+    "selection": {"checkpoint", "cli", "config", "cost", "data", "processes", "searching"},
 }
 STANDARD_LIBRARY_ONLY = ("errors", "config", "cost", "architecture")
 KERNEL_PACKAGES = {"torch", "triton", "numpy", "kernels"}

@@ -13,6 +13,7 @@ from acla.architecture import read_architecture
 from acla.checkpoint import load_model, load_state
 from acla.config import SearchConfig, Task
 from acla.errors import UsageError
+from acla.searching import Search, search_sets, temperature
 
 SMALL = ["--preset", "tiny", "--blocks", "3", "--width", "8", "--keys", "3"]
 SHORT = ["--batch", "2", "--patch", "16", "--steps", "8", "--epoch-steps", "2"]
@@ -87,17 +88,15 @@ def test_without_a_gradient_from_the_picture_zero_lambda_leaves_alpha():
 
 def test_a_resumed_search_equals_a_straight_one_to_the_bit(monkeypatch):
     search.main([*SMALL, *SHORT, "--out", "straight"])
-    steps = 0
-    step = search.weight_step
+    step = Search.weight_step
 
-    def interrupted(*args):
-        nonlocal steps
-        steps += 1
-        if steps == 6:
+    def interrupted(self, number):
+        if number == 5:
+            monkeypatch.setattr(Search, "weight_step", step)
             raise KeyboardInterrupt
-        return step(*args)
+        return step(self, number)
 
-    monkeypatch.setattr(search, "weight_step", interrupted)
+    monkeypatch.setattr(Search, "weight_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         search.main([*SMALL, *SHORT, "--out", "parts"])
     search.main(["--out", "parts", "--resume"])
@@ -110,7 +109,7 @@ def test_a_resumed_search_equals_a_straight_one_to_the_bit(monkeypatch):
 
 def test_tau_falls_in_the_second_stage_only():
     how = SearchConfig(steps=10, warmup=0.5, tau=2.0, tau_end=0.1)
-    taus = [search.temperature(how, step) for step in range(10)]
+    taus = [temperature(how, step) for step in range(10)]
     assert taus[:6] == [2.0] * 6
     assert taus == sorted(taus, reverse=True)
     assert taus[-1] == pytest.approx(0.1)
@@ -121,7 +120,7 @@ def test_tau_falls_in_the_second_stage_only():
     [
         (["--channels", "3"], "car has 1 by its protocol"),
         (["--lambda", "-1"], "--lambda must be 0 or more"),
-        (["--resume"], "holds no supernet"),
+        (["--resume"], "holds no plan"),
         (["--warmup", "1"], "--warmup must lie in"),
     ],
 )
@@ -132,7 +131,7 @@ def test_wrong_calls_say_what_to_do_and_leave_nothing(words, message):
 
 
 def test_weights_and_alpha_see_disjoint_pictures():
-    for_weights, for_alpha = search.search_sets("sample", None)
-    assert for_weights
-    assert for_alpha
-    assert not set(for_weights) & set(for_alpha)
+    sets = search_sets("sample", None)
+    assert sets.weights
+    assert sets.alpha
+    assert not set(sets.weights) & set(sets.alpha)

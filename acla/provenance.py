@@ -1,0 +1,38 @@
+"""Where a result comes from: the commit and the versions that made it."""
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("torch", "triton", "numpy", "pillow", "scikit-image")
+
+
+def commit() -> str:
+    """The commit of this code, '+' after it if files differ; 'unknown' outside a repository."""
+    here = Path(__file__).parent
+    command = ["git", "-C", here, "describe", "--always", "--dirty=+", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def provenance(device: torch.device) -> dict[str, object]:
+    """Commit, versions, device and CPU threads: what decides the bits of a result besides its
+    configuration."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "commit": commit(),
+        "versions": versions,
+        "device": gpu or f"cpu {platform.machine()}",
+        "threads": torch.get_num_threads(),
+    }
