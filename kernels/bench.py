@@ -4,7 +4,9 @@ timed.
 Every backend of `attend` runs beside what users do today: `grid_sample`, once per layer and once
 per key (the faster one counts), `deform_conv2d` with an identity kernel per key where torchvision
 is installed, and one 3×3 convolution of the same width. Contenders take turns within each
-repetition, so that the machine's moods hit all of them.
+repetition, so that the machine's moods hit all of them. On a GPU the operator's kernels are timed
+without their launches, and stand beside their floor (floor.py); whole networks run as they are and
+as CUDA graphs.
 
 B batch · L referred layers · K sampled keys per layer and query · H,W grid · C channels
 """
@@ -13,7 +15,6 @@ import argparse
 import functools
 import json
 import platform
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from kernels import floor
 from kernels.contenders import (
     KEYS,
     LAYERS,
@@ -32,7 +34,8 @@ from kernels.contenders import (
     contenders,
     make_case,
 )
-from kernels.timing import paired, peak_mb, percentiles
+from kernels.ratios import Row, ratios
+from kernels.timing import paired, peak_mb, percentiles, replay
 
 SIZES = ("1x48x48x256", "1x256x256x64", "16x48x48x64", "1x96x96x128")
 KEEP = (1.0, 0.5, 0.25)
@@ -43,9 +46,6 @@ NETWORKS = {
     "edsr-16x64": ("car", "small", "edsr"),
     "rcan-10x20x64": ("sr", "paper", "rcan"),
 }
-
-
-Row = dict[str, object]
 
 
 # Measuring
@@ -103,46 +103,76 @@ def operator_rows(size: tuple[int, int, int, int], args: argparse.Namespace) -> 
     for name, contender in found.items():
         require_right(name, contender, small)
     found["conv3x3"] = by_convolution
+    best = next(iter(found))
     rows = []
     for which in PASSES:
         case = make_case(size, 0.5, dtype, args.device)
-        works = {n: functools.partial(run_pass, c, case, which) for n, c in found.items()}
-        rows += measured(works, size, case.kept(), which, args)
-    best = next(iter(found))
+        keep = case.kept()
+        cases = [(name, contender, case, keep) for name, contender in found.items()]
+        rows += timed_cases(cases, size, which, args)
     for which in PASSES:
-        works, kept = {}, {}
-        for keep in KEEP:
-            case = make_case(size, keep, dtype, args.device)
-            works[f"{best} keep {keep:g}"] = functools.partial(run_pass, found[best], case, which)
-            kept[f"{best} keep {keep:g}"] = case.kept()
-        for row in measured(works, size, 0.0, which, args):
-            rows.append({**row, "keep": round(kept[row["backend"]], 4), "backend": best})
+        cases = [make_case(size, keep, dtype, args.device) for keep in KEEP]
+        cases = [(best, found[best], case, case.kept()) for case in cases]
+        rows += timed_cases(cases, size, which, args)
     return rows
 
 
-def measured(
-    works: dict[str, Callable[[], object]],
+def timed_cases(
+    cases: list[tuple[str, Callable[[Case], Tensor], Case, float]],
     size: tuple[int, int, int, int],
-    keep: float,
     which: str,
     args: argparse.Namespace,
 ) -> list[Row]:
-    """A row for each contender, timed in turns."""
-    times = paired(works, args.device, args.seconds)
+    """A row for each contender with its name, case and share of kept keys, all of one size, timed
+    in turns; on a GPU, with the work that there is and the share of the floor that was reached."""
     B, H, W, C = size
-    same = {"device": device_name(args.device), "threads": torch.get_num_threads()}
-    same |= {"dtype": args.dtype, "B": B, "L": LAYERS, "K": KEYS, "H": H, "W": W, "C": C}
+    problems = []
+    for name, contender, case, keep in cases:
+        row = described(name, size, which, args, args.dtype, keep)
+        if args.device == "cuda" and name != "conv3x3":
+            dtype = getattr(torch, args.dtype)
+            passes = floor.works(B, LAYERS, KEYS, H, W, C, keep, dtype, which)
+            row |= floor.fields(passes, floor.gpu_of(torch.cuda.get_device_properties()))
+        problems.append((row, functools.partial(run_pass, contender, case, which)))
+    return measured(problems, args, queued=True)
+
+
+def described(
+    name: str,
+    size: tuple[int, int, int, int],
+    which: str,
+    args: argparse.Namespace,
+    dtype: str = "float32",
+    keep: float = 1.0,
+) -> Row:
+    """What a row says before anything is measured."""
+    B, H, W, C = size
+    row = {"device": device_name(args.device), "threads": torch.get_num_threads()}
+    row |= {"dtype": dtype, "B": B, "L": LAYERS, "K": KEYS, "H": H, "W": W, "C": C}
+    return row | {"keep": round(keep, 4), "backend": name, "pass": which}
+
+
+def measured(
+    problems: list[tuple[Row, Callable[[], object]]], args: argparse.Namespace, queued: bool = False
+) -> list[Row]:
+    """The rows with times, taken in turns, and memory."""
+    works = [work for _, work in problems]
+    times = paired(works, args.device, args.seconds, queued=queued)
     rows = []
-    for name, work in works.items():
-        row = {**same, "keep": round(keep, 4), "backend": name, "pass": which}
-        row |= {**percentiles(times[name]), "peak_mb": peak_mb(work, args.device)}
+    for (row, work), taken in zip(problems, times, strict=True):
+        row = row | percentiles(taken)
+        # A graph has its memory from the start.
+        row["peak_mb"] = None if row["pass"] == "replay" else peak_mb(work, args.device)
+        if "floor_ms" in row:
+            row["floor_share"] = round(row["floor_ms"] / row["ms_p50"], 4)
         show(row)
         rows.append(row)
     return rows
 
 
 def network_rows(args: argparse.Namespace) -> list[Row]:
-    """Whole networks on one 48×48 picture, without and with ACLA at Table 9's positions."""
+    """Whole networks on one 48×48 picture, without and with ACLA at Table 9's positions; on a GPU
+    also as graphs, which are replayed."""
     from dataclasses import replace
 
     from acla.backbone import Backbone
@@ -158,7 +188,12 @@ def network_rows(args: argparse.Namespace) -> list[Row]:
         for label, network in ((name, plain), (f"{name} + acla", inserted)):
             net = Backbone(network).eval().to(args.device, memory_format=torch.channels_last)
             works[label] = functools.partial(without_gradients, net, picture)
-        rows += measured(works, (1, 48, 48, config.width), 1.0, "network", args)
+        for which in ("network", "replay")[: 1 + (args.device == "cuda")]:
+            problems = []
+            for label, work in works.items():
+                row = described(label, (1, 48, 48, config.width), which, args)
+                problems.append((row, replay(work) if which == "replay" else work))
+            rows += measured(problems, args)
     return rows
 
 
@@ -168,28 +203,39 @@ def without_gradients(net: torch.nn.Module, picture: Tensor) -> Tensor:
 
 
 def supernet_rows(args: argparse.Namespace) -> list[Row]:
-    """Memory of one training step of the supernet, 16 blocks × 64, 136 pairs, batch 16, 48×48;
-    beside it what `grid_sample` saves for backward in one pair, times the pairs."""
+    """Time and memory of one weight step of the supernet, 16 blocks × 64, 136 pairs, batch 16,
+    48×48: with every gate open, and with every second one shut, its module computed nevertheless or
+    skipped. Beside it what `grid_sample` saves for backward in one pair, times the pairs."""
     from acla.config import ModelConfig
     from acla.supernet import Supernet
 
     size = (16, 48, 48, 64)
     net = Supernet(ModelConfig(blocks=16, width=64, channels=1)).train().to(args.device)
     pictures = torch.rand(16, 1, 48, 48, device=args.device)
-    gates = torch.ones(16, device=args.device)
+    every = torch.ones(16, device=args.device)
+    half = every * (torch.arange(16, device=args.device) % 2)
     seeds = torch.arange(16, device=args.device)
 
-    def step() -> None:
+    def step(gates: Tensor) -> None:
         restored, kept = net(pictures, gates, seeds)
         (restored.square().mean() + net.cost(kept, 48 * 48).log()).backward()
         net.zero_grad(set_to_none=True)
 
-    rows = measured({"supernet step": step}, size, 1.0, "both", args)
+    steps = {
+        "supernet step": every,
+        "supernet step, half shut, all computed": half.clone().requires_grad_(),
+        "supernet step, half shut, skipped": half,
+    }
+    works = [
+        (described(name, size, "both", args), functools.partial(step, gates))
+        for name, gates in steps.items()
+    ]
+    rows = measured(works, args)
     case = make_case(size, 1.0, torch.float32, args.device)
     one = Case(case.features[:1], case.points[:, :, :, :1], case.mask_maps[:1], case.gradient)
     saved = min(saved_mb(by_grid_sample(per_key), one) for per_key in (False, True))
     pairs = 16 * 17 // 2
-    row = {**rows[0], "backend": f"grid_sample, saved tensors of {pairs} pairs"}
+    row = described(f"grid_sample, saved tensors of {pairs} pairs", size, "both", args)
     row |= {"ms_p20": None, "ms_p50": None, "ms_p80": None, "peak_mb": round(saved * pairs, 1)}
     show(row)
     return [*rows, row]
@@ -222,59 +268,6 @@ def device_name(device: str) -> str:
 def show(row: Row) -> None:
     """A row as it is measured, on standard error."""
     print(" ".join(f"{key}={value}" for key, value in row.items()), file=sys.stderr, flush=True)
-
-
-# Ratios
-
-
-def ratios(rows: list[Row]) -> list[str]:
-    """What the rows say, one ratio a line: larger is better unless the line says otherwise."""
-    lines = []
-    groups: dict[tuple, dict[str, Row]] = {}
-    for row in rows:
-        key = (row["B"], row["H"], row["W"], row["C"], row["pass"], row["keep"])
-        groups.setdefault(key, {})[row["backend"]] = row
-    for (B, H, W, C, which, _), group in groups.items():
-        where = f"{B}×{H}×{W}, C {C}, {which}"
-        grid = [r["ms_p50"] for n, r in group.items() if n.startswith("grid_sample p")]
-        for name in ("cpp", "torch", "triton"):
-            if grid and name in group:
-                ours = group[name]["ms_p50"]
-                line = (
-                    f"{where}: {name} is {min(grid) / ours:.1f}× as fast as the better grid_sample"
-                )
-                if "deform_conv2d" in group:
-                    line += f", {group['deform_conv2d']['ms_p50'] / ours:.1f}× as deform_conv2d"
-                lines.append(
-                    f"{line}, {group['conv3x3']['ms_p50'] / ours:.2f}× as one 3×3 convolution"
-                )
-        for name in NETWORKS:
-            if name in group:
-                share = group[f"{name} + acla"]["ms_p50"] / group[name]["ms_p50"]
-                lines.append(f"{name} + acla takes {share:.3f} of {name}'s time (less is better)")
-        step = group.get("supernet step")
-        for name, row in group.items():
-            if step and name.startswith("grid_sample, saved"):
-                times = row["peak_mb"] / step["peak_mb"]
-                lines.append(f"a supernet step needs 1/{times:.1f} of {name}")
-    return lines + sparsity_ratios(rows)
-
-
-def sparsity_ratios(rows: list[Row]) -> list[str]:
-    """Time with a quarter of the keys kept over time with all."""
-    lines = []
-    full = [row for row in rows if row["keep"] > 0.99 and row["pass"] in PASSES]
-    for row in full:
-        for other in rows:
-            same = all(row[k] == other[k] for k in ("B", "H", "W", "C", "backend", "pass"))
-            if same and other["keep"] < 0.3 and row["ms_p50"]:
-                share = other["ms_p50"] / row["ms_p50"]
-                where = f"{row['B']}×{row['H']}×{row['W']}, C {row['C']}, {row['pass']}"
-                lines.append(
-                    f"{where}: {row['backend']} with {other['keep']:.0%} of the keys takes "
-                    f"{share:.2f} of its time with all (less is better)"
-                )
-    return lines
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -313,6 +306,8 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError
     except ValueError:
         refuse(f"--sizes {args.sizes}: sizes are BxHxWxC, for instance {SIZES[0]}")
+    from acla.provenance import commit
+
     torch.set_num_threads(args.threads)
     rows = []
     if args.only in (None, "operator"):
@@ -328,6 +323,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.json:
         Path(args.json).write_text(text, encoding="utf-8")
     clock = "processor time" if args.threads == 1 else "wall time"
+    clock = "GPU time" if args.device == "cuda" else clock
     print(f"{device_name(args.device)}, {args.threads} CPU thread(s), medians of {clock}")
     print("\n".join(ratios(rows)))
 
@@ -336,17 +332,6 @@ def refuse(message: str) -> NoReturn:
     """Stop: the call was wrong."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
-
-
-def commit() -> str:
-    """The commit that was measured, '+' after it if files differ; 'unknown' outside a
-    repository."""
-    here = Path(__file__).parent
-    command = ["git", "-C", here, "describe", "--always", "--dirty=+", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 if __name__ == "__main__":

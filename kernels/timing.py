@@ -5,19 +5,29 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
+# Clock cycles, some 20 ms, in which any contender has launched nearly all of its kernels.
+QUEUE = 40_000_000
 
 
 class Clock:
     """Times calls: CUDA events on a GPU; processor time on one CPU thread, which other programs
-    disturb least, else wall time."""
+    disturb least, else wall time.
 
-    def __init__(self, device: str):
-        self.cuda = device == "cuda"
+    On a GPU, `queued` calls are timed without their launches: all kernels wait in line before the
+    first one starts, with a cold L2 cache, as in a network whose other layers have filled it."""
+
+    def __init__(self, device: str, queued: bool = False):
+        self.cuda, self.queued = device == "cuda", queued and device == "cuda"
         self.read = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+        if self.queued:
+            size = 2 * torch.cuda.get_device_properties().L2_cache_size
+            self.evict = torch.empty(size, dtype=torch.int8, device=device)
 
     def __call__(self, work: Callable[[], object]) -> float:
         """Milliseconds of one call."""
@@ -26,6 +36,9 @@ class Clock:
             work()
             return (self.read() - start) * 1e3
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if self.queued:
+            self.evict.zero_()
+            torch.cuda._sleep(QUEUE)
         start.record()
         work()
         end.record()
@@ -34,19 +47,43 @@ class Clock:
 
 
 def paired(
-    works: dict[str, Callable[[], object]], device: str, seconds: float, least: int = 3
-) -> dict[str, list[float]]:
+    works: Sequence[Callable[[], object]],
+    device: str,
+    seconds: float,
+    least: int = 3,
+    queued: bool = False,
+) -> list[list[float]]:
     """Milliseconds of each contender's calls, taken in turns until `seconds` have passed, at least
     `least` each, after one call that is not counted."""
-    clock = Clock(device)
-    for work in works.values():
+    clock = Clock(device, queued)
+    for work in works:
         work()
-    times: dict[str, list[float]] = {name: [] for name in works}
+    times: list[list[float]] = [[] for _ in works]
     begun = time.monotonic()
-    while time.monotonic() - begun < seconds or len(next(iter(times.values()))) < least:
-        for name, work in works.items():
-            times[name].append(clock(work))
+    while time.monotonic() - begun < seconds or len(times[0]) < least:
+        for work, taken in zip(works, times, strict=True):
+            taken.append(clock(work))
     return times
+
+
+def replay(work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The work as a CUDA graph: a call launches all of its kernels at once, on the same tensors,
+    and returns the result in the same memory. `work` may not wait for the GPU."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # compiles and chooses kernels, and fills caches, which no capture may
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = work()
+
+    def run() -> Tensor:
+        graph.replay()
+        return result
+
+    return run
 
 
 def percentiles(times: list[float]) -> dict[str, float]:
@@ -66,6 +103,12 @@ def peak_mb(work: Callable[[], object], device: str) -> float:
         work()
         torch.cuda.synchronize()
         return round((torch.cuda.max_memory_allocated() - before) / 1e6, 2)
+    return round(max(itertools.accumulate(allocations(work), initial=0)) / 1e6, 2)
+
+
+def allocations(work: Callable[[], object]) -> list[int]:
+    """Bytes of every tensor's memory on the CPU that torch took or, negative, gave back during one
+    call, in order."""
     profile = torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     )
@@ -76,5 +119,5 @@ def peak_mb(work: Callable[[], object], device: str) -> float:
         trace = Path(folder, "trace.json")
         profile.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
-    changes = [e["args"]["Bytes"] for e in events if e.get("name") == "[memory]"]
-    return round(max(itertools.accumulate(changes, initial=0)) / 1e6, 2)
+    memory = [event for event in events if event.get("name") == "[memory]"]
+    return [event["args"]["Bytes"] for event in sorted(memory, key=lambda event: event["ts"])]

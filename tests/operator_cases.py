@@ -16,7 +16,7 @@ Size = tuple[int, int, int, int, int, int]  # B, H, W, L, K, C
 
 @dataclass
 class Inputs:
-    """Arguments of `attend`, and a gradient for each of its three results."""
+    """Arguments of `attend`, and a gradient for each of its three results (None: not sent)."""
 
     features: list[Tensor]
     points: Tensor
@@ -24,7 +24,7 @@ class Inputs:
     gates: Tensor | None
     seeds: Tensor | None
     temperature: float
-    cotangents: list[Tensor] = field(default_factory=list)
+    cotangents: list[Tensor | None] = field(default_factory=list)
 
     def to(self, dtype: torch.dtype) -> "Inputs":
         """Features in this type, the rest in the type of the arithmetic that goes with it."""
@@ -67,12 +67,12 @@ class Inputs:
             leaf.requires_grad_(name in wanted)
             leaf.grad = None
         out = self.attend(backend)
-        if out.aggregate.requires_grad:
-            pairs = [
-                (o, c.to(o.dtype))
-                for o, c in zip(out, self.cotangents, strict=True)
-                if o.requires_grad
-            ]
+        pairs = [
+            (o, c.to(o.dtype))
+            for o, c in zip(out, self.cotangents, strict=True)
+            if o.requires_grad and c is not None
+        ]
+        if pairs:
             torch.autograd.backward(*zip(*pairs, strict=True))
         found = {name: result.detach() for name, result in out._asdict().items()}
         return found | {f"∂{name}": leaf.grad for name, leaf in leaves.items()}
@@ -101,18 +101,23 @@ def make(
     points = normal(B, H, W, L, 3, K)
     offsets = points[..., :2, :]  # never whole numbers, where the derivative jumps
     offsets.copy_((offsets * spread * 256).round() / 256 + 1 / 512)
-    drawn = [normal(B, H + 2, W + 2, C) for _ in range(L)]
+    # What meets features is a bfloat16's, so that narrow types start from the same numbers too.
+    drawn = [normal(B, H + 2, W + 2, C).bfloat16().double() for _ in range(L)]
     maps = [normal(B, H + 2, W + 2, K) for _ in range(L)]
     if mask_sign:
         maps = [mask_sign * (m.abs() + 1 / 16) for m in maps]
     return Inputs(
-        features=[f.bfloat16().double() for f in drawn],
+        features=drawn,
         points=points,
         mask_maps=maps if masks else None,
         gates=None if gates is None else torch.tensor(gates, dtype=torch.float64),
         seeds=torch.randint(-(2**62), 2**62, (B,), generator=generator) if seeds else None,
         temperature=0.7,
-        cotangents=[normal(B, H, W, L, C), normal(B, H, W, L), normal(B, L)],
+        cotangents=[
+            normal(B, H, W, L, C).bfloat16().double(),
+            normal(B, H, W, L),
+            normal(B, L),
+        ],
     )
 
 

@@ -1,6 +1,9 @@
 """The benchmark: contenders agree, a wrong one is refused, rows and ratios are what they say."""
 
+import argparse
+import contextlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ FIELDS = {
 def test_rows_have_their_fields_and_every_contender(capsys):
     bench.main([*TINY, "--only", "operator", "--json", "-"])
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert all(row.keys() >= FIELDS for row in rows)
+    assert all(row.keys() == FIELDS | {"threads"} for row in rows)  # on CPUs nothing else is known
     names = {row["backend"] for row in rows}
     assert {"torch", "grid_sample per layer", "grid_sample per key", "conv3x3"} <= names
     assert all(0 < row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"] for row in rows)
@@ -32,6 +35,7 @@ def test_ratios_are_printed_last(capsys):
     assert "1 CPU thread(s)" in out
     assert "as the better grid_sample" in out
     assert "of its time with all" in out
+    assert "(target: 0.45 or less, " in out
 
 
 @pytest.mark.parametrize("spoil", ["result", "gradient"])
@@ -56,10 +60,10 @@ def test_masks_keep_about_what_is_asked(keep):
 
 def test_paired_times_take_turns():
     calls = []
-    works = {name: (lambda name=name: calls.append(name)) for name in "ab"}
-    times = timing.paired(works, "cpu", 0.0, least=3)
+    works = [lambda: calls.append("a"), lambda: calls.append("b")]
+    times = timing.paired(works, "cpu", 0.0, least=3, queued=True)
     assert calls == ["a", "b"] * 4
-    assert [len(t) for t in times.values()] == [3, 3]
+    assert [len(taken) for taken in times] == [3, 3]
 
 
 def test_peak_memory_counts_what_was_alive_together():
@@ -87,3 +91,131 @@ def test_a_device_that_is_not_there_is_refused(capsys):
         bench.main(["--device", "cuda"])
     assert stopped.value.code == 2
     assert "use --device cpu" in capsys.readouterr().err
+
+
+# ---- GPUs
+
+H100 = SimpleNamespace(
+    **{"major": 9, "minor": 0, "multi_processor_count": 132, "warp_size": 32},
+    **{"clock_rate": 1_980_000, "memory_clock_rate": 2_619_000, "memory_bus_width": 5120},
+    L2_cache_size=50,
+)
+
+
+class FakeCuda:
+    """Notes, in order, what a program asks of a GPU that is not there."""
+
+    def __init__(self, monkeypatch):
+        self.notes = []
+
+        def note(name):
+            return lambda *_: self.notes.append(name)
+
+        @contextlib.contextmanager
+        def inside(name):
+            self.notes.append(f"{name} begins")
+            yield
+            self.notes.append(f"{name} ends")
+
+        side = SimpleNamespace(wait_stream=note("side waits"))
+        main = SimpleNamespace(wait_stream=note("main waits"))
+        graph = SimpleNamespace(replay=note("replay"))
+        event = SimpleNamespace(
+            record=note("event"), synchronize=note("synchronize"), elapsed_time=lambda end: 0.25
+        )
+        for name, value in {
+            "Stream": lambda: side,
+            "current_stream": lambda: main,
+            "stream": lambda stream: inside("side"),
+            "CUDAGraph": lambda: graph,
+            "graph": lambda graph: inside("capture"),
+            "Event": lambda enable_timing: event,
+            "_sleep": note("sleep"),
+            "get_device_properties": lambda: H100,
+            "get_device_name": lambda: "NVIDIA H100 80GB HBM3",
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+
+def test_a_graph_is_warmed_up_on_a_side_stream_captured_once_and_replayed(monkeypatch):
+    fake = FakeCuda(monkeypatch)
+    run = timing.replay(lambda: fake.notes.append("work") or "result")
+    before = ["side waits", "side begins", "work", "work", "work", "side ends", "main waits"]
+    assert fake.notes == [*before, "capture begins", "work", "capture ends"]
+    del fake.notes[:]
+    assert [run(), run()] == ["result", "result"]
+    assert fake.notes == ["replay", "replay"]
+
+
+@pytest.mark.parametrize("queued", [True, False])
+def test_queued_kernels_wait_in_line_before_the_clock_starts(monkeypatch, queued):
+    fake = FakeCuda(monkeypatch)
+    cache = SimpleNamespace(zero_=lambda: fake.notes.append("evict"))
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: cache)
+    clock = timing.Clock("cuda", queued)
+    assert clock(lambda: fake.notes.append("work")) == 0.25
+    before = ["evict", "sleep"] if queued else []
+    assert fake.notes == [*before, "event", "work", "event", "synchronize"]
+
+
+def gpu_rows(monkeypatch, run):
+    """The rows of a run on a GPU that is not there, each of its calls taking 0.25 ms."""
+
+    def paired(works, *_, **__):
+        for work in works:
+            work()
+        return [[0.25] * 3 for _ in works]
+
+    FakeCuda(monkeypatch)
+    monkeypatch.setattr(bench, "paired", paired)
+    monkeypatch.setattr(bench, "peak_mb", lambda *_: 1.0)
+    return run(argparse.Namespace(device="cuda", dtype="bfloat16", seconds=0.0))
+
+
+def test_operator_rows_of_a_gpu_tell_the_work_and_the_share_of_the_floor(monkeypatch):
+    def run(args):
+        cases = [(name, lambda case: None, None, 0.5) for name in ("triton", "conv3x3")]
+        monkeypatch.setattr(bench, "run_pass", lambda *_: None)
+        return bench.timed_cases(cases, (1, 48, 48, 256), "forward", args)
+
+    ours, convolution = gpu_rows(monkeypatch, run)
+    assert convolution.keys() == (FIELDS | {"threads"}) - {"commit"}
+    assert ours.keys() - convolution.keys() == {"bytes", "flops", "floor_ms", "floor_share"}
+    assert ours["flops"] == 6 * 256 * 48 * 48 * 80 // 2
+    assert ours["floor_ms"] == 0.00599
+    assert ours["floor_share"] == round(0.00599 / 0.25, 4)
+    monkeypatch.setattr(H100, "major", 12)
+    unknown, _ = gpu_rows(monkeypatch, run)
+    assert unknown.keys() - convolution.keys() == {"bytes", "flops"}
+
+
+def test_networks_run_on_a_gpu_piece_by_piece_and_as_graphs(monkeypatch):
+    monkeypatch.setattr(bench, "NETWORKS", {"edsr-16x64": ("car", "tiny", "edsr")})
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_, **__: self)
+    rand = torch.rand
+    monkeypatch.setattr(torch, "rand", lambda *shape, device: rand(*shape))
+    monkeypatch.setattr(bench, "replay", lambda work: work)
+    rows = gpu_rows(monkeypatch, bench.network_rows)
+    assert [(row["backend"], row["pass"], row["peak_mb"]) for row in rows] == [
+        ("edsr-16x64", "network", 1.0),
+        ("edsr-16x64 + acla", "network", 1.0),
+        ("edsr-16x64", "replay", None),
+        ("edsr-16x64 + acla", "replay", None),
+    ]
+    assert {row["dtype"] for row in rows} == {"float32"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_replayed_network_gives_what_the_network_gives():
+    from acla.backbone import Backbone
+    from acla.config import ModelConfig
+
+    config = ModelConfig(blocks=3, width=16, channels=1, attention="acla", positions=(1, 3), keys=4)
+    net = Backbone(config).eval().cuda()
+    picture = torch.rand(1, 1, 13, 10, device="cuda")
+    with torch.no_grad():
+        torch.nn.init.normal_(net.tail[-1].weight, std=0.1)
+        expected = net(picture)
+    run = timing.replay(lambda: bench.without_gradients(net, picture))
+    for _ in range(2):
+        torch.testing.assert_close(run(), expected)

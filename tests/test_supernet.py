@@ -1,13 +1,16 @@
 """The supernet: gates, expected cost, and the derived network."""
 
 from dataclasses import replace
+from itertools import accumulate
 
 import pytest
 import torch
 
+from acla import backbone
 from acla.config import ModelConfig
 from acla.gate import draw_gates, expected_gates, position_seeds
 from acla.supernet import Supernet
+from kernels.timing import allocations
 
 SMALL = ModelConfig(blocks=4, width=6, group_blocks=1, reduction=2, keys=3, channels=1)
 
@@ -142,3 +145,76 @@ def test_recomputing_changes_no_gradient(limit):
         assert (ours is None) == (theirs is None)
         if ours is not None:
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("limit", [0, float("inf")], ids=["recomputed", "kept"])
+def test_a_layers_rows_are_made_once_and_shared_by_all_modules(monkeypatch, limit):
+    made, given = [], []
+
+    def to_rows(feature):
+        made.append(kernels_to_rows(feature))
+        return made[-1]
+
+    kernels_to_rows = backbone.to_rows
+    monkeypatch.setattr(backbone, "to_rows", to_rows)
+    net = random_supernet()
+    net.backbone.sample_limit = limit
+    for module in net.backbone.attention.values():
+        module.register_forward_pre_hook(lambda module, arguments: given.append(arguments[1]))
+    net(torch.rand(1, 1, 5, 4).double(), torch.ones(4).double())[0].sum().backward()
+    assert len(made) == 4
+    assert {len(rows) for rows in given} == {1, 2, 3, 4}
+    assert all(ours is theirs for rows in given for ours, theirs in zip(rows, made, strict=False))
+
+
+def backward_memory(modules: int, hold: bool = False) -> tuple[list[int], int, int]:
+    """What the backward pass of a step takes and gives back, in bytes; the bytes of one layer's
+    gradient, which no other tensor has; and those of the parameters' gradients, which remain.
+    `hold`: keep every pair's gradient of its layer, as nobody should."""
+    side, width = 16, 4
+    config = ModelConfig(blocks=modules, width=width, keys=3, channels=1)
+    net, held = Supernet(config), []
+
+    def watch(module, arguments):
+        query, rows, *others = arguments
+        rows = tuple(row.view_as(row) for row in rows)
+        for row in rows[1:]:  # the first depends on no gate, but on the weights alone
+            row.register_hook(lambda gradient: held.append(gradient.clone()))
+        return query, rows, *others
+
+    if hold:
+        for module in net.backbone.attention.values():
+            module.register_forward_pre_hook(watch)
+    for parameter in net.weights:
+        torch.nn.init.normal_(parameter, std=0.1)
+    restored, _ = net(torch.rand(1, 1, side, side), torch.ones(modules, requires_grad=True))
+    loss = restored.square().sum()
+    # The graph is retained: what forward saved is not given back, and does not hide what is taken.
+    changes = allocations(lambda: loss.backward(retain_graph=True))
+    parameters = sum(p.grad.nbytes for p in net.parameters() if p.grad is not None)
+    return changes, (side + 2) ** 2 * width * 4, parameters
+
+
+def live(changes: list[int], size: int) -> int:
+    """Tensors of exactly this size that were there at once, at most."""
+    signs = ((change > 0) - (change < 0) for change in changes if abs(change) == size)
+    return max(accumulate(signs))
+
+
+def test_backward_adds_up_one_gradient_per_layer_beside_those_of_one_module():
+    for modules in (4, 8, 16):
+        pairs = modules * (modules + 1) // 2
+        changes, size, _ = backward_memory(modules)
+        assert changes.count(size) >= pairs  # every pair has a gradient for its layer
+        assert live(changes, size) <= 2 * modules
+    changes, size, _ = backward_memory(16, hold=True)
+    assert live(changes, size) >= 16 * 15 // 2  # so would it show if they were all there
+
+
+def test_backward_memory_grows_with_the_modules_not_with_the_pairs():
+    peaks = []
+    for modules in (4, 8, 16):
+        changes, _, parameters = backward_memory(modules)
+        peaks.append(max(accumulate(changes)) - parameters)
+    growth = (peaks[2] - peaks[1]) / (peaks[1] - peaks[0])
+    assert growth < 2.6  # 2 for a straight line, 4 for a parabola

@@ -1,0 +1,141 @@
+"""How fast the operator can be on a GPU: what must move and be computed at least, and how long
+that takes.
+
+B batch · L referred layers · K sampled keys per layer and query · H,W grid · C channels
+
+A floor leaves out what a better program could avoid or hide: launches, waiting, reading a pixel
+from memory twice; and, to stay simple, what is done once a key and not once a channel (positions,
+softmax, masks).
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+CORNERS = 4
+VECTOR = 16  # bytes that one lane loads, stores or adds to memory with one instruction
+REAL = 4  # bytes of an offset, a logit, a mask map's value; sums are as wide
+
+
+class Work(NamedTuple):
+    """What one pass does at least."""
+
+    bytes: int  # to and from memory: every tensor once
+    flops: int  # Eq. 12's aggregation, 6 a channel and key, as `kernels.library` counts it
+    gathered: int  # bytes between the caches and the registers: every corner of every key
+    instructions: int  # of one lane each
+
+
+class Gpu(NamedTuple):
+    """What a GPU does in a second at most, all multiprocessors together."""
+
+    memory: float  # bytes
+    cache: float  # bytes from L1
+    lanes: float  # instructions of one lane
+
+
+def forward_work(
+    B: int, L: int, K: int, H: int, W: int, C: int, keep: float, dtype: torch.dtype
+) -> Work:
+    """Sampling and summing the kept keys; `keep` is their share, `dtype` the features'.
+
+    Features, points and mask maps are read (all features: several keys meet every pixel), the three
+    results written. A channel of a kept key takes a multiply-add for each corner, the share of a
+    load, and a conversion where the features are narrower than the sums.
+    """
+    queries = B * H * W * L
+    kept = round(queries * K * keep)
+    results = queries * (C * dtype.itemsize + REAL) + B * L * torch.float64.itemsize
+    return Work(
+        bytes=inputs_bytes(B, L, K, H, W, C, dtype) + results,
+        flops=6 * C * kept,
+        gathered=CORNERS * C * dtype.itemsize * kept,
+        instructions=round(CORNERS * C * kept * reading(dtype)),
+    )
+
+
+def backward_work(
+    B: int, L: int, K: int, H: int, W: int, C: int, keep: float, dtype: torch.dtype
+) -> Work:
+    """The gradients of features, points and mask maps, from that of the aggregate alone.
+
+    The inputs are read again, and the aggregate's gradient; their own gradients are written. Those
+    of the masks need the dots of every key, kept or not, which cost what forward does for a kept
+    one. Then each kept key sends the gradient to its corners: by adding float32 products to memory,
+    or, sorted by pixel, by gathering gradients of the features' type. What is less of each counts:
+    the bytes of gathering, the instructions of adding.
+    """
+    keys = B * H * W * L * K
+    kept = round(keys * keep)
+    gradient = B * H * W * L * C * dtype.itemsize
+    return Work(
+        bytes=2 * inputs_bytes(B, L, K, H, W, C, dtype) + gradient,
+        flops=6 * C * (keys + kept),
+        gathered=CORNERS * C * dtype.itemsize * (keys + kept),
+        instructions=round(CORNERS * C * (keys * reading(dtype) + kept * (1 + REAL / VECTOR))),
+    )
+
+
+def inputs_bytes(B: int, L: int, K: int, H: int, W: int, C: int, dtype: torch.dtype) -> int:
+    """Bytes of features and mask maps, borders included, and of points."""
+    pixels = B * L * (H + 2) * (W + 2)
+    return pixels * (C * dtype.itemsize + K * REAL) + B * H * W * L * 3 * K * REAL
+
+
+def reading(dtype: torch.dtype) -> float:
+    """Instructions for one value that is gathered and multiplied: the multiply-add, the conversion
+    to float32, the share of a wide load."""
+    return 1 + (dtype.itemsize < REAL) + dtype.itemsize / VECTOR
+
+
+def works(
+    B: int, L: int, K: int, H: int, W: int, C: int, keep: float, dtype: torch.dtype, which: str
+) -> tuple[Work, ...]:
+    """The passes, one after another, of "forward" or "both"."""
+    problem = (B, L, K, H, W, C, keep, dtype)
+    match which:
+        case "forward":
+            return (forward_work(*problem),)
+        case "both":
+            return forward_work(*problem), backward_work(*problem)
+    raise ValueError(f"no pass is called {which!r}; known: forward, both")
+
+
+def floor_ms(passes: Sequence[Work], gpu: Gpu) -> float:
+    """Milliseconds: of each pass the longest of memory, gathers and instructions, which overlap at
+    best; passes do not, the gradient comes between them."""
+    return 1e3 * sum(
+        max(work.bytes / gpu.memory, work.gathered / gpu.cache, work.instructions / gpu.lanes)
+        for work in passes
+    )
+
+
+# Compute capability → bytes from L1 and instructions of warps, a clock and multiprocessor.
+# L1 shares its array with shared memory, 32 banks of 4 bytes a clock (torch/cuda/_device_limits.py
+# takes the same), and four schedulers issue an instruction each: CUDA C++ Programming Guide, the
+# sections on compute capabilities 8.x and 9.0.
+PER_CLOCK = {(8, 0): (128, 4), (8, 6): (128, 4), (8, 9): (128, 4), (9, 0): (128, 4)}
+
+
+def gpu_of(properties: object) -> Gpu | None:
+    """The GPU of `torch.cuda.get_device_properties`; None if PER_CLOCK does not know it, or torch
+    does not tell its clocks: the highest, in kHz; memory moves twice a clock."""
+    known = PER_CLOCK.get((properties.major, properties.minor))
+    names = ("clock_rate", "memory_clock_rate", "memory_bus_width")
+    clock, memory_clock, bits = (getattr(properties, name, 0) for name in names)
+    if torch.version.hip or known is None or not (clock and memory_clock and bits):
+        return None
+    cache, warps = known
+    clocks = properties.multi_processor_count * clock * 1e3
+    return Gpu(
+        memory=2 * memory_clock * 1e3 * bits / 8,
+        cache=clocks * cache,
+        lanes=clocks * warps * properties.warp_size,
+    )
+
+
+def fields(passes: Sequence[Work], gpu: Gpu | None) -> dict[str, object]:
+    """A row's part: bytes, flops and, where the GPU is known, the floor in milliseconds."""
+    counted = {name: sum(getattr(work, name) for work in passes) for name in ("bytes", "flops")}
+    return counted if gpu is None else counted | {"floor_ms": round(floor_ms(passes, gpu), 5)}
