@@ -6,17 +6,17 @@ the masks, over all N Everything is in FLOPs; a multiply-add is two. (The paper'
 multiply-adds.)
 
 Eq. 12 prints the convolutions inside the sum over k; they are counted once a pair, which agrees
-with Tables 4 to 8. Added to it: the query's offsets and weights, and the output convolution, so
-that what is predicted is what is counted."""
+with Tables 4 to 8. Added to it: the query's offsets and weights, the output convolution, and the
+value's bias, which every query weights anew, so that what is predicted is what is counted."""
 
 from collections.abc import Sequence
 from typing import Any
 
 
 def pair_flops(n: int, width: int, keys: int, kept: Any, masked: bool) -> Any:
-    """One query layer and one referred layer (the inner sum of Eq. 12): value, mask unit, offsets
-    and weights, and the aggregation of the kept keys (at most N·K)."""
-    convolutions = 2 * n * width * (width + 3 * keys + (keys if masked else 0))
+    """One query layer and one referred layer (the inner sum of Eq. 12): value and its bias, mask
+    unit, offsets and weights, and the aggregation of the kept keys (at most N·K)."""
+    convolutions = 2 * n * width * (width + 1 + 3 * keys + (keys if masked else 0))
     return convolutions + 6 * width * kept
 
 

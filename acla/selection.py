@@ -44,24 +44,20 @@ def cross_validate(
     rows, scores = [], []
     for lam in sorted(set(grid)):
         how = dataclasses.replace(plan.search, lam=lam, steps=steps)
+        trial = dataclasses.replace(plan, search=how)
         cli.notice(f"cross-validation: λ {lam:g}, {len(folds)} searches of {steps} steps")
         found = [
-            run(dataclasses.replace(plan, search=how), sets, out / f"lambda-{lam:g}-{i}", processes)
+            run(trial, sets, out / f"lambda-{lam:g}-fold-{i}", processes)
             for i, sets in enumerate(folds, 1)
         ]
+        models = [one.architecture.model for one in found]
         scores.append(np.array([value for one in found for value in one.psnr]))
-        rows.append(
-            {
-                "lambda": lam,
-                "psnr": float(scores[-1].mean()),
-                "macs": [macs(one.architecture.model) for one in found],
-                "positions": [one.architecture.model.positions for one in found],
-            }
-        )
+        row = {"lambda": lam, "psnr": float(scores[-1].mean())}
+        row |= {"macs": [macs(m) for m in models], "positions": [list(m.positions) for m in models]}
+        rows.append(row)
     best = max(scores, key=np.mean)
     for row, score in zip(rows, scores, strict=True):
-        lost = best - score
-        row["lost"], row["lost_error"] = float(lost.mean()), standard_error(lost)
+        row["lost"], row["lost_error"] = mean_and_error(best - score)
     return max(row["lambda"] for row in rows if row["lost"] <= row["lost_error"]), rows
 
 
@@ -80,9 +76,10 @@ def fold_sets(name: str, root: Path | None) -> list[Sets]:
     return folds
 
 
-def standard_error(values: np.ndarray) -> float:
-    """Of the mean."""
-    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
+def mean_and_error(values: np.ndarray) -> tuple[float, float]:
+    """The mean and its standard error."""
+    error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
+    return float(values.mean()), float(error)
 
 
 # λ by a budget
@@ -122,7 +119,7 @@ def within_budget(
         how = dataclasses.replace(plan.search, lam=lam)
         found = run(dataclasses.replace(plan, search=how), sets, folder, processes, first_stage)
         model = found.architecture.model
-        rows.append({"lambda": lam, "positions": model.positions, "macs": macs(model)})
+        rows.append({"lambda": lam, "positions": list(model.positions), "macs": macs(model)})
         count = len(model.positions)
         if count <= most:
             if best is None or count > len(best[0].architecture.model.positions):
@@ -141,7 +138,7 @@ def within_budget(
     if best is None:
         raise AclaError(
             f"--budget {budget:g}: no λ up to {rows[-1]['lambda']:g} found a network that cheap "
-            f"(tried: {', '.join(format_positions(row['positions']) for row in rows)}); "
+            f"(tried: {', '.join(format_positions(tuple(row['positions'])) for row in rows)}); "
             "raise --budget or --lambda, where the bisection begins"
         )
     notes = {**notes, "budget": {"macs_48x48": budget, "trials": rows}}

@@ -11,7 +11,7 @@ from acla.cost import attention_flops, full_attention_flops, output_flops, pair_
 
 def test_one_pair_by_hand():
     n, c, k, kept = 6, 5, 4, 17
-    assert pair_flops(n, c, k, kept, masked=False) == 2 * n * c * (c + 3 * k) + 6 * c * kept
+    assert pair_flops(n, c, k, kept, masked=False) == 2 * n * c * (c + 1 + 3 * k) + 6 * c * kept
     assert (
         pair_flops(n, c, k, kept, masked=True) == pair_flops(n, c, k, kept, False) + 2 * n * c * k
     )

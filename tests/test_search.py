@@ -1,6 +1,10 @@
 """search.py as a user calls it, and what its loss does to the gates."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,10 +15,11 @@ import search
 import train
 from acla.architecture import read_architecture
 from acla.checkpoint import load_model, load_state
-from acla.config import SearchConfig, Task
+from acla.config import Task
 from acla.errors import UsageError
-from acla.searching import Search, search_sets, temperature
+from acla.searching import Search, search_sets
 
+ROOT = Path(__file__).parents[1]
 SMALL = ["--preset", "tiny", "--blocks", "3", "--width", "8", "--keys", "3"]
 SHORT = ["--batch", "2", "--patch", "16", "--steps", "8", "--epoch-steps", "2"]
 
@@ -107,14 +112,6 @@ def test_a_resumed_search_equals_a_straight_one_to_the_bit(monkeypatch):
     assert timeless[0] == timeless[1]
 
 
-def test_tau_falls_in_the_second_stage_only():
-    how = SearchConfig(steps=10, warmup=0.5, tau=2.0, tau_end=0.1)
-    taus = [temperature(how, step) for step in range(10)]
-    assert taus[:6] == [2.0] * 6
-    assert taus == sorted(taus, reverse=True)
-    assert taus[-1] == pytest.approx(0.1)
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -135,3 +132,36 @@ def test_weights_and_alpha_see_disjoint_pictures():
     assert sets.weights
     assert sets.alpha
     assert not set(sets.weights) & set(sets.alpha)
+
+
+@pytest.mark.slow
+def test_a_killed_search_resumed_equals_a_straight_one_to_the_bit():
+    words = [*SMALL, *SHORT, "--steps", "40"]
+    search.main([*words, "--out", "straight"])
+    command = [sys.executable, str(ROOT / "search.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    log = Path("killed/search.jsonl")
+    child = subprocess.Popen(
+        [*command, *words, "--out", "killed"],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not (log.is_file() and log.read_text().count("\n") >= 12):
+        assert child.poll() is None, "the search ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    child.kill()
+    child.wait()
+    assert len(rows("killed")) < 20
+    done = subprocess.run(
+        [*command, "--out", "killed", "--resume"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (a, _), (b, _) = (load_state(Path(f, "supernet.safetensors")) for f in ("straight", "killed"))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert read_architecture(Path("straight/arch.json")) == read_architecture(
+        Path("killed/arch.json")
+    )

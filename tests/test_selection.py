@@ -1,0 +1,213 @@
+"""Choosing λ by cross-validation and by budget, and agreement over seeds."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import search
+from acla import selection
+from acla.architecture import Architecture, read_architecture
+from acla.config import ModelConfig, Task
+from acla.errors import AclaError, DataError, UsageError
+from acla.searching import Found
+
+SMALL = ["--preset", "tiny", "--blocks", "3", "--width", "8", "--keys", "3"]
+SHORT = ["--batch", "2", "--patch", "16", "--steps", "8", "--epoch-steps", "4"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ACLA_DATA", raising=False)
+
+
+def found(positions: tuple[int, ...], psnr: list[float], lam: float = 0.1, seed: int = 0) -> Found:
+    model = ModelConfig(blocks=4, width=8, keys=3, channels=1, positions=positions)
+    alpha = tuple(1.0 if j in positions else -1.0 for j in range(1, 5))
+    cost = 1e6 * len(positions)
+    return Found(Architecture(Task(), model, lam, seed, alpha, cost, 16), tuple(psnr))
+
+
+def answers(monkeypatch, by_lambda):
+    """Let every search find what `by_lambda` says; returns the λ asked for, in order."""
+    asked = []
+
+    def run(plan, sets, out, *_, **__):
+        asked.append(plan.search.lam)
+        out.mkdir(parents=True, exist_ok=True)
+        for name in ("search.jsonl", "model.safetensors"):
+            (out / name).write_text(str(plan.search.lam))
+        return by_lambda(plan.search.lam)
+
+    monkeypatch.setattr(selection, "run", run)
+    return asked
+
+
+# Cross-validation
+
+
+@pytest.mark.parametrize(
+    ("psnr", "chosen"),
+    [
+        ({0.1: [30, 31, 32], 0.2: [29, 30, 31], 0.4: [28, 29, 30]}, 0.1),
+        ({0.1: [30, 31, 32], 0.2: [30.1, 30.9, 31.9], 0.4: [28, 29, 30]}, 0.2),
+        ({0.1: [30, 31, 32], 0.2: [29, 30, 31], 0.4: [30, 31, 32]}, 0.4),
+        ({0.1: [28, 28, 28], 0.2: [29, 29, 29], 0.4: [28, 29, 28]}, 0.2),
+    ],
+    ids=["clearly-best", "within-a-standard-error", "equal", "best-in-the-middle"],
+)
+def test_the_largest_lambda_that_is_not_measurably_worse_is_chosen(monkeypatch, psnr, chosen):
+    answers(monkeypatch, lambda lam: found((1, 2), psnr[lam], lam))
+    plan = search.plan_from_flags(search.parse([*SMALL, *SHORT]), "tiny")
+    lam, rows = selection.cross_validate(plan, None, Path("trials"), tuple(psnr), None)
+    assert lam == chosen
+    assert [row["lambda"] for row in rows] == sorted(psnr)
+    assert rows[0]["psnr"] == pytest.approx(np.mean(psnr[0.1]))
+    assert all(len(row["macs"]) == selection.FOLDS for row in rows)
+
+
+def test_folds_use_a_fifth_of_the_pictures_and_keep_the_scored_ones_apart(tmp_path):
+    from PIL import Image
+
+    (tmp_path / "many").mkdir()
+    for i in range(45):
+        Image.new("L", (16, 16), i).save(tmp_path / "many" / f"{i:02d}.png")
+    folds = selection.fold_sets("many", tmp_path)
+    used = {path for sets in folds for part in vars(sets).values() for path in part}
+    assert len(used) == 9
+    scored = [path for sets in folds for path in sets.score]
+    assert sorted(scored) == sorted(used)
+    for sets in folds:
+        parts = [set(sets.weights), set(sets.alpha), set(sets.score)]
+        assert all(parts)
+        assert sum(map(len, parts)) == len(used)
+
+
+def test_too_few_pictures_to_cross_validate_are_refused(tmp_path):
+    from PIL import Image
+
+    (tmp_path / "few").mkdir()
+    for i in range(3):
+        Image.new("L", (16, 16), i).save(tmp_path / "few" / f"{i}.png")
+    with pytest.raises(DataError, match="too few to cross-validate"):
+        selection.fold_sets("few", tmp_path)
+
+
+def test_lambda_auto_keeps_its_table_in_arch_json(capsys):
+    words = ["--lambda", "auto", "--grid", "0.01,1", "--steps", "10"]
+    search.main([*SMALL, *SHORT, *words])
+    architecture = read_architecture(Path("runs/search/arch.json"))
+    rows = architecture.evidence["cross_validation"]
+    assert [row["lambda"] for row in rows] == [0.01, 1.0]
+    assert architecture.lam in (0.01, 1.0)
+    assert "below the best" in capsys.readouterr().out
+    folds = sorted(path.name for path in Path("runs/search/trials").iterdir())
+    assert folds == [f"lambda-{lam}-fold-{i}" for lam in ("0.01", "1") for i in (1, 2)]
+    before = Path("runs/search/arch.json").read_text()
+    search.main(["--resume"])  # finished trials are not searched again
+    assert Path("runs/search/arch.json").read_text() == before
+
+
+# Budget
+
+
+def test_a_budget_is_met_as_closely_as_modules_allow(monkeypatch):
+    # The smaller λ, the more modules; λ = 0.02 of the tiny preset finds all four.
+    def by_lambda(lam):
+        count = int(np.clip(4 - np.floor(np.log2(lam / 0.02)), 0, 4))
+        return found(tuple(range(1, count + 1)), [30.0], lam)
+
+    asked = answers(monkeypatch, by_lambda)
+    plan = search.plan_from_flags(search.parse([*SMALL, *SHORT, "--blocks", "4"]), "tiny")
+    two = selection.macs(selection.with_modules(plan.model, 2))
+    processes = search.join(search.cli.pick_device("cpu"))
+    for budget, count in ((two, 2), (two * 1.2, 2), (two - 1, 1), (1, 0), (1e12, 4)):
+        asked.clear()
+        best = selection.within_budget(plan, None, Path("trials"), budget, processes, {})
+        assert len(best.architecture.model.positions) == count
+        rows = best.architecture.evidence["budget"]["trials"]
+        assert [row["lambda"] for row in rows] == asked
+        assert len(asked) <= selection.BUDGET_TRIALS
+        assert read_architecture(Path("arch.json")) == best.architecture
+
+
+def test_a_budget_that_no_lambda_meets_says_what_was_tried(monkeypatch):
+    asked = answers(monkeypatch, lambda lam: found((1, 2, 3), [30.0], lam))
+    plan = search.plan_from_flags(search.parse([*SMALL, *SHORT]), "tiny")
+    processes = search.join(search.cli.pick_device("cpu"))
+    with pytest.raises(AclaError, match=r"no λ up to .* raise --budget"):
+        selection.within_budget(plan, None, Path("trials"), 1, processes, {})
+    assert asked == sorted(asked)
+
+
+def test_a_budget_search_shares_its_first_stage():
+    words = ["--budget", "1", "--warmup", "0.5", "--alpha-rate", "0.5", "--steps", "24"]
+    search.main([*SMALL, *SHORT, *words, "--lambda", "1e5"])
+    assert read_architecture(Path("runs/search/arch.json")).model.positions == ()
+    trials = sorted(Path("runs/search/trials").glob("lambda-*"))
+    assert trials
+    assert Path("runs/search/trials/first-stage.safetensors").is_file()
+    assert Path("runs/search/model.safetensors").is_file()
+
+
+# Seeds
+
+
+def test_agreement_counts_positions_and_spread():
+    report = selection.agreement(
+        [found((1, 2), [30.0, 31.0], seed=4), found((2, 3), [30.5, 31.5], seed=5)]
+    )
+    assert report["seeds"] == [4, 5]
+    assert report["runs_by_position"] == {"1": 1, "2": 2, "3": 1}
+    assert report["overlap"] == pytest.approx(1 / 3)
+    assert (report["cost_mean"], report["cost_std"]) == (2e6, 0.0)
+    assert report["psnr_mean"] == pytest.approx(30.75)
+    assert report["psnr_std"] == pytest.approx(np.std([30.5, 31.0], ddof=1))
+    text = selection.agreement_table(report)
+    assert "2 in 2 of 2; 1, 3 in 1 of 2" in text
+    nothing = selection.agreement([found((), [30.0]), found((), [30.0])])
+    assert nothing["overlap"] == 1
+    assert "no position is open in any run" in selection.agreement_table(nothing)
+
+
+def test_several_seeds_are_searched_and_compared(capsys):
+    search.main([*SMALL, *SHORT, "--seeds", "2", "--seed", "3"])
+    shown = capsys.readouterr().out
+    assert "agreement:" in shown
+    best = read_architecture(Path("runs/search/arch.json"))
+    each = [read_architecture(Path(f"runs/search/seed-{s}/arch.json")) for s in (3, 4)]
+    assert [one.seed for one in each] == [3, 4]
+    assert best.alpha == max(each, key=lambda one: one.evidence["val_psnr"]).alpha
+    assert best.evidence["agreement"]["seeds"] == [3, 4]
+    log = Path(f"runs/search/seed-{best.seed}/search.jsonl").read_text()
+    assert Path("runs/search/search.jsonl").read_text() == log
+    alone = [*SMALL, *SHORT, "--seed", "4", "--out", "alone"]
+    search.main(alone)
+    assert read_architecture(Path("alone/arch.json")).alpha == each[1].alpha
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--grid", "1"], "--grid goes with --lambda auto"),
+        (["--lambda", "auto", "--budget", "1e6"], "both choose λ"),
+        (["--budget", "0"], "--budget must be above 0"),
+        (["--seeds", "0"], "--seeds must be 1 to 100"),
+    ],
+)
+def test_contradictions_are_refused(words, message):
+    with pytest.raises(UsageError, match=message):
+        search.main([*SMALL, *SHORT, *words])
+    assert not Path("runs").exists()
+
+
+def test_a_resumed_search_keeps_its_ways():
+    search.main([*SMALL, *SHORT, "--seeds", "2"])
+    with pytest.raises(UsageError, match="begun with --seeds 2, not 3"):
+        search.main(["--resume", "--seeds", "3"])
+    plan = json.loads(Path("runs/search/plan.json").read_text())
+    Path("runs/search/plan.json").write_text(json.dumps({**plan, "plan": 3}))
+    with pytest.raises(AclaError, match="not valid"):
+        search.main(["--resume"])
