@@ -86,14 +86,15 @@ class CrossLayerAttention(nn.Module):
             ]
         attended = attend(rows, points, maps, gates, seeds=seeds, temperature=temperature)
         value, bias = rearrange(self.value, "l out c -> out (l c)"), self.value_bias
-        if not torch.is_grad_enabled():  # h∘g is one matrix: folding it costs less than applying h
-            value, bias = self.output.weight @ value, F.linear(bias, self.output.weight)
-        y = pointwise(attended.aggregate.flatten(3), value)
-        y = y + attended.coverage.to(y.dtype) @ bias.to(y.dtype)
         if torch.is_grad_enabled():
+            y = pointwise(attended.aggregate.flatten(3), value)
+            y = y + attended.coverage.to(y.dtype) @ bias.to(y.dtype)
             z = pointwise(y, self.output.weight, self.output.bias)
-        else:
-            z = y + self.output.bias.to(y.dtype)
+        else:  # h∘g is one matrix: folding it costs less than applying h
+            value, bias = self.output.weight @ value, F.linear(bias, self.output.weight)
+            z = pointwise(attended.aggregate.flatten(3), value, self.output.bias)
+            coverage = attended.coverage.to(z.dtype).flatten(0, 2)
+            z = torch.addmm(z.flatten(0, 2), coverage, bias.to(z.dtype)).view_as(z)
         return z.permute(0, 3, 1, 2), attended.kept
 
     def select(self, layers: Sequence[int]) -> dict[str, Tensor]:

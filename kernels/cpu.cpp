@@ -40,39 +40,45 @@ namespace {
 
 constexpr int kTile = 8;  // queries are worked on in tiles of 8 × 8, whose keys share cache lines
 
-// ---- the keys of a tile of queries; key k of query q is entry q * K + k
+// ---- the keys of a tile of queries; key k of query q is entry q * slots + k
 
 template <class A>
 struct Entries {  // arrays; in a local copy the compiler sees that no write moves them
-  A *y, *x;                           // position, later within the four corners
+  A *y, *x;                           // position within the four corners
   A *f, *logit;                       // softmax over the keys; mask logit with its noise
   A *slope_y, *slope_x;               // of the mask logit
-  A *open, *inside;                   // 1 where the mask is open; gate · f · share in the image
   A *w0, *w1, *w2, *w3;               // gate · f · the corner's share; before, the mask's values
-  A *f_gradient, *mask_gradient, *d;  // d [4]: gradient · feature at each corner
+  A* d;                               // [4], gradient · feature at each corner
   int64_t* corner;                    // of the upper left corner, in elements of the layer's image
-  int32_t *row, *column, *picked;     // row and column of that corner, border included
+  Integer<A>*row, *column;            // of that corner, border included
+  Integer<A>* open;                   // -1 where the mask is open, else 0
+  int32_t* picked;
 };
 
 template <class A>
 struct Tile {
   explicit Tile(const Problem& p)
-      : K(int(p.K)), size(kTile * kTile * p.K), reals(size * 18), longs(size), ints(size * 3) {
-    A** arrays[] = {&at.y, &at.x, &at.f, &at.logit, &at.slope_y, &at.slope_x, &at.open, &at.inside,
-                    &at.w0, &at.w1, &at.w2, &at.w3, &at.f_gradient, &at.mask_gradient, &at.d};
+      : K(int(p.K)), slots((K + kLanes<A> - 1) / kLanes<A> * kLanes<A>),
+        size(kTile * kTile * slots), reals(size * 14), longs(size), ints(size * 3),
+        list(size + kSlack) {
+    A** arrays[] = {&at.y,  &at.x,  &at.f,  &at.logit, &at.slope_y, &at.slope_x,
+                    &at.w0, &at.w1, &at.w2, &at.w3,    &at.d};
     A* next = reals.data();
     for (A** array : arrays) *array = next, next += size;
-    at.corner = longs.data(), at.row = ints.data();
-    at.column = at.row + size, at.picked = at.column + size;
+    at.corner = longs.data(), at.picked = list.data();
+    at.row = ints.data(), at.column = at.row + size, at.open = at.column + size;
   }
 
-  int K, b, l, top, left, height, width;  // queries from (top, left) of image b, keys on layer l
+  int b, l, top, left, height, width;  // queries from (top, left) of image b, keys on layer l
+  int K, slots;                        // keys of a query, and entries: whole vectors
   int64_t size;
   int first[kTile * kTile + 1];  // picked[first[q] .. first[q + 1] - 1]: query q's open entries
+  A inside[kTile * kTile];       // gate · Σ of f · share in the image, over the open keys
   Entries<A> at;
   std::vector<A> reals;
   std::vector<int64_t> longs;
-  std::vector<int32_t> ints;
+  std::vector<Integer<A>> ints;
+  std::vector<int32_t> list;
 
   int queries() const { return height * width; }
   int y(int q) const { return top + q / width; }
@@ -82,55 +88,74 @@ struct Tile {
   }
 };
 
-// Softmax, and the four corners, of the keys of queries begin .. end - 1.
+// Softmax, and the four corners, of the keys of queries begin .. end - 1, which share a row.
 template <class A>
 void locate(const Problem& p, Tile<A>& tile, int begin, int end) {
+  constexpr int lanes = kLanes<A>;
+  using Reals = Vector<A>;
   const Entries<A> at = tile.at;
-  const A height = A(p.H), width = A(p.W);
-  const int last_row = int(p.H) - 1, last_column = int(p.W) - 1, K = tile.K;
-  for (int q = begin; q < end; ++q) {
-    const A* in = static_cast<const A*>(p.points) + tile.pair(p, q) * 3 * K;
-    const A y = A(tile.y(q)), x = A(tile.x(q)), top = top_of(in + 2 * K, K);
-#pragma omp simd
-    for (int k = 0; k < K; ++k) {
-      at.y[q * K + k] = y + in[k], at.x[q * K + k] = x + in[K + k];
-      at.f[q * K + k] = in[2 * K + k] - top;
+  const Reals height = A(p.H) - Reals{}, width = A(p.W) - Reals{}, outside = A(-1) - Reals{};
+  const Integers<A> last_row = Integer<A>(p.H) - 1 - Integers<A>{};
+  const Integers<A> last_column = Integer<A>(p.W) - 1 - Integers<A>{};
+  const int K = tile.K;
+  const A* in = static_cast<const A*>(p.points) + tile.pair(p, begin) * 3 * K;
+  const A query_y = A(tile.y(begin));
+  for (int q = begin; q < end; ++q, in += p.L * 3 * K) {
+    const A query_x = A(tile.left + q - begin);
+    Reals top = A(-INFINITY) - Reals{}, sum = {};
+    for (int k = 0; k < K; k += lanes) {
+      const Reals logit = get_some(in + 2 * K + k, K - k, A(-INFINITY));
+      top = logit > top ? logit : top;
     }
-  }
-#pragma omp simd
-  for (int i = begin * K; i < end * K; ++i) {
-    A y = at.y[i], x = at.x[i];
-    y = y > -1 ? (y < height ? y : height) : A(-1);  // NaN is outside
-    x = x > -1 ? (x < width ? x : width) : A(-1);
-    int row = int(y), column = int(x);
-    row -= y < A(row), column -= x < A(column);  // floor
-    row = row < last_row ? row : last_row, column = column < last_column ? column : last_column;
-    at.row[i] = row + 1, at.column[i] = column + 1;
-    at.y[i] = y - A(row), at.x[i] = x - A(column);
-    at.f[i] = exponential(at.f[i]);
-  }
-  for (int q = begin; q < end; ++q) {
-    const A scale = 1 / sum_of(at.f + q * K, K);
-#pragma omp simd
-    for (int i = q * K; i < (q + 1) * K; ++i) at.f[i] *= scale;
+    top = top_of<A>(top);
+    for (int k = 0, i = q * tile.slots; k < K; k += lanes, i += lanes) {
+      const Reals f = exponential(get_some(in + 2 * K + k, K - k, A(-INFINITY)) - top);
+      put<A>(at.f + i, f), sum += f;
+      Reals y = query_y + get_some(in + k, K - k, A(0));
+      Reals x = query_x + get_some(in + K + k, K - k, A(0));
+      y = y > -1 ? (y < height ? y : height) : outside;  // NaN is outside
+      x = x > -1 ? (x < width ? x : width) : outside;
+      Integers<A> row = __builtin_convertvector(y, Integers<A>);
+      Integers<A> column = __builtin_convertvector(x, Integers<A>);
+      row += y < __builtin_convertvector(row, Reals);  // floor: comparisons give -1
+      column += x < __builtin_convertvector(column, Reals);
+      row = row < last_row ? row : last_row, column = column < last_column ? column : last_column;
+      put<Integer<A>>(at.row + i, row + 1), put<Integer<A>>(at.column + i, column + 1);
+      put<A>(at.y + i, y - __builtin_convertvector(row, Reals));
+      put<A>(at.x + i, x - __builtin_convertvector(column, Reals));
+    }
+    const Reals scale = 1 / total_of<A>(sum);
+    for (int i = q * tile.slots; i < (q + 1) * tile.slots; i += lanes)
+      put<A>(at.f + i, get(at.f + i) * scale);
   }
 }
 
-// The mask: its logit where the key lies, the noise, open or not. Returns how many are open.
+// Where the upper left corners lie in an image with these strides.
 template <class A>
-int decide(const Problem& p, Tile<A>& tile, int begin, int end) {
+void address(Tile<A>& tile, int begin, int end, int64_t down, int64_t right) {
+  const Entries<A> at = tile.at;
+#pragma omp simd
+  for (int i = begin * tile.slots; i < end * tile.slots; ++i)
+    at.corner[i] = at.row[i] * down + at.column[i] * right;
+}
+
+template <class A>
+const A* mask_map(const Problem& p, const Tile<A>& tile) {
+  return static_cast<const A*>(p.mask_maps[tile.l]) + tile.b * p.mask_strides[tile.l * 3];
+}
+
+// The mask's values at the four corners, and its noise.
+template <class A>
+void look_up(const Problem& p, Tile<A>& tile, int begin, int end) {
   const Entries<A> at = tile.at;
   const int K = tile.K;
-  if (!p.mask_maps) {
-    for (int i = begin * K; i < end * K; ++i) at.open[i] = 1;
-    return (end - begin) * K;
-  }
   const int64_t* strides = p.mask_strides + tile.l * 3;
   const int64_t down = strides[1], right = strides[2];
-  const A* map = static_cast<const A*>(p.mask_maps[tile.l]) + tile.b * strides[0];
-  for (int q = begin, i = begin * K; q < end; ++q)
-    for (int k = 0; k < K; ++k, ++i) {
-      const A* from = map + at.row[i] * down + at.column[i] * right + k;
+  address(tile, begin, end, down, right);
+  const A* map = mask_map(p, tile);
+  for (int q = begin; q < end; ++q)
+    for (int k = 0, i = q * tile.slots; k < K; ++k, ++i) {
+      const A* from = map + at.corner[i] + k;
       at.w0[i] = from[0], at.w1[i] = from[right];
       at.w2[i] = from[down], at.w3[i] = from[down + right];
     }
@@ -138,47 +163,49 @@ int decide(const Problem& p, Tile<A>& tile, int begin, int end) {
     const uint64_t seed = uint64_t(p.seeds[tile.b]);
     const uint64_t counter = ((int64_t(tile.y(q)) * p.W + tile.x(q)) * p.L + tile.l) * K;
 #pragma omp simd
-    for (int k = 0; k < K; ++k) at.logit[q * K + k] = A(logistic_noise(seed, counter + k));
+    for (int k = 0; k < K; ++k)
+      at.logit[q * tile.slots + k] = A(logistic_noise(seed, counter + k));
   }
-  const A noisy = p.seeds ? 1 : 0;
-  int open = 0;
-#pragma omp simd reduction(+ : open)
-  for (int i = begin * K; i < end * K; ++i) {
-    const A y = at.y[i], x = at.x[i], v0 = at.w0[i], v1 = at.w1[i], v2 = at.w2[i], v3 = at.w3[i];
-    const A beta = (1 - y) * ((1 - x) * v0 + x * v1) + y * ((1 - x) * v2 + x * v3);
-    at.slope_y[i] = (1 - x) * (v2 - v0) + x * (v3 - v1);
-    at.slope_x[i] = (1 - y) * (v1 - v0) + y * (v3 - v2);
-    const A logit = noisy > 0 ? at.logit[i] + beta : beta;
-    at.logit[i] = logit;
-    at.open[i] = logit > 0 ? A(1) : A(0);
-    open += logit > 0;
-  }
-  return open;
 }
 
-// The corners' weights and addresses, and the list of the open keys.
+// The list of the open keys, and the corners' weights.
 template <class A>
 void pick(const Problem& p, Tile<A>& tile, int begin, int end, A gate) {
+  constexpr int lanes = kLanes<A>;
+  using Reals = Vector<A>;
   const Entries<A> at = tile.at;
-  const int K = tile.K, H = int(p.H), W = int(p.W);
-  const int64_t down = p.feature_strides[tile.l * 3 + 1], right = p.feature_strides[tile.l * 3 + 2];
-#pragma omp simd
-  for (int i = begin * K; i < end * K; ++i) {
-    const A y = at.y[i], x = at.x[i], f = gate * at.f[i];
-    at.w0[i] = f * (1 - y) * (1 - x), at.w1[i] = f * (1 - y) * x;
-    at.w2[i] = f * y * (1 - x), at.w3[i] = f * y * x;
-    at.corner[i] = at.row[i] * down + at.column[i] * right;
-    const A inside_y = (at.row[i] >= 1 ? 1 - y : 0) + (at.row[i] < H ? y : 0);
-    const A inside_x = (at.column[i] >= 1 ? 1 - x : 0) + (at.column[i] < W ? x : 0);
-    at.inside[i] = at.open[i] > 0 ? f * inside_y * inside_x : 0;
-  }
+  const Integer<A> H = Integer<A>(p.H), W = Integer<A>(p.W);
+  const Reals none = {};
   int next = begin ? tile.first[begin] : 0;
   for (int q = begin; q < end; ++q) {
     tile.first[q] = next;
-    for (int i = q * K; i < (q + 1) * K; ++i) {
-      at.picked[next] = i;
-      next += at.open[i] > 0;
+    Reals sum = {};
+    for (int k = 0, i = q * tile.slots; k < tile.K; k += lanes, i += lanes) {
+      const Reals y = get(at.y + i), x = get(at.x + i), f = gate * get(at.f + i);
+      Integers<A> open = kLane<A> < tile.K - k;
+      if (p.mask_maps) {
+        const Reals v0 = get(at.w0 + i), v1 = get(at.w1 + i);
+        const Reals v2 = get(at.w2 + i), v3 = get(at.w3 + i);
+        Reals logit = (1 - y) * ((1 - x) * v0 + x * v1) + y * ((1 - x) * v2 + x * v3);
+        if (p.seeds) logit += get(at.logit + i);
+        if (p.grad_mask_maps) {
+          put<A>(at.logit + i, logit);
+          put<A>(at.slope_y + i, (1 - x) * (v2 - v0) + x * (v3 - v1));
+          put<A>(at.slope_x + i, (1 - y) * (v1 - v0) + y * (v3 - v2));
+        }
+        open &= logit > 0;
+      }
+      next = append<A>(at.picked, next, open, i);
+      put<Integer<A>>(at.open + i, open);
+      const Integers<A> row = get(at.row + i), column = get(at.column + i);
+      const Reals inside_y = (row >= 1 ? 1 - y : none) + (row < H ? y : none);
+      const Reals inside_x = (column >= 1 ? 1 - x : none) + (column < W ? x : none);
+      sum += open ? f * inside_y * inside_x : none;
+      const Reals upper = f * (1 - y), lower = f * y;
+      put<A>(at.w0 + i, upper * (1 - x)), put<A>(at.w1 + i, upper * x);
+      put<A>(at.w2 + i, lower * (1 - x)), put<A>(at.w3 + i, lower * x);
     }
+    tile.inside[q] = total_of<A>(sum)[0];
   }
   tile.first[end] = next;
 }
@@ -186,14 +213,35 @@ void pick(const Problem& p, Tile<A>& tile, int begin, int end, A gate) {
 // All of the above, a row of queries at a time. Returns how many keys are open.
 template <class A>
 int plan(const Problem& p, Tile<A>& tile, A gate) {
-  int open = 0;
+  const int64_t* strides = p.feature_strides + tile.l * 3;
   for (int begin = 0; begin < tile.queries(); begin += tile.width) {
     const int end = begin + tile.width;
     locate(p, tile, begin, end);
-    open += decide(p, tile, begin, end);
-    if (gate != 0) pick(p, tile, begin, end, gate);
+    if (p.mask_maps) look_up(p, tile, begin, end);
+    pick(p, tile, begin, end, gate);
+    address(tile, begin, end, strides[1], strides[2]);
   }
-  return open;
+  return tile.first[tile.queries()];
+}
+
+// Asks for what coming tiles read first: the next one's points, and the features and masks half a
+// tile beyond it, to the right and below. Keys reach them in no order that a processor could guess.
+template <class T, class A>
+void ask_ahead(const Problem& p, const Tile<A>& tile, const T* image) {
+  constexpr int beyond = kTile + kTile / 2;
+  const int64_t bottom = least(tile.top + beyond + kTile, p.H + 2);
+  const int64_t right = least(tile.left + beyond + kTile, p.W + 2);
+  const auto ask_for = [&](const auto* from, const int64_t* strides, int64_t count) {
+    for (int64_t y = tile.top + beyond; y < bottom; ++y)
+      for (int64_t x = tile.left + beyond; x < right; ++x)
+        ask(from + y * strides[1] + x * strides[2], count);
+  };
+  ask_for(image, p.feature_strides + tile.l * 3, p.C);
+  if (p.mask_maps) ask_for(mask_map(p, tile), p.mask_strides + tile.l * 3, p.K);
+  const A* points = static_cast<const A*>(p.points);
+  for (int y = tile.top; y < tile.top + tile.height; ++y)
+    for (int64_t x = tile.left + kTile; x < least(tile.left + 2 * kTile, p.W); ++x)
+      ask(points + (((tile.b * p.H + y) * p.W + x) * p.L + tile.l) * 3 * p.K, 3 * p.K);
 }
 
 // ---- features: image is the layer's image, gradient rows are p.aggregate's
@@ -232,9 +280,9 @@ void gather(const Problem& p, const Tile<A>& tile, const T* image, F&& sink) {
   });
 }
 
-// Adds to d four dots a key, of the gradient's row with each corner's feature: open or all keys.
+// Adds to d four dots a key, open or not: of the gradient's row with each corner's feature.
 template <class T, class A>
-void dots(const Problem& p, Tile<A>& tile, const T* image, bool all) {
+void dots(const Problem& p, Tile<A>& tile, const T* image) {
   constexpr int lanes = kLanes<A>;
   const Entries<A> at = tile.at;
   const int64_t down = p.feature_strides[tile.l * 3 + 1], right = p.feature_strides[tile.l * 3 + 2];
@@ -247,9 +295,7 @@ void dots(const Problem& p, Tile<A>& tile, const T* image, bool all) {
       Vector<A> gradient[V];
 #pragma GCC unroll 16
       for (int v = 0; v < V; ++v) gradient[v] = load<A, part>(row + v * lanes, count);
-      const int first = all ? q * K : tile.first[q], last = all ? first + K : tile.first[q + 1];
-      for (int e = first; e < last; ++e) {
-        const int i = all ? e : at.picked[e];
+      for (int i = q * tile.slots; i < q * tile.slots + K; ++i) {
         const T *from = image + at.corner[i] + c, *under = from + down;
         Vector<A> s0 = {}, s1 = {}, s2 = {}, s3 = {};
 #pragma GCC unroll 16
@@ -301,62 +347,68 @@ void scatter(const Problem& p, const Tile<A>& tile, A* image) {
 // From the dots to the gradients of masks, offsets and logits. Returns the gate's gradient.
 template <class A>
 double spread(const Problem& p, Tile<A>& tile, A gate, A kept_gradient, A* grad_mask) {
+  constexpr int lanes = kLanes<A>;
+  using Reals = Vector<A>;
   const Entries<A> at = tile.at;
-  const int H = int(p.H), W = int(p.W), K = tile.K, queries = tile.queries();
-  const A height = A(H), width = A(W), cold = A(1 / p.temperature);
-  const bool masked = p.mask_maps;
-  for (int q = 0; p.coverage && q < queries; ++q) {
-    const A c = static_cast<const A*>(p.coverage)[tile.pair(p, q)];
-#pragma omp simd
-    for (int i = q * K; i < (q + 1) * K; ++i) {
-      const bool up = at.row[i] >= 1, low = at.row[i] < H;
-      const bool left = at.column[i] >= 1, right = at.column[i] < W;
-      at.d[i * 4] += up && left ? c : 0, at.d[i * 4 + 1] += up && right ? c : 0;
-      at.d[i * 4 + 2] += low && left ? c : 0, at.d[i * 4 + 3] += low && right ? c : 0;
-    }
-  }
-  // The gradients of the position take the place of the slopes, those of the gate that of inside.
-#pragma omp simd
-  for (int i = 0; i < queries * K; ++i) {
-    const A y = at.y[i], x = at.x[i], f = at.f[i], f_open = at.open[i] * f;
-    const A d0 = at.d[i * 4], d1 = at.d[i * 4 + 1], d2 = at.d[i * 4 + 2], d3 = at.d[i * 4 + 3];
-    const A s = (1 - y) * ((1 - x) * d0 + x * d1) + y * ((1 - x) * d2 + x * d3);
-    A grad_y = gate * f_open * ((1 - x) * (d2 - d0) + x * (d3 - d1));
-    A grad_x = gate * f_open * ((1 - y) * (d1 - d0) + y * (d3 - d2));
-    if (masked) {
-      const A z = at.logit[i] * cold, e = exponential(z > 0 ? -z : z);
-      const A mask = (gate * f * s + kept_gradient) * e / ((1 + e) * (1 + e)) * cold;
-      at.mask_gradient[i] = mask;  // straight-through: the sigmoid's
-      grad_y += mask * at.slope_y[i], grad_x += mask * at.slope_x[i];
-    }
-    at.f_gradient[i] = gate * at.open[i] * s;
-    at.slope_y[i] = grad_y, at.slope_x[i] = grad_x, at.inside[i] = f_open * s;
-  }
+  const Integer<A> H = Integer<A>(p.H), W = Integer<A>(p.W);
+  const A height = A(p.H), width = A(p.W), cold = A(1 / p.temperature);
+  const int K = tile.K, queries = tile.queries();
+  const Reals none = {};
   double gate_gradient = 0;
   for (int q = 0; q < queries; ++q) {
-    const A sum = sum_of(at.inside + q * K, K), mean = gate * sum;
-    gate_gradient += sum;
+    const int begin = q * tile.slots, end = begin + K;
+    const A c = p.coverage ? static_cast<const A*>(p.coverage)[tile.pair(p, q)] : A(0);
+    Reals sum = {};
+    for (int i = begin; i < end; i += lanes) {
+      Reals d[4];
+      part_by_four<A>(at.d + i * 4, d);
+      if (p.coverage) {
+        const Integers<A> row = get(at.row + i), column = get(at.column + i);
+        const Reals up = row >= 1 ? c - none : none, low = row < H ? c - none : none;
+        d[0] += column >= 1 ? up : none, d[1] += column < W ? up : none;
+        d[2] += column >= 1 ? low : none, d[3] += column < W ? low : none;
+      }
+      const Reals y = get(at.y + i), x = get(at.x + i), f = get(at.f + i);
+      const Integers<A> open = get(at.open + i);
+      const Reals s = (1 - y) * ((1 - x) * d[0] + x * d[1]) + y * ((1 - x) * d[2] + x * d[3]);
+      const Reals f_open = open ? f : none;
+      Reals grad_y = gate * f_open * ((1 - x) * (d[2] - d[0]) + x * (d[3] - d[1]));
+      Reals grad_x = gate * f_open * ((1 - y) * (d[1] - d[0]) + y * (d[3] - d[2]));
+      if (p.mask_maps) {
+        const Reals z = get(at.logit + i) * cold, e = exponential(z > 0 ? -z : z);
+        const Reals mask = (gate * f * s + kept_gradient) * e / ((1 + e) * (1 + e)) * cold;
+        grad_y += mask * get(at.slope_y + i), grad_x += mask * get(at.slope_x + i);
+        // Straight-through: the sigmoid's. The mask's shares take the place of the features'.
+        const Reals upper = mask * (1 - y), lower = mask * y;
+        put<A>(at.w0 + i, upper * (1 - x)), put<A>(at.w1 + i, upper * x);
+        put<A>(at.w2 + i, lower * (1 - x)), put<A>(at.w3 + i, lower * x);
+      }
+      // The gradients of the position take the place of the slopes, those of f of the logit.
+      const Reals sent = open ? f * s : none;
+      put<A>(at.slope_y + i, grad_y), put<A>(at.slope_x + i, grad_x), put<A>(at.logit + i, sent);
+      sum += sent;
+    }
+    const A total = total_of<A>(sum)[0], mean = gate * total;
+    gate_gradient += total;
     if (!p.grad_points) continue;
     const int64_t first = tile.pair(p, q) * 3 * K;
     const A* in = static_cast<const A*>(p.points) + first;
     A* out = static_cast<A*>(p.grad_points) + first;
-    const A y = A(tile.y(q)), x = A(tile.x(q));
-#pragma omp simd
-    for (int k = 0; k < K; ++k) {
-      const int i = q * K + k;
-      const A at_y = y + in[k], at_x = x + in[K + k];  // farther out, moving changes nothing
-      out[k] = at_y >= -1 && at_y <= height ? at.slope_y[i] : 0;
-      out[K + k] = at_x >= -1 && at_x <= width ? at.slope_x[i] : 0;
-      out[2 * K + k] = at.f[i] * (at.f_gradient[i] - mean);
+    const A query_y = A(tile.y(q)), query_x = A(tile.x(q));
+    for (int i = begin, k = 0; k < K; i += lanes, k += lanes) {
+      const Reals y = query_y + get_some(in + k, K - k, A(0));
+      const Reals x = query_x + get_some(in + K + k, K - k, A(0));
+      // Farther out, moving changes nothing.
+      put_some(out + k, ((y >= -1) & (y <= height)) ? get(at.slope_y + i) : none, K - k);
+      put_some(out + K + k, ((x >= -1) & (x <= width)) ? get(at.slope_x + i) : none, K - k);
+      put_some(out + 2 * K + k, gate * get(at.logit + i) - get(at.f + i) * mean, K - k);
     }
   }
   const int64_t down = (p.W + 2) * K;
-  for (int q = 0, i = 0; grad_mask && q < queries; ++q)
-    for (int k = 0; k < K; ++k, ++i) {
-      const A g = at.mask_gradient[i], y = at.y[i], x = at.x[i];
+  for (int q = 0; grad_mask && q < queries; ++q)
+    for (int k = 0, i = q * tile.slots; k < K; ++k, ++i) {
       A* to = grad_mask + at.row[i] * down + at.column[i] * int64_t(K) + k;
-      to[0] += g * (1 - y) * (1 - x), to[K] += g * (1 - y) * x;
-      to[down] += g * y * (1 - x), to[down + K] += g * y * x;
+      to[0] += at.w0[i], to[K] += at.w1[i], to[down] += at.w2[i], to[down + K] += at.w3[i];
     }
   return gate_gradient;
 }
@@ -404,11 +456,12 @@ void forward(const Problem& p) {
       T* aggregate = static_cast<T*>(p.aggregate);
       int64_t kept = 0;
       over_tiles(p, tile, int(item % strips), [&] {
+        if (gate != 0) ask_ahead(p, tile, image);
         kept += plan(p, tile, gate);
         for (int q = 0; q < tile.queries(); ++q) {
           const int64_t pair = tile.pair(p, q);
           static_cast<A*>(p.coverage)[pair] =
-              gate != 0 ? sum_of(tile.at.inside + q * tile.K, tile.K) : A(0);
+              gate != 0 ? tile.inside[q] : A(0);
           if (gate == 0) std::memset(aggregate + pair * p.C, 0, sizeof(T) * p.C);
         }
         if (gate != 0)
@@ -429,7 +482,7 @@ struct Share {
   A gate, kept_gradient;
   const T* image;
   A *features, *mask;  // gradients, null where not wanted
-  bool read_all, read_open, shut_gate, flows;
+  bool reads, shut_gate, flows;
 
   Share(const Problem& p, int64_t b, int64_t l) : p(p) {
     const int64_t pixels = (p.H + 2) * (p.W + 2);
@@ -440,9 +493,7 @@ struct Share {
     mask = p.mask_maps ? static_cast<A*>(p.grad_mask_maps[l]) : nullptr;
     if (features) std::memset(features += b * pixels * p.C, 0, sizeof(A) * pixels * p.C);
     if (mask) std::memset(mask += b * pixels * p.K, 0, sizeof(A) * pixels * p.K);
-    const bool reads = gate != 0 && p.aggregate;
-    read_all = reads && p.mask_maps && (p.grad_points || mask);
-    read_open = reads && !read_all && (p.grad_points || p.grad_gates);
+    reads = gate != 0 && p.aggregate && (p.grad_points || mask || p.grad_gates);
     shut_gate = gate == 0 && p.grad_gates;    // its gradient is what the layer would have sent
     flows = gate != 0 || kept_gradient != 0;  // else every other gradient is zero
   }
@@ -454,8 +505,7 @@ double shut_gate_gradient(const Share<T, A>& share, const Tile<A>& tile) {
   const Problem& p = share.p;
   double gradient = 0;
   for (int q = 0; p.coverage && q < tile.queries(); ++q)
-    gradient += static_cast<const A*>(p.coverage)[tile.pair(p, q)] *
-                sum_of(tile.at.inside + q * tile.K, tile.K);
+    gradient += static_cast<const A*>(p.coverage)[tile.pair(p, q)] * tile.inside[q];
   if (p.aggregate)
     gather(p, tile, share.image, [&](auto part, int q, int c, Vector<A> sent, int count) {
       const T* row = static_cast<const T*>(p.aggregate) + tile.pair(p, q) * p.C + c;
@@ -472,11 +522,14 @@ template <class T, class A>
 double backward_tile(const Share<T, A>& share, Tile<A>& tile) {
   const Problem& p = share.p;
   double gate = 0;
-  if (share.flows || share.shut_gate) plan(p, tile, share.shut_gate ? A(1) : share.gate);
+  if (share.flows || share.shut_gate) {
+    ask_ahead(p, tile, share.image);
+    plan(p, tile, share.shut_gate ? A(1) : share.gate);
+  }
   if (share.shut_gate) gate = shut_gate_gradient(share, tile);
   if (share.flows) {
-    std::memset(tile.at.d, 0, sizeof(A) * tile.queries() * tile.K * 4);
-    if (share.read_all || share.read_open) dots(p, tile, share.image, share.read_all);
+    std::memset(tile.at.d, 0, sizeof(A) * tile.queries() * tile.slots * 4);
+    if (share.reads) dots(p, tile, share.image);
     if (share.features && share.gate != 0 && p.aggregate) scatter<T>(p, tile, share.features);
     const double open_gate = spread(p, tile, share.gate, share.kept_gradient, share.mask);
     return share.shut_gate ? gate : open_gate;

@@ -145,11 +145,11 @@ class Call:
         self.alive: list[object] = []
         self.set("features", [rows(f, self.storage) for f in features])
         self.set("feature_strides", strides(self.alive[-1]))
-        self.set("points", points.detach().to(self.arithmetic).contiguous())
+        self.set("points", points.to(self.arithmetic).contiguous())
         if mask_maps is not None:
             self.set("mask_maps", [rows(m, self.arithmetic) for m in mask_maps])
             self.set("mask_strides", strides(self.alive[-1]))
-        self.set("gates", None if gates is None else gates.detach().double().contiguous())
+        self.set("gates", None if gates is None else gates.double().contiguous())
         self.set("seeds", None if seeds is None else seeds.contiguous())
 
     def set(self, name: str, value: Tensor | list[Tensor | None] | ctypes.Array | None) -> None:
@@ -177,7 +177,7 @@ class Call:
 
 def rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor in this type, with its last dimension dense; itself where that is already so."""
-    tensor = tensor.detach().to(dtype)
+    tensor = tensor.to(dtype)
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 

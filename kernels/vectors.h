@@ -11,6 +11,10 @@
 #include <type_traits>
 #include <utility>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -42,6 +46,10 @@ template <class A>
 using Vector = typename Simd<A>::Vector;
 template <class A>
 constexpr int kLanes = kVectorBytes / sizeof(A);
+template <class A>
+using Integer = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
+template <class A>
+using Integers = Vector<Integer<A>>;  // as many as Vector<A> has lanes; what comparisons give
 
 inline float widen(float v) { return v; }
 inline double widen(double v) { return v; }
@@ -88,14 +96,44 @@ inline void store(T* to, Vector<A> v, int count) {
   }
 }
 
+// A vector's loads and stores where all lanes count, and loads of the first `count` of many.
+template <class A>
+inline Vector<A> get(const A* from) {
+  return load<A, false>(from, 0);
+}
+template <class A>
+inline void put(A* to, Vector<A> v) {
+  store<A, false>(to, v, 0);
+}
+template <class A>
+inline Vector<A> get_some(const A* from, int count, A rest) {
+  if (count >= kLanes<A>) return get(from);
+  Vector<A> v = rest - Vector<A>{};
+  for (int i = 0; i < count; ++i) v[i] = from[i];
+  return v;
+}
+
+template <class A>
+inline void put_some(A* to, Vector<A> v, int count) {
+  if (count >= kLanes<A>) return put(to, v);
+  for (int i = 0; i < count; ++i) to[i] = v[i];
+}
+
+// Asks for `count` elements, to be in the cache soon.
+template <class T>
+inline void ask(const T* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + i, 0, 2);
+  asm volatile("");  // GCC removes calls of functions that do nothing but ask
+}
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 // Lane i of the result is lane I[i] of a followed by b.
 template <class A, int... I>
 inline Vector<A> shuffle(Vector<A> a, Vector<A> b) {
 #if defined(__clang__)
   return __builtin_shufflevector(a, b, I...);
 #else
-  using Index = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
-  return __builtin_shuffle(a, b, Vector<Index>{I...});
+  return __builtin_shuffle(a, b, Integers<A>{I...});
 #endif
 }
 
@@ -122,20 +160,69 @@ inline void add_totals(Vector<A> a, Vector<A> b, Vector<A> c, Vector<A> d, A* to
   }
 }
 
+template <class A, int... I>
+constexpr Integers<A> count_up(std::integer_sequence<int, I...>) {
+  return Integers<A>{I...};
+}
 template <class A>
-inline A sum_of(const A* from, int count) {
-  A sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int i = 0; i < count; ++i) sum += from[i];
-  return sum;
+constexpr Integers<A> kLane = count_up<A>(std::make_integer_sequence<int, kLanes<A>>{});  // 0, 1 …
+
+// Joins the lanes pairwise, `step` and fewer apart; every lane gets the result.
+template <class A, int step, class F, int... I>
+inline Vector<A> join(Vector<A> v, F&& pair, std::integer_sequence<int, I...> all) {
+  v = pair(v, shuffle<A, (I ^ step)...>(v, v));
+  if constexpr (step > 1) v = join<A, step / 2>(v, pair, all);
+  return v;
+}
+template <class A>
+inline Vector<A> total_of(Vector<A> v) {
+  constexpr auto all = std::make_integer_sequence<int, kLanes<A>>{};
+  return join<A, kLanes<A> / 2>(v, [](Vector<A> a, Vector<A> b) { return a + b; }, all);
+}
+template <class A>
+inline Vector<A> top_of(Vector<A> v) {
+  constexpr auto all = std::make_integer_sequence<int, kLanes<A>>{};
+  return join<A, kLanes<A> / 2>(v, [](Vector<A> a, Vector<A> b) { return a > b ? a : b; }, all);
 }
 
+// Reads groups of four numbers: the first of each group to `to[0]`, and so on.
+template <class A, int... I>
+inline void part_by_four(const A* from, Vector<A>* to, std::integer_sequence<int, I...>) {
+  constexpr int N = kLanes<A>;
+  Vector<A> even[2], odd[2];
+  for (int i = 0; i < 2; ++i) {
+    const Vector<A> a = get(from + 2 * i * N), b = get(from + (2 * i + 1) * N);
+    even[i] = shuffle<A, (2 * I)...>(a, b), odd[i] = shuffle<A, (2 * I + 1)...>(a, b);
+  }
+  to[0] = shuffle<A, (2 * I)...>(even[0], even[1]);
+  to[1] = shuffle<A, (2 * I)...>(odd[0], odd[1]);
+  to[2] = shuffle<A, (2 * I + 1)...>(even[0], even[1]);
+  to[3] = shuffle<A, (2 * I + 1)...>(odd[0], odd[1]);
+}
 template <class A>
-inline A top_of(const A* from, int count) {
-  A top = -INFINITY;
-#pragma omp simd reduction(max : top)
-  for (int i = 0; i < count; ++i) top = from[i] > top ? from[i] : top;
-  return top;
+inline void part_by_four(const A* from, Vector<A>* to) {
+  part_by_four<A>(from, to, std::make_integer_sequence<int, kLanes<A>>{});
+}
+
+// Appends to a list first + i for each lane i that is open (-1, not 0); returns its new length. May
+// write kSlack elements past that.
+constexpr int kSlack = 16;
+template <class A>
+inline int append(int32_t* list, int length, Integers<A> open, int32_t first) {
+#if defined(__AVX512F__)
+  const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  unsigned bits;
+  if constexpr (sizeof(A) == 8)
+    bits = _mm512_test_epi64_mask(__m512i(open), __m512i(open));
+  else
+    bits = _mm512_test_epi32_mask(__m512i(open), __m512i(open));
+  const __m512i indices = _mm512_add_epi32(lanes, _mm512_set1_epi32(first));
+  _mm512_storeu_si512(list + length, _mm512_maskz_compress_epi32(__mmask16(bits), indices));
+  return length + __builtin_popcount(bits);
+#else
+  for (int i = 0; i < kLanes<A>; ++i) list[length] = first + i, length -= int(open[i]);
+  return length;
+#endif
 }
 
 // Calls body(V, part, first channel) for blocks of V vectors of channels; the last may be in part.
@@ -153,25 +240,27 @@ inline void over_channels(int C, F&& body) {
   if (c < C) body(std::integral_constant<int, 1>{}, std::true_type{}, c);
 }
 
-// Functions that the compiler can vectorise: Cephes polynomials, good to 2 units in the last place.
+// Cephes polynomials, good to 2 units in the last place.
 
-inline double exponential(double x) { return std::exp(x); }
+inline Vector<double> exponential(Vector<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
 
-inline float exponential(float x) {  // for x <= 0; 0 below -87, NaN stays NaN
-  const float clamped = x > -87.0f ? x : -87.0f;
+inline Floats exponential(Floats x) {  // for x <= 0; 0 below -87, NaN stays NaN
+  const Floats clamped = x > -87.0f ? x : -87.0f - Floats{};
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const float shifted = clamped * 1.44269504f + magic, n = shifted - magic;
-  const float r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
+  const Floats shifted = clamped * 1.44269504f + magic, n = shifted - magic;
+  const Floats r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
+  Floats p = 1.9875691500e-4f * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  const int32_t exponent = bit_cast<int32_t>(shifted) - bit_cast<int32_t>(magic) + 127;
-  const float power = p * bit_cast<float>(exponent << 23);
-  return x >= -87.0f ? power : (x < -87.0f ? 0.0f : x);
+  const Words exponent = bit_cast<Words>(shifted) - (bit_cast<uint32_t>(magic) - 127);
+  const Floats power = p * bit_cast<Floats>(exponent << 23);
+  return x >= -87.0f ? power : (x < -87.0f ? Floats{} : x);
 }
 
 inline float logarithm(float x) {  // for 0 < x < 1, normal

@@ -43,7 +43,7 @@ def test_multiply_adds_are_the_papers():
 def test_described_attention_is_counted_once_a_pair():
     size = describe(paper(Task("sr", 2), positions=(3, 12, 26, 31, 32)))
     n, c, k = 48 * 48, 256, 16
-    pair = n * c * (c + k + 3 * k) + 3 * c * n * k
+    pair = n * c * (c + 1 + k + 3 * k) + 3 * c * n * k
     assert size["attention_macs_48x48"] == 15 * pair + 5 * n * c * c
     assert size["macs_48x48"] - size["attention_macs_48x48"] == pytest.approx(93.97e9, rel=0.002)
 
