@@ -82,7 +82,7 @@ def draw_trade(axis: Any, folders: list[Path], logs: list[list[dict[str, Any]]])
     axis.legend()
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m acla.report", description="Draw how searches went, a column for each."
     )
@@ -91,11 +91,16 @@ def main(argv: list[str] | None = None) -> None:
         "--out", type=Path, metavar="FILE", help="picture to write (default: DIR/search.png)"
     )
     args = parser.parse_args(argv)
-    out = args.out or args.folders[0] / "search.png"
-    if out.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise UsageError(f"--out {out}: the name must end in .png, .svg or .pdf")
-    draw(args.folders, out)
-    cli.say(f"written: {out}")
+    args.out = args.out or args.folders[0] / "search.png"
+    if args.out.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise UsageError(f"--out {args.out}: the name must end in .png, .svg or .pdf")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    draw(args.folders, args.out)
+    cli.say(f"written: {args.out}")
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ import pytest
 import evaluate
 import search
 import train
+from acla import report, restore
 from kernels import autotune, bench, compile
 
 TEXT = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 SCRIPTS = {"train.py": train, "search.py": search, "evaluate.py": evaluate}
-MODULES = {f"kernels.{m.__name__.split('.')[1]}": m for m in (autotune, bench, compile)}
+MODULES = {module.__name__: module for module in (autotune, bench, compile, report, restore)}
 
 
 def blocks(language: str) -> list[str]:
@@ -27,6 +28,7 @@ def commands() -> list[list[str]]:
     calls = [call for line in lines for call in line.split("&&")]
     words = [shlex.split(call, comments=True) for call in calls]
     called = [[w[0], *w[2:]] if w[1:2] == ["-m"] else w for w in words]
+    called = [["python", *w[3:]] if w[:1] == ["torchrun"] else w for w in called]
     return [w for w in called if len(w) > 1 and w[0] == "python" and w[1] in SCRIPTS | MODULES]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import search
 import train
 from acla.checkpoint import load_model, load_state, save_state
 from acla.config import Task
@@ -120,6 +121,24 @@ def test_wrong_calls_say_what_to_do_and_leave_nothing(words, error, message):
     with pytest.raises(error, match=message):
         train.main([*words, "--preset", "tiny"])
     assert not Path("runs").exists()
+
+
+def test_inheriting_begins_with_the_supernets_weights():
+    search.main([*SMALL[:-2], "--batch", "2", "--patch", "16", "--steps", "4", "--lambda", "0"])
+    found = load_model(Path("runs/search/model.safetensors"))
+    still = ["--rate", "1e-30", "--batch", "2", "--patch", "16", "--steps", "1", "--ema"]
+    train.main(["--inherit", *still])
+    trained = load_model(Path("runs/train/model.safetensors"))
+    assert trained.config == found.config
+    ours, theirs = trained.model.state_dict(), found.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    for words, message in (
+        (["--inherit", "--arch", "paper"], "--inherit goes with a searched architecture"),
+        (["--inherit", "--keys", "5"], "holds another network"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            train.main([*words, *still, "--out", "other"])
+    assert not Path("other").exists()
 
 
 def test_unknown_backends_are_refused(monkeypatch):
