@@ -21,7 +21,8 @@ from acla.errors import CheckpointError, DataError, UsageError
 from acla.image import fit_channels, load, save
 from acla.processes import Processes, join
 from acla.protocol import finite, line, published, score, table, task_of_set
-from acla.restore import check_tile, restore
+from acla.restore import check_ensemble, restore
+from acla.tiles import check_tile
 
 DEFAULT_CHECKPOINT = Path("runs/train/model.safetensors")
 
@@ -75,7 +76,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--tile",
         type=int,
         metavar="N",
-        help="side of a tile in low-quality pixels (default: whole pictures)",
+        help="side of a tile in low-quality pixels (default: whole pictures; halved when memory "
+        "runs out)",
+    )
+    parser.add_argument(
+        "--ensemble",
+        action="store_true",
+        help="average the network over 8 flips and rotations: 8 times slower",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     add_common_flags(parser)
@@ -85,6 +92,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def check(args: argparse.Namespace) -> None:
     """Refuse impossible flags before any work is done. Raises UsageError."""
     check_tile(args.tile)
+    if args.ensemble and (args.baseline or args.predictions):
+        raise UsageError("--ensemble is for a network: it has nothing to turn here")
     if args.predictions and args.save:
         raise UsageError("--save has nothing to write with --predictions")
     if args.predictions and not args.predictions.is_dir():
@@ -141,7 +150,7 @@ def pick_method(
 
         describe = {"kind": "predictions", "folder": str(args.predictions)}
         return Method("predictions", describe, made_elsewhere)
-    return network(args.checkpoint or default_checkpoint(), device, args.tile, args.seed)
+    return network(args.checkpoint or default_checkpoint(), device, args)
 
 
 def default_checkpoint() -> Path:
@@ -155,21 +164,23 @@ def default_checkpoint() -> Path:
     return DEFAULT_CHECKPOINT
 
 
-def network(file: Path, device: torch.device, tile: int | None, seed: int) -> Method:
+def network(file: Path, device: torch.device, args: argparse.Namespace) -> Method:
     """A network from a checkpoint, which also brings its task."""
     checkpoint = load_model(file)
+    check_ensemble(args.ensemble, checkpoint.task)
     config, model = checkpoint.config, checkpoint.model.to(device)
 
     def restored(clean: Tensor, path: Path, task: Task) -> tuple[Tensor, Tensor]:
-        low, target = pair(clean, task, generator_for(path.stem, seed), config.channels)
-        prediction = restore(model, low.to(device), tile).cpu()
+        low, target = pair(clean, task, generator_for(path.stem, args.seed), config.channels)
+        prediction = restore(model, low.to(device), args.tile, args.ensemble).cpu()
         if not torch.isfinite(prediction).all():
             raise CheckpointError(f"{file}: the network's output for {path.name} is not finite")
         return prediction, target
 
     describe = {"kind": "network", "checkpoint": str(file), **dataclasses.asdict(config)}
-    describe["trained_for"] = str(checkpoint.task)
-    return Method(f"network {file}", describe, restored, checkpoint.task, config.channels)
+    describe |= {"trained_for": str(checkpoint.task), "ensemble": args.ensemble}
+    label = f"network {file}" + (", ensemble of 8" if args.ensemble else "")
+    return Method(label, describe, restored, checkpoint.task, config.channels)
 
 
 def pick_task(args: argparse.Namespace, flags: Task | None, method: Method, name: str) -> Task:

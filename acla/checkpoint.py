@@ -56,7 +56,7 @@ def load_model(path: Path) -> Checkpoint:
         config = from_dict(ModelConfig, json.loads(header["model"]))
         task = from_dict(Task, json.loads(header["task"]))
         info = json.loads(header["info"])
-    except (KeyError, ValueError, TypeError, UsageError) as error:
+    except (KeyError, ValueError, TypeError, RecursionError, UsageError) as error:
         raise CheckpointError(f"{path}: the configuration inside is not valid: {error}") from error
     if task.scale != config.scale:
         raise CheckpointError(f"{path}: a network for ×{config.scale} with the task {task}")
@@ -98,7 +98,7 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors, header = read_tensors(path, "state")
     try:
         return tensors, json.loads(header["progress"])
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: the progress inside is not valid: {error}") from error
 
 

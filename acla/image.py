@@ -7,6 +7,8 @@ import os
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -34,10 +36,15 @@ BROKEN = (
     IndexError,
     KeyError,
     TypeError,
+    AttributeError,
+    AssertionError,
     OverflowError,
+    ZeroDivisionError,
     struct.error,
     zlib.error,
 )
+IO16 = "16 bits per channel in colour need the extra io16 (opencv-python-headless)"
+ORIENTATION = 0x0112  # the EXIF tag
 LUMA = (65.481, 128.553, 24.966)
 
 
@@ -46,50 +53,121 @@ def load(path: str | Path) -> Tensor:
 
     C is 1 for gray files (16-bit gray keeps its depth) and 3 for all others: palettes and CMYK
     become RGB, alpha is dropped. The pixels come as they are stored; an EXIF orientation is not
-    applied. Raises PictureError, which names the file, for anything that is not a whole picture.
+    applied. 16-bit colour needs the extra io16. Raises PictureError, which names the file, for
+    anything that is not a whole picture.
+    """
+    with opened(path) as picture:
+        if is_deep_colour(picture, path):
+            levels, _ = read_deep(picture, path)
+        else:
+            levels = to_array(picture, path)
+    return from_levels(np.atleast_3d(levels).transpose(2, 0, 1))
+
+
+@contextmanager
+def opened(path: str | Path, formats: tuple[str, ...] | None = None) -> Iterator[Image.Image]:
+    """A Pillow picture for as long as the block lasts, its pixels not decoded yet.
+
+    formats: those of Pillow that are tried, by default all. What Pillow raises in the block on
+    account of the file becomes a PictureError, which names it.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata, many pixels: the picture decides
-            with Image.open(path) as picture:
-                refuse_deep_colour(picture, path)
-                picture.load()
-                levels, top = to_array(picture, path)
+            with Image.open(path, formats=formats) as picture:
+                yield picture
     except FileNotFoundError as error:
         raise PictureError(f"{path}: there is no such file") from error
     except Image.DecompressionBombError as error:
         raise PictureError(f"{path}: more pixels than Pillow accepts ({error})") from error
     except BROKEN as error:
         raise PictureError(f"{path}: not a readable picture ({one_line(error)})") from error
-    planes = np.atleast_3d(levels).transpose(2, 0, 1).astype(np.float32, order="C")
-    return torch.from_numpy(planes) / top
 
 
-def refuse_deep_colour(picture: Image.Image, path: str | Path) -> None:
-    """Raise PictureError for 16-bit colour, which Pillow would silently read as 8-bit."""
-    deep = False
+def is_deep_colour(picture: Image.Image, path: str | Path) -> bool:
+    """Whether an opened file holds 16 bits per channel in colour or beside alpha, which Pillow
+    would silently read as 8."""
     if picture.format == "PNG":
-        with open(path, "rb") as file:
-            depth, colour = file.read(26)[24:26]  # IHDR; colour type 0 is gray without alpha
-        deep = depth == 16 and colour != 0
-    elif picture.format == "TIFF":
+        depth, colour = png_type(path)
+        return depth == 16 and colour != 0
+    if picture.format == "TIFF":
         bits = picture.tag_v2.get(258, (1,))  # BitsPerSample, one for each channel
-        deep = len(bits) > 1 and max(bits) > 8
-    if deep:
-        raise PictureError(f"{path}: 16 bits per channel in colour; convert it to 8 bits first")
+        return len(bits) > 1 and max(bits) > 8
+    return False
 
 
-def to_array(picture: Image.Image, path: str | Path) -> tuple[np.ndarray, float]:
-    """The levels [H, W] or [H, W, 3] of an opened picture, and the level that means white."""
+def png_type(path: str | Path) -> tuple[int, int]:
+    """(bits per sample, colour type) of a PNG: 0 gray, 2 RGB, 3 palette, 4 and 6 with alpha."""
+    with open(path, "rb") as file:
+        depth, colour = file.read(26)[24:26]  # of its first chunk, IHDR
+    return depth, colour
+
+
+def read_deep(picture: Image.Image, path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """16-bit colour as it is stored: levels uint16 [H, W, 1 or 3], and alpha [H, W] or None.
+
+    Raises PictureError without the extra io16, and for a TIFF with an orientation, which OpenCV
+    turns by itself or fails at.
+    """
+    try:
+        import cv2
+    except ImportError as error:
+        raise PictureError(f"{path}: {IO16}") from error
+    if picture.format == "TIFF" and picture.getexif().get(ORIENTATION, 1) != 1:
+        raise PictureError(f"{path}: a 16-bit TIFF with an orientation; save it upright first")
+    try:
+        levels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error as error:
+        raise PictureError(f"{path}: not a readable picture ({one_line(error)})") from error
+    whole = levels is not None and levels.dtype == np.uint16 and levels.ndim == 3
+    if not whole or levels.shape[:2] != picture.size[::-1]:
+        raise PictureError(f"{path}: not a readable picture of 16 bits (OpenCV)")
+    gray = picture.format == "PNG" and png_type(path)[1] == 4  # R = G = B, OpenCV makes of it
+    colour = levels[:, :, :1] if gray else levels[:, :, 2::-1]
+    return np.ascontiguousarray(colour), levels[:, :, 3].copy() if levels.shape[2] == 4 else None
+
+
+def write_deep(
+    levels: np.ndarray, alpha: np.ndarray | None, suffix: str, exif: bytes, icc: bytes
+) -> bytes:
+    """The bytes of a PNG or TIFF of 16 bits per channel, from levels uint16 [H, W, 1 or 3] and
+    alpha.
+
+    PNG alone carries EXIF and an ICC profile. Needs the extra io16. Raises PictureError.
+    """
+    try:
+        import cv2
+    except ImportError as error:
+        raise PictureError(IO16) from error
+    if levels.shape[2] == 1 and alpha is not None:
+        levels = levels.repeat(3, 2)  # OpenCV has no gray with alpha
+    planes = levels[:, :, ::-1] if alpha is None else np.dstack([levels[:, :, ::-1], alpha])
+    exif = exif.removeprefix(b"Exif\0\0")
+    carried = {cv2.IMAGE_METADATA_EXIF: exif, cv2.IMAGE_METADATA_ICCP: icc}
+    carried = {kind: data for kind, data in carried.items() if data and suffix == ".png"}
+    blocks = [np.frombuffer(data, np.uint8) for data in carried.values()]
+    try:
+        done, data = cv2.imencodeWithMetadata(
+            suffix, np.ascontiguousarray(planes), [*carried], blocks
+        )
+    except cv2.error as error:
+        raise PictureError(f"cannot be written ({one_line(error)})") from error
+    if not done:
+        raise PictureError("cannot be written (OpenCV)")
+    return data.tobytes()
+
+
+def to_array(picture: Image.Image, path: str | Path) -> np.ndarray:
+    """The levels of an opened picture [H, W] or [H, W, 3]: uint16 for 16-bit gray, else uint8."""
     if picture.mode.startswith("I"):
-        levels = np.asarray(picture).astype(np.int64)
+        levels = np.asarray(picture)
         if levels.min() < 0 or levels.max() > 65535:
             raise PictureError(f"{path}: gray values outside 16 bits (0..65535)")
-        return levels, 65535.0
+        return levels.astype(np.uint16)
     if picture.mode == "F":
         raise PictureError(f"{path}: gray values in floating point; convert it to 8 or 16 bits")
     gray = picture.mode in GRAY_MODES
-    return np.asarray(picture.convert("L" if gray else "RGB")), 255.0
+    return np.asarray(picture.convert("L" if gray else "RGB"))
 
 
 def save(image: Tensor, path: str | Path) -> None:
@@ -129,14 +207,15 @@ def one_line(error: Exception) -> str:
 
 
 def from_levels(levels: np.ndarray) -> Tensor:
-    """uint8 [C, H, W] levels as a float32 picture in 0..1."""
-    return torch.from_numpy(levels.astype(np.float32, order="C")) / 255
+    """uint8 or uint16 [C, H, W] levels as a float32 picture in 0..1."""
+    return torch.from_numpy(levels.astype(np.float32, order="C")).div_(np.iinfo(levels.dtype).max)
 
 
-def to_levels(image: Tensor) -> np.ndarray:
-    """Picture [1 or 3, H, W] in 0..1 → uint8 [H, W] or [H, W, 3], rounded and clipped."""
-    levels = (image.detach().float().cpu() * 255).round().clamp(0, 255).to(torch.uint8)
-    return levels[0].numpy() if len(levels) == 1 else levels.permute(1, 2, 0).contiguous().numpy()
+def to_levels(image: Tensor, dtype: type = np.uint8) -> np.ndarray:
+    """Picture [1 or 3, H, W] in 0..1 → uint8 or uint16 [H, W] or [H, W, 3], rounded and clipped."""
+    top = np.iinfo(dtype).max
+    levels = (image.detach().float().cpu() * top).round_().clamp_(0, top).numpy().astype(dtype)
+    return levels[0] if len(levels) == 1 else np.ascontiguousarray(levels.transpose(1, 2, 0))
 
 
 def round_8bit(image: Tensor) -> Tensor:
@@ -152,6 +231,23 @@ def luma(rgb: Tensor) -> Tensor:
     weights = torch.tensor(LUMA, dtype=torch.float64, device=rgb.device)
     y = (rgb.double() * weights[:, None, None]).sum(0, keepdim=True)
     return ((16 + y) / 255).to(rgb.dtype)
+
+
+def to_studio(y: Tensor) -> Tensor:
+    """Y of a JPEG, full range, as `luma` has it: 0..1 → 16/255..235/255."""
+    return (16 + 219 * y) / 255
+
+
+def to_full(y: Tensor) -> Tensor:
+    """The reverse of `to_studio`."""
+    return (255 * y - 16) / 219
+
+
+def ycc_to_rgb(ycc: Tensor) -> Tensor:
+    """Y, Cb, Cr of a JPEG (JFIF, full range) → RGB, [3, H, W] in 0..1, neither rounded nor
+    clipped."""
+    y, cb, cr = ycc[0], ycc[1] - 128 / 255, ycc[2] - 128 / 255
+    return torch.stack([y + 1.402 * cr, y - 0.34414 * cb - 0.71414 * cr, y + 1.772 * cb])
 
 
 def to_rgb(image: Tensor) -> Tensor:

@@ -1,62 +1,222 @@
-"""One picture through a network: whole, or in tiles that overlap and blend."""
+"""Restore a photo, or a folder of photos, with a trained network."""
 
+import argparse
+import dataclasses
+import os
+from pathlib import Path
+
+import numpy as np
 import torch
 from torch import Tensor
 
+from acla import photo
 from acla.backbone import Backbone
-from acla.errors import UsageError
+from acla.checkpoint import Checkpoint
+from acla.cli import DEVICES, notice, pick_device, progress, run, say
+from acla.colour import finished, network_input
+from acla.config import Task, add_task_flags, task_from_flags
+from acla.degrade import mosaic
+from acla.errors import AclaError, CheckpointError, PictureError, UsageError
+from acla.image import FORMATS
+from acla.jobs import find_jobs, printable
+from acla.photo import Photo
+from acla.tiles import check_tile, out_of_memory, starts, strips, within_memory
+from acla.weights import Weights
 
-OVERLAP = 32  # low-quality pixels that neighbouring tiles share
+# Side of the default tile per scale: the paper's networks need about 1.5 GB for one
+TILE = {1: 384, 2: 192, 3: 128, 4: 128}
 
 
-@torch.no_grad()
-def restore(model: Backbone, picture: Tensor, tile: int | None = None) -> Tensor:
+# One picture through a network
+
+
+def restore(
+    model: Backbone, picture: Tensor, tile: int | None = None, ensemble: bool = False
+) -> Tensor:
     """Restore a picture [C,h,w] in 0..1 → [C,h·scale,w·scale], not rounded or clipped.
 
     tile: side of square tiles in low-quality pixels, more than 64; None takes the picture whole.
-    Neighbouring tiles share 32 pixels, where they blend.
+    Neighbouring tiles share 32 pixels, where they blend. When memory runs out, again with tiles of
+    half the side. ensemble: average over the 8 flips and rotations. The picture may lie on another
+    device than the model.
     """
     check_tile(tile)
+
+    def whole(tile: int | None) -> Tensor:
+        return torch.cat(list(strips(model, picture, tile, ensemble)), 1)
+
+    return within_memory(whole, tile, picture)
+
+
+def check_ensemble(ensemble: bool, task: Task) -> None:
+    """Refuse to turn a Bayer mosaic: turned, it is another pattern. Raises UsageError."""
+    if ensemble and task.name == "demosaic":
+        raise UsageError("--ensemble turns the picture, and a turned Bayer mosaic is another one")
+
+
+# A photo through a network
+
+
+def restore_photo(
+    source: Photo,
+    network: Checkpoint,
+    tile: int | None = None,
+    ensemble: bool = False,
+    jpeg: bool = False,
+    label: str = "",
+    halve: bool = True,
+) -> Photo:
+    """The restored photo, with everything that the source carries.
+
+    jpeg: it will be written as one, so that a JPEG's own Y, Cb, Cr stay what they are. label: what
+    the progress bar says. halve: go on with smaller tiles when memory runs out. Raises
+    CheckpointError for an answer that is not finite.
+    """
+    config, task = network.config, network.task
+    picture = network_input(source, task, config.channels)
+    around = photo.resized(source, config.scale)
+
+    def whole(tile: int | None) -> np.ndarray:
+        levels = np.empty_like(around.levels)
+        rows = strips(network.model, picture, tile, ensemble)
+        count = 1 if tile is None else len(starts(picture.shape[1], tile))
+        top = 0
+        for strip in progress(
+            rows, desc=label, total=count, unit="row", leave=False, disable=count < 2
+        ):
+            if not torch.isfinite(strip).all():
+                raise CheckpointError("the network's output is not finite")
+            part = slice(top, top + strip.shape[1])
+            levels[part] = finished(strip, around.levels[part], around.ycc, task, jpeg)
+            top = part.stop
+        return levels
+
+    levels = within_memory(whole, tile, picture) if halve else whole(tile)
+    return dataclasses.replace(around, levels=levels, ycc=source.ycc and jpeg)
+
+
+def default_tile(scale: int, height: int, width: int) -> int | None:
+    """The side of a tile where --tile names none: None, the picture whole, if it is no larger."""
+    return TILE[scale] if height * width > TILE[scale] ** 2 else None
+
+
+def check_mosaic(source: Photo, task: Task) -> None:
+    """Refuse an ordinary photo where a Bayer mosaic is wanted. Raises PictureError."""
+    if task.name != "demosaic":
+        return
+    stored = torch.from_numpy(np.array(source.levels, np.int32)).permute(2, 0, 1)
+    if len(stored) != 3 or not torch.equal(mosaic(stored), stored):
+        raise PictureError(
+            "an ordinary photo; a demosaicing network wants a Bayer mosaic (G R over B G, missing "
+            "samples zero) as evaluate.py --save-inputs writes it"
+        )
+
+
+# The command
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m acla.restore", description=__doc__)
+    parser.add_argument("source", type=Path, metavar="IN", help="a photo, or a folder of them")
+    parser.add_argument(
+        "out", metavar="OUT", help="the file to write, whose suffix names its format, or a folder"
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="the network (default: of the folder weights, by --task and the JPEG's quality)",
+    )
+    add_task_flags(parser)
+    parser.add_argument(
+        "--tile",
+        type=int,
+        metavar="N",
+        help=f"side of a tile in low-quality pixels (default: {TILE[1]} for photos with more "
+        "pixels than that, less for super-resolution)",
+    )
+    parser.add_argument(
+        "--ensemble", action="store_true", help="average over 8 flips and rotations: 8 times slower"
+    )
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="also restore without tiles, whatever memory that needs, and print the difference",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    parser.add_argument(
+        "--suffix", metavar=".png", help="of the files written (default: as the names say)"
+    )
+    parser.add_argument(
+        "--device", choices=DEVICES, default="auto", help="where to compute (default: auto)"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    check_tile(args.tile)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UsageError("photos are restored in one process: python, not torchrun")
+    weights = Weights(args.checkpoint, task_from_flags(args), pick_device(args.device))
+    for task in weights.files:
+        check_ensemble(args.ensemble, task)
+    jobs = find_jobs(args.source, args.out, args.suffix, args.overwrite)
+    for text in jobs.notices:
+        notice(printable(text))
+    failures = jobs.failures
+    for number, (path, target) in enumerate(jobs.pairs, 1):
+        label = printable(f"{number}/{len(jobs.pairs)} {path.name}")
+        try:
+            say(printable(run_job(path, target, weights, args, label)))
+        except (AclaError, OSError, MemoryError, RuntimeError) as error:
+            short = out_of_memory(error)
+            if isinstance(error, RuntimeError) and not short:
+                raise
+            reason = "out of memory" if short else str(error)
+            failures.append(reason if reason.startswith(str(path)) else f"{path}: {reason}")
+    if failures:
+        lines = [printable(text) for text in failures]
+        if args.source.is_dir():
+            lines.insert(0, f"{len(failures)} pictures could not be restored:")
+        raise AclaError("\n  ".join(lines))
+
+
+def run_job(
+    path: Path, target: Path, weights: Weights, args: argparse.Namespace, label: str
+) -> str:
+    """Restore one photo and say what was written. Raises AclaError, OSError or MemoryError."""
+    quality = photo.jpeg_quality(path) if args.task_q is None else args.task_q
+    file, network, outside = weights.pick(quality)
+    source = photo.read(path, ycc=network.config.channels == 1)
+    check_mosaic(source, network.task)
+    tile = args.tile or default_tile(network.config.scale, *source.levels.shape[:2])
+    jpeg = FORMATS[target.suffix.lower()] == "JPEG"
+    restored = restore_photo(source, network, tile, args.ensemble, jpeg, label)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    photo.save(restored, target)
+    for text in [*([outside] if outside else []), *restored.notices]:
+        notice(printable(f"{path}: {text}"))
+    told = f"{target}: {network.task}, {file}"
+    if not args.compare:
+        return told
     if tile is None:
-        return model(picture.unsqueeze(0))[0]
-    scale = model.config.scale
-    _, h, w = picture.shape
-    total = picture.new_zeros(picture.shape[0], h * scale, w * scale)
-    weights = picture.new_zeros(1, h * scale, w * scale)
-    for top in starts(h, tile):
-        for left in starts(w, tile):
-            part = picture[:, top : top + tile, left : left + tile]
-            ramp = window(part.shape[1], scale, top > 0, top + tile < h, picture)[:, None]
-            ramp = ramp * window(part.shape[2], scale, left > 0, left + tile < w, picture)
-            rows = slice(top * scale, top * scale + ramp.shape[0])
-            columns = slice(left * scale, left * scale + ramp.shape[1])
-            total[:, rows, columns] += ramp * model(part.unsqueeze(0))[0]
-            weights[:, rows, columns] += ramp
-    return total / weights
+        return f"{told}, taken whole"
+    return f"{told}, {difference(restored, source, network, args.ensemble, jpeg)}"
 
 
-def check_tile(tile: int | None) -> None:
-    """Refuse tiles that would be all overlap. Raises UsageError."""
-    if tile is not None and tile <= 2 * OVERLAP:
-        raise UsageError(f"--tile must be more than {2 * OVERLAP} pixels, not {tile}")
+def difference(tiled: Photo, source: Photo, network: Checkpoint, ensemble: bool, jpeg: bool) -> str:
+    """How far a result lies from the one without tiles, in levels of what is written."""
+    try:
+        whole = restore_photo(source, network, None, ensemble, jpeg, halve=False)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        return "too little memory to take it whole and compare"
+    apart = np.abs(tiled.levels.astype(np.int32) - whole.levels)
+    top = np.iinfo(tiled.levels.dtype).max
+    return f"tiles move {apart.max()} of {top} levels at most, {apart.mean():.2g} on average"
 
 
-def starts(length: int, tile: int) -> list[int]:
-    """Where tiles begin: OVERLAP apart from the end of the one before, the last one flush with the
-    border."""
-    last = max(0, length - tile)
-    return [*range(0, last, tile - OVERLAP), last]
-
-
-def window(length: int, scale: int, before: bool, after: bool, like: Tensor) -> Tensor:
-    """Blending weights along one side of a tile [length·scale]. Where a tile lies before, or after,
-    the outer quarter of what they share has weight 0, for there the cut shows; the middle half is a
-    ramp. Two neighbours' weights add to 1."""
-    at = (torch.arange(OVERLAP * scale, dtype=like.dtype, device=like.device) + 0.5) / scale
-    ramp = ((at / OVERLAP - 0.25) / 0.5).clamp(0, 1)
-    weight = like.new_ones(length * scale)
-    if before:
-        weight[: len(ramp)] *= ramp
-    if after:
-        weight[-len(ramp) :] *= ramp.flip(0)
-    return weight
+if __name__ == "__main__":
+    run(main)

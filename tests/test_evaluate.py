@@ -13,7 +13,7 @@ from PIL import Image
 
 import evaluate
 from acla.backbone import Backbone
-from acla.checkpoint import save_model
+from acla.checkpoint import load_model, save_model
 from acla.cli import run
 from acla.config import ModelConfig, Task
 from acla.degrade import generator_for, pair
@@ -193,6 +193,59 @@ def test_network_brings_its_task(capsys, root, tmp_path, task):
     scale = ["--scale", 3] if task.name == "sr" else []
     (again,) = results(capsys, *flags, "--task", task.name, *scale)
     assert [i["psnr"] for i in again["images"]] == pytest.approx([i["psnr"] for i in row["images"]])
+
+
+def test_ensemble_averages_eight_and_is_told(capsys, root, tmp_path):
+    file = write_network(tmp_path / "m.safetensors", Task("sr", 2))
+    flags = ["--dataset", "Mine", "--checkpoint", file, "--data", root]
+    (row,) = results(capsys, *flags, "--ensemble", "--save", tmp_path / "out")
+    assert row["model"]["ensemble"] is True
+    low, _ = pair(load(root / "Mine" / "colour.png"), Task("sr", 2))
+    model = load_model(file).model
+    with torch.no_grad():
+        answers = [
+            undo(model(turn(low)[None])[0])
+            for k in range(4)
+            for turn, undo in (
+                (lambda x, k=k: x.rot90(k, (1, 2)), lambda x, k=k: x.rot90(-k, (1, 2))),
+                (lambda x, k=k: x.mT.rot90(k, (1, 2)), lambda x, k=k: x.rot90(-k, (1, 2)).mT),
+            )
+        ]
+    mean = sum(answers) / 8
+    assert (answers[0] - mean).abs().max() > 1e-3
+    saved = load(tmp_path / "out" / "colour.png")
+    assert (saved - mean.clamp(0, 1)).abs().max() <= 0.5001 / 255
+    evaluate.main([*map(str, flags), "--device", "cpu", "--ensemble"])
+    assert f"network {file}, ensemble of 8 " in capsys.readouterr().out
+
+
+def test_ensemble_is_refused_where_it_means_nothing(capsys, root, tmp_path):
+    mosaics = write_network(tmp_path / "m.safetensors", Task("demosaic", 0))
+    for flags in (["--baseline"], ["--checkpoint", mosaics]):
+        status, message = failure(
+            capsys, "--dataset", "Mine", "--data", root, "--ensemble", *flags, "--task", "demosaic"
+        )
+        assert (status, message.count("\n")) == (2, 1)
+        assert message.startswith("error: --ensemble ")
+
+
+def test_evaluation_goes_on_in_tiles_when_memory_runs_out(capsys, root, tmp_path, monkeypatch):
+    Image.open(root / "Mine" / "colour.png").resize((150, 120)).save(root / "Mine" / "large.png")
+    file = write_network(tmp_path / "m.safetensors", Task("denoise", 30))
+    flags = ["--dataset", "Mine", "--checkpoint", file, "--data", root]
+    (whole,) = results(capsys, *flags)
+    forward = Backbone.forward
+
+    def short(self, pictures):
+        if pictures[0, 0].numel() > 10_000:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, pictures)
+
+    monkeypatch.setattr(Backbone, "forward", short)
+    evaluate.main([*map(str, flags), "--device", "cpu", "--json", str(tmp_path / "r.json")])
+    assert "again with tiles of 96" in capsys.readouterr().err
+    (tiled,) = json.loads((tmp_path / "r.json").read_text())["results"]
+    assert tiled["mean"]["psnr"] == pytest.approx(whole["mean"]["psnr"])
 
 
 def test_gray_network_scores_y(capsys, root, tmp_path):

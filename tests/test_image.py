@@ -1,6 +1,7 @@
 """Files in, files out: every mode, every way to be broken."""
 
 import struct
+import sys
 import zlib
 from pathlib import Path
 
@@ -10,7 +11,19 @@ import torch
 from PIL import Image
 
 from acla.errors import PictureError
-from acla.image import fit_channels, load, luma, round_8bit, save, to_levels, to_rgb
+from acla.image import (
+    fit_channels,
+    from_levels,
+    load,
+    luma,
+    round_8bit,
+    save,
+    to_full,
+    to_levels,
+    to_rgb,
+    to_studio,
+    ycc_to_rgb,
+)
 
 
 def png_16bit(path: Path, colour: int, samples: int) -> None:
@@ -72,10 +85,20 @@ def test_16bit_gray_keeps_its_depth(tmp_path, suffix):
 
 
 @pytest.mark.parametrize(("colour", "samples"), [(2, 3), (6, 4), (4, 2)], ids=["rgb", "rgba", "la"])
-def test_16bit_colour_is_refused(tmp_path, colour, samples):
+def test_16bit_colour_needs_the_extra(tmp_path, monkeypatch, colour, samples):
+    monkeypatch.setitem(sys.modules, "cv2", None)
     png_16bit(tmp_path / "deep.png", colour, samples)
-    with pytest.raises(PictureError, match=r"deep\.png: 16 bits per channel"):
+    with pytest.raises(PictureError, match=r"deep\.png: 16 bits per channel .* extra io16"):
         load(tmp_path / "deep.png")
+
+
+@pytest.mark.parametrize(("colour", "samples"), [(2, 3), (6, 4), (4, 2)], ids=["rgb", "rgba", "la"])
+def test_16bit_colour_is_read_with_the_extra(tmp_path, colour, samples):
+    pytest.importorskip("cv2", reason="needs the extra io16")
+    png_16bit(tmp_path / "deep.png", colour, samples)
+    channels = 1 if samples == 2 else 3
+    first = torch.arange(channels) / 65535  # the first pixel's samples count from 0
+    assert torch.equal(load(tmp_path / "deep.png")[:, 0, 0], first)
 
 
 def test_the_handmade_png_is_sound(tmp_path):
@@ -182,6 +205,32 @@ def test_channels_fit_the_network(make_picture):
     assert torch.equal(fit_channels(gray, 3), to_rgb(gray))
     assert torch.equal(fit_channels(colour, 1), luma(colour))
     assert torch.equal(fit_channels(colour, 3), colour)
+
+
+def test_full_range_y_and_back(make_picture):
+    rgb = make_picture(5, 6)
+    y = to_full(luma(rgb))
+    weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]  # of BT.601
+    torch.testing.assert_close(y, (rgb * weights).sum(0, keepdim=True))
+    torch.testing.assert_close(to_studio(y), luma(rgb))
+
+
+def test_ycc_of_gray_and_of_a_pure_colour():
+    half = torch.full((2, 1, 1), 128 / 255)
+    gray = torch.cat([torch.full((1, 1, 1), 0.3), half])
+    torch.testing.assert_close(ycc_to_rgb(gray), torch.full((3, 1, 1), 0.3))
+    red = torch.tensor([76.245, 84.972, 255.5]).view(3, 1, 1) / 255  # JFIF's of 255, 0, 0
+    torch.testing.assert_close(
+        ycc_to_rgb(red)[:, 0, 0], torch.tensor([1.0, 0, 0]), atol=2e-4, rtol=0
+    )
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_levels_and_back(dtype):
+    levels = np.arange(60, dtype=dtype).reshape(3, 4, 5) * 4
+    again = to_levels(from_levels(levels), dtype)
+    assert again.dtype == dtype
+    assert np.array_equal(again, levels.transpose(1, 2, 0))
 
 
 def test_round_8bit_lands_on_the_grid():

@@ -31,7 +31,24 @@ ALLOWED = {
     "backbone": {"attention", "rivals", "config", "cost", "gate", "kernels"},
     "supernet": {"backbone", "gate", "cost", "config"},
     "checkpoint": {"backbone", "config"},
-    "restore": {"backbone", "checkpoint", "image", "config", "cli"},
+    "photo": {"checkpoint", "image"},
+    "colour": {"photo", "image", "config"},
+    "jobs": {"image"},
+    "weights": {"checkpoint", "config"},
+    "tiles": {"backbone", "cli"},
+    "restore": {
+        "backbone",
+        "checkpoint",
+        "cli",
+        "colour",
+        "config",
+        "degrade",
+        "image",
+        "jobs",
+        "photo",
+        "tiles",
+        "weights",
+    },
     "training": {
         "backbone",
         "checkpoint",
@@ -58,6 +75,7 @@ ALLOWED = {
         "supernet",
         "training",
     },
+    "report": {"cli"},
     "selection": {"checkpoint", "cli", "config", "cost", "data", "processes", "searching"},
 }
 STANDARD_LIBRARY_ONLY = ("errors", "config", "cost", "architecture")

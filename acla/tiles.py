@@ -1,0 +1,117 @@
+"""A picture through a network in tiles that overlap and blend; smaller ones if memory runs out."""
+
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from acla.backbone import Backbone
+from acla.cli import notice
+from acla.errors import AclaError, UsageError
+
+OVERLAP = 32  # low-quality pixels that neighbouring tiles share
+SMALLEST = 96  # side of the smallest tile that is tried when memory runs out
+NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
+Result = TypeVar("Result")
+
+
+def check_tile(tile: int | None) -> None:
+    """Refuse tiles that would be all overlap. Raises UsageError."""
+    if tile is not None and tile <= 2 * OVERLAP:
+        raise UsageError(f"--tile must be more than {2 * OVERLAP} pixels, not {tile}")
+
+
+@torch.no_grad()
+def strips(model: Backbone, picture: Tensor, tile: int | None, ensemble: bool) -> Iterator[Tensor]:
+    """The restored picture from top to bottom, in strips [C,rows,w·scale], one for each row of
+    tiles."""
+    _, h, w = picture.shape
+    if tile is None or tile >= max(h, w):
+        yield predict(model, picture, ensemble)
+        return
+    scale = model.config.scale
+    tops = starts(h, tile)
+    total = picture.new_zeros(picture.shape[0], 0, w * scale)
+    weights = total[:1]
+    for top, following in zip(tops, [*tops[1:], h], strict=True):
+        # Total and weights begin at `top`; what they hold already, the row of tiles above left
+        more = (min(top + tile, h) - top) * scale - total.shape[1]
+        room = picture.new_zeros(picture.shape[0], more, w * scale)
+        total = torch.cat([total, room], 1)
+        weights = torch.cat([weights, room[:1]], 1)
+        for left in starts(w, tile):
+            part = picture[:, top : top + tile, left : left + tile]
+            ramp = window(part.shape[1], scale, top > 0, top + tile < h, picture)[:, None]
+            ramp = ramp * window(part.shape[2], scale, left > 0, left + tile < w, picture)
+            columns = slice(left * scale, left * scale + ramp.shape[1])
+            total[:, : len(ramp), columns] += ramp * predict(model, part, ensemble)
+            weights[:, : len(ramp), columns] += ramp
+        done = (following - top) * scale
+        yield total[:, :done] / weights[:, :done]
+        total, weights = total[:, done:], weights[:, done:]
+
+
+def predict(model: Backbone, part: Tensor, ensemble: bool) -> Tensor:
+    """A picture, or a part of one, through the network in one go, on the picture's device; as the
+    mean over the 8 flips and rotations, if wanted."""
+    given = part.to(next(model.parameters()).device).unsqueeze(0)
+    if not ensemble:
+        return model(given)[0].to(part.device)
+    total = torch.zeros((), device=given.device)
+    for which in range(8):
+        turned = torch.rot90(given, which % 4, (2, 3))
+        restored = model(turned.flip(3)).flip(3) if which >= 4 else model(turned)
+        total = total + torch.rot90(restored, -(which % 4), (2, 3))
+    return (total[0] / 8).to(part.device)
+
+
+def starts(length: int, tile: int) -> list[int]:
+    """Where tiles begin: OVERLAP apart from the end of the one before, the last one flush with the
+    border."""
+    last = max(0, length - tile)
+    return [*range(0, last, tile - OVERLAP), last]
+
+
+def window(length: int, scale: int, before: bool, after: bool, like: Tensor) -> Tensor:
+    """Blending weights along one side of a tile [length·scale]. Where a tile lies before, or after,
+    the outer quarter of what they share has weight 0, for there the cut shows; the middle half is a
+    ramp. Two neighbours' weights add to 1."""
+    at = (torch.arange(OVERLAP * scale, dtype=like.dtype, device=like.device) + 0.5) / scale
+    ramp = ((at / OVERLAP - 0.25) / 0.5).clamp(0, 1)
+    weight = like.new_ones(length * scale)
+    if before:
+        weight[: len(ramp)] *= ramp
+    if after:
+        weight[-len(ramp) :] *= ramp.flip(0)
+    return weight
+
+
+def within_memory(
+    work: Callable[[int | None], Result], tile: int | None, picture: Tensor
+) -> Result:
+    """work(tile), and again with tiles of half the side, with a notice, as long as memory runs out.
+
+    Raises AclaError when the smallest tile needs too much.
+    """
+    longest = max(picture.shape[1:])
+    while True:
+        try:
+            return work(tile)
+        except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is of the latter
+            if not out_of_memory(error):
+                raise
+            side = min(tile or longest, longest)
+            tile = max(side // 2, SMALLEST)
+            if tile >= side:
+                raise AclaError(f"out of memory, even for {side} pixels a side") from error
+        # Behind the handler the failed attempt's tensors are gone
+        notice(f"out of memory with {side} pixels a side; again with tiles of {tile}")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out, on the GPU or not."""
+    said = isinstance(error, RuntimeError) and any(sign in str(error) for sign in NO_MEMORY)
+    return said or isinstance(error, MemoryError | torch.OutOfMemoryError)

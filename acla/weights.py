@@ -1,0 +1,71 @@
+"""The network for a photo: a checkpoint by name, or the one of a folder that fits best."""
+
+import re
+from pathlib import Path
+
+import torch
+
+from acla.checkpoint import Checkpoint, load_model
+from acla.config import SETTING_FLAG, Task
+from acla.errors import UsageError
+
+# In a clone of the repository, or in the installed package
+PLACES = (Path(__file__).parents[1] / "weights", Path(__file__).parent / "weights")
+REACH = 5  # a network serves qualities this near to its own: the papers train at 10, 20, 30, 40
+
+
+class Weights:
+    """The networks that may be used, found when this is made, read when they are picked.
+
+    checkpoint: the file of the only one. Without it, the files of PLACES for the task, by default
+    JPEG artifacts, named task-setting-anything.safetensors: car-q10-paper.safetensors. given: the
+    task of the flags; it must be the network's. Raises UsageError, CheckpointError.
+    """
+
+    def __init__(self, checkpoint: Path | None, given: Task | None, device: torch.device) -> None:
+        self.device = device
+        self.kept: dict[Path, Checkpoint] = {}
+        self.files: dict[Task, Path] = {}
+        if checkpoint is None:
+            self.find(given or Task("car"))
+            return
+        task = self.load(checkpoint).task
+        if given and (given.name, given.scale) != (task.name, task.scale):
+            raise UsageError(f"{checkpoint} was trained for {task}, not for {given}")
+        self.files[task] = checkpoint
+
+    def find(self, task: Task) -> None:
+        """Fill `files` from PLACES: for car every quality, else the task's own setting."""
+        setting = r"q(\d+)" if task.name == "car" else re.escape(task.label)
+        name = re.compile("-".join(filter(None, (task.name, setting, r".*\.safetensors"))))
+        for path in (path for place in PLACES for path in sorted(place.glob("*.safetensors"))):
+            found = name.fullmatch(path.name)
+            if found:
+                q = int(found[1]) if found.groups() else task.setting
+                self.files.setdefault(Task(task.name, q), path)
+        if not self.files:
+            flag = f"--task {task.name}"
+            if task.name in SETTING_FLAG:
+                flag += f" --{SETTING_FLAG[task.name]} {task.setting:g}"
+            raise UsageError(
+                f"no network for {task}: {PLACES[0]} holds none; train one (python train.py {flag} "
+                "--out DIR) and name it: --checkpoint DIR/model.safetensors"
+            )
+
+    def load(self, path: Path) -> Checkpoint:
+        """A network, on the device, read once."""
+        if path not in self.kept:
+            self.kept[path] = load_model(path)
+            self.kept[path].model.to(self.device)
+        return self.kept[path]
+
+    def pick(self, quality: int | None) -> tuple[Path, Checkpoint, str | None]:
+        """(file, network, notice if it is outside what it was trained for) for a photo of a JPEG
+        quality. Raises UsageError where the quality is needed and not known."""
+        if len(self.files) > 1 and quality is None:
+            raise UsageError("not a JPEG, so that its quality is not known: give --q N")
+        task = min(self.files, key=lambda task: abs(task.setting - (quality or task.setting)))
+        notice = None
+        if task.name == "car" and quality and abs(quality - task.setting) > REACH:
+            notice = f"JPEG quality {quality} is outside what the network was trained for ({task})"
+        return self.files[task], self.load(self.files[task]), notice

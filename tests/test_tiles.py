@@ -1,0 +1,130 @@
+"""A picture through a network: whole, in tiles, turned, with little memory."""
+
+import re
+from itertools import pairwise
+
+import pytest
+import torch
+
+from acla.backbone import Backbone
+from acla.config import ModelConfig
+from acla.errors import AclaError, UsageError
+from acla.restore import restore
+from acla.tiles import OVERLAP, starts
+
+NO_CUDA_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+NO_CPU_MEMORY = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+
+
+def shallow(scale: int) -> Backbone:
+    """A network that sees six pixels far: less than the eight that a tile's cut may show in."""
+    net = Backbone(ModelConfig(blocks=1, width=4, attention="none", keys=0, scale=scale)).eval()
+    for parameter in net.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return net
+
+
+@pytest.mark.parametrize("scale", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("H", "W"),
+    [
+        pytest.param(200, 131, id="odd-rectangle"),
+        pytest.param(80, 7, id="exactly-a-tile-and-narrow"),
+        pytest.param(81, 81, id="one-pixel-more-than-a-tile"),
+        pytest.param(1, 190, id="one-row"),
+    ],
+)
+def test_tiles_leave_no_seam(scale, H, W):
+    net, picture = shallow(scale), torch.rand(3, H, W)
+    torch.testing.assert_close(restore(net, picture, tile=80), restore(net, picture))
+
+
+def test_a_picture_no_larger_than_a_tile_is_taken_whole():
+    net, picture = shallow(2), torch.rand(3, 80, 33)
+    torch.testing.assert_close(restore(net, picture, tile=80), restore(net, picture))
+
+
+@pytest.mark.parametrize("length", [1, 80, 81, 128, 129, 399])
+def test_neighbouring_tiles_share_enough(length):
+    begin = starts(length, 80)
+    assert begin[0] == 0
+    assert begin[-1] == max(0, length - 80)
+    assert all(0 < b - a <= 80 - OVERLAP for a, b in pairwise(begin))
+
+
+def test_a_tile_that_is_all_overlap_is_refused():
+    with pytest.raises(UsageError, match="--tile must be more than 64"):
+        restore(shallow(1), torch.rand(3, 50, 50), tile=64)
+
+
+# Turned
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+@pytest.mark.parametrize("tile", [None, 80])
+def test_ensemble_does_not_care_how_the_picture_lies(scale, tile):
+    net, picture = shallow(scale), torch.rand(3, 96, 131)
+    answer = restore(net, picture, tile, ensemble=True)
+    for turn in (lambda x: torch.rot90(x, 1, (1, 2)), lambda x: x.flip(2), lambda x: x.mT):
+        torch.testing.assert_close(restore(net, turn(picture), tile, ensemble=True), turn(answer))
+    alone = restore(net, picture.mT).mT
+    assert (alone - restore(net, picture)).abs().max() > 1e-3  # a lone network does care
+
+
+def test_ensemble_is_the_mean_of_eight():
+    net, picture = shallow(1), torch.rand(3, 9, 14)
+    total = torch.zeros_like(picture)
+    for turns in range(4):
+        for mirror in (False, True):
+            seen = torch.rot90(picture.flip(1) if mirror else picture, turns, (1, 2))
+            back = torch.rot90(restore(net, seen), -turns, (1, 2))
+            total += back.flip(1) if mirror else back
+    torch.testing.assert_close(restore(net, picture, ensemble=True), total / 8)
+
+
+# With little memory
+
+
+class Short(torch.nn.Module):
+    """A network that has memory for pictures of few pixels alone."""
+
+    def __init__(self, net: Backbone, most: int, error: Exception) -> None:
+        super().__init__()
+        self.net, self.config, self.most, self.error = net, net.config, most, error
+        self.tried: list[int] = []
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        self.tried.append(max(pictures.shape[2:]))
+        if pictures.shape[2] * pictures.shape[3] > self.most:
+            raise self.error
+        return self.net(pictures)
+
+
+@pytest.mark.parametrize(
+    "error", [NO_CUDA_MEMORY, NO_CPU_MEMORY, MemoryError()], ids=["cuda", "cpu", "python"]
+)
+@pytest.mark.parametrize("tile", [None, 300])
+def test_tiles_are_halved_when_memory_runs_out(capsys, error, tile):
+    net, picture = shallow(2), torch.rand(3, 200, 400)
+    short = Short(net, 100 * 100, error)
+    answer = restore(short, picture, tile)
+    torch.testing.assert_close(answer, restore(net, picture))
+    told = re.findall(
+        r"out of memory with (\d+) pixels a side; again with tiles of (\d+)",
+        (capsys.readouterr().err),
+    )
+    sides = [400, 200, 100] if tile is None else [300, 150, 96]
+    assert told == [(str(a), str(b)) for a, b in pairwise(sides)]
+
+
+def test_too_little_memory_for_the_smallest_tile_is_one_line():
+    with pytest.raises(AclaError, match="out of memory, even for 96 pixels a side"):
+        restore(Short(shallow(1), 100, NO_CPU_MEMORY), torch.rand(3, 200, 200))
+
+
+def test_other_errors_stop_at_once():
+    broken = Short(shallow(1), 100, RuntimeError("shapes do not match"))
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        restore(broken, torch.rand(3, 200, 200))
+    assert broken.tried == [200]

@@ -1,0 +1,85 @@
+"""Which network a photo gets."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from restoring import DOUBLE, call, failure, stored, write_network
+
+from acla import weights
+from acla.config import Task
+
+
+@pytest.fixture
+def networks(tmp_path, monkeypatch):
+    """A folder of weights for qualities 10, 20 and 40 and for ×2, the only place they come from."""
+    folder = tmp_path / "weights"
+    for q in (10, 20, 40):
+        write_network(folder / f"car-q{q}-paper.safetensors", Task("car", q), shift=q / 255)
+    write_network(folder / "sr-x2-paper.safetensors", DOUBLE)
+    monkeypatch.setattr(weights, "PLACES", (folder,))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("quality", "nearest", "outside"),
+    [
+        (5, 10, False),
+        (4, 10, True),
+        (13, 10, False),
+        (19, 20, False),
+        (44, 40, False),
+        (90, 40, True),
+    ],
+)
+def test_the_quality_of_the_file_picks_the_network(
+    tmp_path, capsys, make_scene, networks, quality, nearest, outside
+):
+    Image.fromarray(make_scene(16, 16, 1) // 2).save(tmp_path / "in.jpg", quality=quality)
+    call(tmp_path / "in.jpg", tmp_path / "out.png")
+    before, after = stored(tmp_path / "in.jpg"), stored(tmp_path / "out.png")
+    assert np.array_equal(after, before + nearest)
+    out, err = capsys.readouterr()
+    assert f"car q{nearest}, {networks}/car-q{nearest}-paper.safetensors" in out
+    assert (f"JPEG quality {quality} is outside what the network was trained for" in err) == outside
+
+
+def test_flags_name_the_network(tmp_path, capsys, make_scene, networks):
+    Image.fromarray(make_scene(16, 16, 1) // 2).save(tmp_path / "in.jpg", quality=80)
+    Image.fromarray(make_scene(16, 16, 1) // 2).save(tmp_path / "in.png")
+    for name in ("in.jpg", "in.png"):
+        call(tmp_path / name, tmp_path / "out.png", "--q", 20, "--overwrite")
+        assert np.array_equal(stored(tmp_path / "out.png"), stored(tmp_path / name) + 20)
+    assert capsys.readouterr().err == ""
+    call(tmp_path / "in.png", tmp_path / "large.png", "--task", "sr")
+    assert stored(tmp_path / "large.png").shape == (32, 32)
+    status, err = failure(capsys, tmp_path / "in.png", tmp_path / "no.png")
+    assert (status, "in.png: not a JPEG" in err) == (1, True)
+    checkpoint = networks / "sr-x2-paper.safetensors"
+    flags = ["--checkpoint", checkpoint, "--q", 20]
+    status, err = failure(capsys, tmp_path / "in.png", tmp_path / "no.png", *flags)
+    assert (status, "was trained for sr x2, not for car q20" in err) == (2, True)
+
+
+def test_quality_is_nothing_to_other_networks(tmp_path, capsys, make_scene):
+    file = write_network(tmp_path / "net.safetensors", Task("denoise", 30))
+    Image.fromarray(make_scene(16, 16)).save(tmp_path / "in.jpg", quality=80)
+    call(tmp_path / "in.jpg", tmp_path / "out.png", "--checkpoint", file)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "advice"),
+    [
+        ([], "python train.py --task car --q 10"),
+        (["--task", "sr", "--scale", 3], "python train.py --task sr --scale 3"),
+        (["--sigma", 25], "python train.py --task denoise --sigma 25"),
+        (["--task", "demosaic"], "python train.py --task demosaic "),
+    ],
+)
+def test_without_a_network_it_is_said_how_to_get_one(tmp_path, capsys, monkeypatch, flags, advice):
+    monkeypatch.setattr(weights, "PLACES", (tmp_path / "none",))
+    (tmp_path / "in.png").touch()
+    status, err = failure(capsys, tmp_path / "in.png", tmp_path / "out.png", *flags)
+    assert (status, err.count("\n")) == (2, 1)
+    assert advice in err
+    assert "--checkpoint" in err
