@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
-HEADER = SOURCE.with_name("vectors.h")
+HEADERS = [SOURCE.with_name(name) for name in ("plan.h", "vectors.h")]
 # Neither flag changes what NaN and infinity do; both let the compiler vectorise.
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 # Tried in this order: not every compiler knows the processor by name or has OpenMP's library.
@@ -35,7 +35,7 @@ TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float64: "f
 
 
 class Problem(ctypes.Structure):
-    """The argument of every function in the library; mirrors `Problem` in cpu.cpp."""
+    """The argument of every function in the library; mirrors `Problem` in plan.h."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("B", "H", "W", "L", "K", "C", "threads")),
@@ -194,7 +194,7 @@ def library() -> ctypes.CDLL | str:
     if compiler is None:
         return "no C++ compiler was found (set CXX)"
     reason = "no combination of flags worked"
-    sources = [path.read_text(encoding="utf-8") for path in (SOURCE, HEADER)]
+    sources = [path.read_text(encoding="utf-8") for path in (SOURCE, *HEADERS)]
     for extras in EXTRAS:
         command = [*compiler, *FLAGS, *extras]
         try:
