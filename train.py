@@ -13,21 +13,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch.optim.swa_utils import AveragedModel
 
 from acla import cli, config, training
 from acla.architecture import choose_network, read_architecture
 from acla.backbone import Backbone, describe
-from acla.checkpoint import load_model, load_state, save_model, save_state
+from acla.checkpoint import clear_temporary, load_model, load_state, save_model, save_state
 from acla.config import ModelConfig, Task, TrainConfig
 from acla.data import PatchSampler, Pictures, training_sets
 from acla.errors import UsageError
+from acla.learner import Learner
+from acla.loader import Loader
 from acla.processes import Processes, join
 from acla.provenance import provenance
 
 SEARCHED = Path("runs/search/arch.json")
 OUT = Path("runs/train")
-MODEL, STATE = "model.safetensors", "state.safetensors"
+MODEL, BEST, STATE = "model.safetensors", "best.safetensors", "state.safetensors"
+LOG = "train.jsonl"
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Plan:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    if args.log:
+        training.tensorboard()
     processes = join(cli.pick_device(args.device))
     state = None
     if not args.describe:
@@ -77,6 +81,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="begin with the supernet's weights, the search's model.safetensors beside arch.json",
     )
     parser.add_argument("--describe", action="store_true", help="print the network's size and stop")
+    parser.add_argument(
+        "--log",
+        action="store_true",
+        help="write the rows for TensorBoard too, to --out/tensorboard (extra `log`)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        help="threads that make patches ahead; they change no bit of the result (default: 0 on a "
+        "CPU, up to 4 on a GPU)",
+    )
     config.add_flags(parser, TrainConfig)
     config.add_flags(parser, ModelConfig)
     return parser.parse_args(argv)
@@ -108,117 +123,83 @@ def train(
     tensors: dict[str, torch.Tensor] | None = None,
     progress: dict | None = None,
 ) -> None:
-    """Run the plan to its end, from the start or from a state; at every validation write the model,
-    the state and a row of the log."""
-    how, out, log = plan.train, args.out, args.out / "train.jsonl"
+    """Run the plan to its end, from the start or from a state; at every validation write a row of
+    the log, the model, the best one so far, and the state."""
+    how, out = plan.train, args.out
     processes.require_share(how.batch)
-    flags = {name: getattr(args, name) for name in ("preset", "arch", "inherit")}
-    flags = progress["flags"] if progress else flags
     paths, val_paths = training_sets(how.train_set, how.val_set or None, args.data)
     data = {"train": training.digest(paths), "val": training.digest(val_paths)}
-    channels = plan.model.channels
     share = how.batch, how.seed, processes.rank, processes.world
+    channels = plan.model.channels
     sampler = PatchSampler(Pictures(paths), plan.task, how.patch, *share, channels=channels)
+    loader = Loader(sampler, processes.device, args.workers)
     validation = training.validation_set(val_paths, plan.task, channels)
-    run = Run(plan, processes)
-    start, seconds = 0, 0.0
+    learner = Learner(plan.model, how, processes)
     if progress:
         training.require_same_data(progress, data)
-        training.unpack(run.parts, tensors, out / STATE)
-        start, seconds = progress["step"], progress["seconds"]
-    elif args.inherit:
-        run.begin_with(inherited(args, plan))
+        learner.unpack(tensors, progress, out / STATE)
+    else:
+        flags = {name: getattr(args, name) for name in ("preset", "arch", "inherit")}
+        progress = {"step": 0, "seconds": 0.0, "best": None, "data": data, "flags": flags}
+        if args.inherit:
+            learner.begin_with(inherited(args, plan))
+    start, before = progress["step"], progress["seconds"]
+    progress["plan"] = asdict(plan)
+    processes.wait()  # none may find the state that another writes
     if processes.first:
         out.mkdir(parents=True, exist_ok=True)
-        training.drop_rows_after(log, start)
+        clear_temporary(out)
+        log = training.Log(out / LOG, start, out / "tensorboard" if args.log else None)
+        if not start:
+            write_state(out, learner, progress)
     several = f", {processes.world} processes" if processes.world > 1 else ""
     cli.notice(
         f"{plan.task}: {describe_run(plan, len(paths), len(val_paths))}; "
         f"on {processes.device}{several}"
     )
 
-    total, count, begun = torch.zeros((), device=processes.device), 0, time.monotonic()
-    row, made = progress or {}, provenance(processes.device)
+    made, begun = provenance(processes.device), time.monotonic()
     bar = cli.progress(
         range(start, how.steps), initial=start, total=how.steps, unit="step", desc="train"
     )
     for step in bar:
-        total += run.step(sampler, step)
-        done, count = step + 1, count + 1
+        learner.step(step, sampler.indices, *loader.batch(step))
+        done = step + 1
         if done % how.validate and done < how.steps:
             continue
-        loss = processes.mean(total).item() / count
-        psnr = training.mean_psnr(run.result, validation, plan.task, processes.device)
-        training.require_finite(loss, done - count, done, out, psnr)
-        bar.set_postfix(refresh=False, loss=f"{loss:.3f}", psnr=f"{psnr:.2f}")
-        row = {
-            "step": done,
-            "loss": loss,
-            "rate": run.rate(step),
-            "val_psnr": psnr,
-            "seconds": round(seconds + time.monotonic() - begun, 2),
-        }
-        total, count = total.zero_(), 0
-        if not processes.first:
-            continue
-        training.append_row(log, row)
-        info = {"train": asdict(how), "data": data, **made, **row}
-        save_model(out / MODEL, run.result, plan.model, plan.task, info)
-        state = {**row, "plan": asdict(plan), "data": data, "flags": flags}
-        save_state(out / STATE, training.pack(run.parts), state)
-    psnr = row["val_psnr"]
+        losses, norms = learner.met()
+        psnr = training.mean_psnr(learner.result, validation, plan.task, processes.device)
+        kept = f"{out / STATE} of step {progress['step']}"
+        training.require_finite_steps(losses, psnr, done, sampler, kept)
+        row = {"step": done, "loss": sum(losses) / len(losses), "rate": learner.rate(step)}
+        row |= {"norm": sum(norms) / len(norms)} if norms else {}
+        row |= {"val_psnr": psnr, "seconds": round(before + time.monotonic() - begun, 2)}
+        bar.set_postfix(refresh=False, loss=f"{row['loss']:.3f}", psnr=f"{psnr:.2f}")
+        better = progress["best"] is None or psnr > progress["best"]["val_psnr"]
+        best = {"step": done, "val_psnr": psnr} if better else progress["best"]
+        progress |= row | {"best": best}
+        if processes.first:
+            log.add(row)
+            info = {"train": asdict(how), "data": data, **made, **row}
+            write(out, learner, plan, progress, info, better)
+    psnr, best = progress["val_psnr"], progress["best"]["step"]
     cli.say(f"{plan.task}: {psnr:.2f} dB on the validation pictures after {how.steps} steps")
-    cli.say(f"written: {out / MODEL} · {log}")
+    cli.say(f"written: {out / MODEL} · {out / BEST}, of step {best} · {out / LOG}")
 
 
-class Run:
-    """The network, its optimiser and its averages, and one step of them."""
+def write(
+    out: Path, learner: Learner, plan: Plan, progress: dict, info: dict, better: bool
+) -> None:
+    """Write the network, as the best so far too where it is, and last the state: a run killed in
+    between goes on from the state before and writes the same once more."""
+    for name in (MODEL, BEST) if better else (MODEL,):
+        save_model(out / name, learner.result, plan.model, plan.task, info)
+    write_state(out, learner, progress)
 
-    def __init__(self, plan: Plan, processes: Processes):
-        self.plan, self.processes, self.device = plan, processes, processes.device
-        torch.manual_seed(plan.train.seed)
-        self.model = Backbone(plan.model).to(self.device).train()
-        learning = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = training.adam(learning, plan.train.rate)
-        self.averaged = None
-        if plan.train.ema:
-            self.averaged = AveragedModel(self.model, avg_fn=training.moving_average)
-        self.parts = {
-            "model": self.model,
-            "optimizer": self.optimizer,
-            "averaged": self.averaged,
-        }
 
-    def begin_with(self, weights: Backbone) -> None:
-        """Take over a network's weights, into the averages too."""
-        self.model.load_state_dict(weights.state_dict())
-        if self.averaged:
-            self.averaged.module.load_state_dict(weights.state_dict())
-
-    @property
-    def result(self) -> Backbone:
-        """The network to validate and to write: the averages where they are kept."""
-        return self.averaged.module if self.averaged else self.model
-
-    def rate(self, step: int) -> float:
-        return training.halved(self.plan.train.rate, step, self.plan.train.halve)
-
-    def step(self, sampler: PatchSampler, step: int) -> torch.Tensor:
-        """One optimiser step on the patches of `step`; returns the loss, a scalar on the device."""
-        how = self.plan.train
-        low, target = (batch.to(self.device) for batch in sampler.batch(step))
-        seeds = training.image_seeds(how.seed, step, sampler.indices).to(self.device)
-        training.set_rate(self.optimizer, self.rate(step))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=how.amp):
-            restored = self.model(low, seeds)
-        loss = training.restoration_loss(how.loss, restored, target)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.processes.mean_gradients(self.model.parameters())
-        self.optimizer.step()
-        if self.averaged:
-            self.averaged.update_parameters(self.model)
-        return loss.detach()
+def write_state(out: Path, learner: Learner, progress: dict) -> None:
+    tensors, values = learner.pack()
+    save_state(out / STATE, tensors, {**progress, **values})
 
 
 def inherited(args: argparse.Namespace, plan: Plan) -> Backbone:

@@ -16,6 +16,7 @@ BACKBONES = ("edsr", "rcan")
 ATTENTIONS = ("none", "cla", "acla")
 DEFAULT_KEYS = {"none": 0, "cla": 8, "acla": 16}
 PRESETS = ("paper", "small", "tiny")
+AMP_FORMATS = ("bf16", "fp16")
 
 # Table 9. The depth says for which network the positions were found.
 PAPER_POSITIONS = {
@@ -147,7 +148,16 @@ class TrainConfig:
     val_set: str = option(
         "", "set to validate on; without one a tenth of the training set (sample has its own)"
     )
-    amp: bool = option(False, "compute in bfloat16 where it is safe", shown="off")
+    amp: bool = option(False, "compute in a short number format where it is safe", shown="off")
+    amp_dtype: str = option(
+        "bf16", "that format; fp16 is for GPUs, with scaled gradients", AMP_FORMATS, "bf16"
+    )
+    clip: float = option(
+        0.0, "largest norm of a step's gradient, longer ones are shortened; 0: off", shown="off"
+    )
+    compile: bool = option(
+        False, "run the network through torch.compile; the weights' bits may differ", shown="off"
+    )
     ema: bool = option(
         False, "average the weights over steps (decay 0.999), use the averages", shown="off"
     )
@@ -156,6 +166,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         check_positive(self, "steps", "epoch_steps", "batch", "patch", "rate", "halve", "validate")
+        if not 0 <= self.clip < float("inf"):
+            raise UsageError(f"--clip must be 0 or more, not {self.clip:g}")
+        if self.amp_dtype != "bf16" and not self.amp:
+            raise UsageError(f"--amp-dtype {self.amp_dtype} goes with --amp")
 
 
 @dataclass(frozen=True)

@@ -307,10 +307,19 @@ class PatchSampler:
         degraded, target = zip(*pairs, strict=True)
         return torch.stack(degraded), torch.stack(target)
 
+    def picture(self, step: int, index: int) -> int:
+        """The number of the picture that patch `index` of a step is cut from."""
+        walk, place = divmod(step * self.size + index, len(self.pictures))
+        return int(order(self.seed, walk, len(self.pictures))[place])
+
+    def names(self, step: int) -> list[str]:
+        """The files that a step's patches are cut from, in the order of the batch, those of all
+        processes."""
+        return [self.pictures.paths[self.picture(step, i)].name for i in range(self.size)]
+
     def window(self, step: int, index: int, rng: np.random.Generator) -> Tensor:
         """The clean, augmented window that patch `index` is made from, with the task's channels."""
-        walk, place = divmod(step * self.size + index, len(self.pictures))
-        picture = self.pictures[int(order(self.seed, walk, len(self.pictures))[place])]
+        picture = self.pictures[self.picture(step, index)]
         cut_out = cut_window(picture, window(self.task, self.patch), rng)
         clean = fit_channels(from_levels(augment(cut_out, int(rng.integers(8)))), self.channels)
         return round_8bit(clean) if self.task.name == "car" else clean

@@ -16,6 +16,7 @@ from acla.config import ModelConfig, SearchConfig, Task
 from acla.cost import full_attention_flops
 from acla.data import PatchSampler, Pictures, find_set, sample, split_for_search
 from acla.gate import draw_gates, expected_gates
+from acla.loader import Loader
 from acla.processes import Processes, means
 from acla.provenance import provenance
 from acla.supernet import Supernet
@@ -79,7 +80,7 @@ class Search:
     def __init__(self, plan: Plan, sets: Sets, processes: Processes):
         self.plan, self.processes = plan, processes
         how = plan.search
-        self.samplers = [
+        samplers = [
             PatchSampler(
                 Pictures(paths),
                 plan.task,
@@ -92,6 +93,7 @@ class Search:
             )
             for stream, paths in ((WEIGHTS, sets.weights), (ALPHA, sets.alpha))
         ]
+        self.loaders = [Loader(sampler, processes.device) for sampler in samplers]
         torch.manual_seed(how.seed)
         self.net = Supernet(plan.model).to(processes.device).train()
         self.weights = training.adam(self.net.weights, how.rate)
@@ -153,10 +155,10 @@ class Search:
 
     def batch(self, step: int, stream: int) -> tuple[Tensor, Tensor, Tensor]:
         """Degraded patches, their targets and the seeds of their masks: this process's share."""
-        sampler, device = self.samplers[stream], self.processes.device
-        low, target = sampler.batch(step)
-        seeds = training.image_seeds(self.plan.search.seed, step, sampler.indices, stream)
-        return low.to(device), target.to(device), seeds.to(device)
+        loader = self.loaders[stream]
+        low, target = loader.batch(step)
+        seeds = training.image_seeds(self.plan.search.seed, step, loader.sampler.indices, stream)
+        return low, target, seeds.to(self.processes.device)
 
 
 def temperature(how: SearchConfig, step: int) -> float:

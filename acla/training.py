@@ -26,15 +26,15 @@ from acla.config import (
     override_length,
     task_from_flags,
 )
-from acla.data import Pictures
+from acla.data import PatchSampler, Pictures
 from acla.degrade import generator_for, pair
 from acla.errors import AclaError, CheckpointError, DataError, UsageError
 from acla.image import from_levels
 from acla.protocol import finite, score
 from acla.restore import restore
 
-EMA_DECAY = 0.999
 VALIDATION_SIDE = 256  # pixels
+NAMED = 16  # pictures, at most, that a message names
 
 
 # The run's folder
@@ -62,8 +62,12 @@ def open_run(folder: Path, state: str, resume: bool) -> Path | None:
 
 def append_row(path: Path, row: dict) -> None:
     """Add one JSON row to a log; what is not finite becomes null."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(finite(row), allow_nan=False) + "\n")
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(finite(row), allow_nan=False) + "\n")
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say which file
+        raise
 
 
 def drop_rows_after(path: Path, step: int) -> None:
@@ -75,6 +79,35 @@ def drop_rows_after(path: Path, step: int) -> None:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
     write_atomically(path, "".join(kept).encode())
+
+
+def tensorboard() -> Any:
+    """The class SummaryWriter. Raises UsageError where its package is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UsageError(
+            f"--log needs TensorBoard ({error}): pip install '.[log]', or leave --log out"
+        ) from error
+    return SummaryWriter
+
+
+class Log:
+    """A run's rows from step `start` on: JSON lines in a file, and curves for TensorBoard in
+    `board`, where that is given."""
+
+    def __init__(self, path: Path, start: int, board: Path | None = None):
+        self.path = path
+        drop_rows_after(path, start)
+        self.board = tensorboard()(board, purge_step=start + 1) if board else None
+
+    def add(self, row: dict) -> None:
+        append_row(self.path, row)
+        if self.board:
+            for name, value in row.items():
+                if name not in ("step", "seconds"):
+                    self.board.add_scalar(name, value, row["step"])
+            self.board.flush()
 
 
 def digest(paths: Iterable[Path]) -> str:
@@ -94,7 +127,10 @@ def resumed_plan(kind: type, progress: dict, args: argparse.Namespace) -> Any:
             **{name: from_dict(part, progress["plan"][name]) for name, part in parts.items()}
         )
     except (KeyError, TypeError, UsageError) as error:
-        raise CheckpointError(f"the plan inside the state is not valid: {error}") from error
+        raise CheckpointError(
+            f"the plan inside the state is not valid or of another version: {error}; begin anew "
+            "with --out DIR"
+        ) from error
     for name, begun in progress["flags"].items():
         given = getattr(args, name, None)
         if given not in (None, begun):
@@ -205,12 +241,6 @@ def adam(parameters: Iterable[nn.Parameter], rate: float) -> torch.optim.Adam:
     return torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.999), eps=1e-8)
 
 
-def moving_average(average: Tensor, current: Tensor, count: Tensor) -> Tensor:
-    """Exponential moving average of weights, decay 0.999; shorter at first, so that the start is
-    forgotten."""
-    return average.lerp(current, max(1 - EMA_DECAY, 9 / (10 + int(count))))
-
-
 # Losses and validation
 
 
@@ -220,15 +250,36 @@ def restoration_loss(kind: str, restored: Tensor, target: Tensor) -> Tensor:
     return error.abs().mean() if kind == "l1" else error.square().mean()
 
 
-def require_finite(loss: float, first: int, last: int, folder: Path, psnr: float = 0.0) -> None:
-    """Stop a run whose loss or validation diverged, before its weights are written. Raises
-    AclaError."""
-    if not np.isfinite(loss) or np.isnan(psnr):
-        loss = loss if not np.isfinite(loss) else psnr
+def require_finite(loss: float, first: int, last: int, folder: Path) -> None:
+    """Stop a run whose loss diverged, before its weights are written. Raises AclaError."""
+    if not np.isfinite(loss):
         raise AclaError(
             f"the loss is {loss} between steps {first} and {last}; the checkpoint in {folder} is "
             "from before: lower --rate and begin anew with --out DIR"
         )
+
+
+def require_finite_steps(
+    losses: Sequence[float], psnr: float, done: int, sampler: PatchSampler, kept: str
+) -> None:
+    """Stop a run where the loss of one of its last steps, up to `done`, or the validation after
+    them diverged. Raises AclaError with the first such step, counted from 1, the patches that made
+    it, counted from 0 through the run, their pictures, and `kept`, the last good checkpoint."""
+    bad = [i for i, loss in enumerate(losses) if not np.isfinite(loss)]
+    if not bad and not np.isnan(psnr):
+        return
+    step = done - len(losses) + bad[0] if bad else done - 1
+    what = (
+        f"the loss is {losses[bad[0]]}" if bad else f"the validation is {psnr} after a finite loss"
+    )
+    names = sampler.names(step)
+    shown = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if names[NAMED:] else "")
+    first = step * sampler.size
+    raise AclaError(
+        f"{what} in step {step + 1}, patches {first} to {first + sampler.size - 1}, of {shown}; "
+        f"the last good checkpoint is {kept}: lower --rate, or --clip the gradient, and begin anew "
+        "with --out DIR"
+    )
 
 
 def validation_set(paths: Sequence[Path], task: Task, channels: int) -> Pictures:

@@ -127,6 +127,15 @@ def test_tensors_must_be_the_networks(written):
         load_model(written)
 
 
+def test_what_killed_writes_left_is_removed_and_nothing_else(written):
+    folder = written.parent
+    kept = [".hidden", ".notes.tmp", "model.1.tmp", written.name]
+    for name in [*kept[:-1], ".state.safetensors.123.tmp", ".train.jsonl.4.tmp"]:
+        (folder / name).touch()
+    checkpoint.clear_temporary(folder)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(kept)
+
+
 def test_a_failed_write_leaves_the_old_file_whole(written, monkeypatch):
     before = written.read_bytes()
 

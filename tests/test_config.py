@@ -72,10 +72,19 @@ def test_wrong_networks_are_refused(fields, message):
         ModelConfig(**fields)
 
 
-@pytest.mark.parametrize("fields", [{"steps": 0}, {"rate": float("nan")}, {"seed": -1}])
+@pytest.mark.parametrize(
+    "fields",
+    [{"steps": 0}, {"rate": float("nan")}, {"seed": -1}, {"clip": -1.0}, {"clip": float("inf")}],
+)
 def test_wrong_lengths_are_refused(fields):
     with pytest.raises(UsageError, match="must be"):
         TrainConfig(**fields)
+
+
+def test_a_number_format_goes_with_mixed_precision():
+    with pytest.raises(UsageError, match="--amp-dtype fp16 goes with --amp"):
+        TrainConfig(amp_dtype="fp16")
+    assert TrainConfig(amp=True, amp_dtype="fp16").amp
 
 
 @pytest.mark.parametrize("fields", [{"lam": -0.1}, {"warmup": 1.0}, {"alpha_rate": 0.0}])

@@ -171,6 +171,17 @@ def test_processes_share_one_batch(pictures, task):
         PatchSampler(pictures, task, 10, 6, world=4)
 
 
+def test_the_pictures_of_a_step_are_told(tmp_path):
+    for i in range(5):
+        Image.new("L", (20, 20), 40 * i).save(tmp_path / f"{i}.png")
+    paths = sorted(tmp_path.iterdir())
+    sampler = PatchSampler(Pictures(paths), Task("demosaic", 0), 4, 6, seed=3, rank=1, world=2)
+    whole = PatchSampler(Pictures(paths), Task("demosaic", 0), 4, 6, seed=3)
+    for step in (0, 7):
+        levels = [int(t.max() * 255 + 0.5) // 40 for t in whole.batch(step)[1]]
+        assert sampler.names(step) == [f"{level}.png" for level in levels]
+
+
 def test_walk_meets_every_picture_once(tmp_path):
     for i in range(5):
         Image.new("L", (20, 20), 40 * i).save(tmp_path / f"{i}.png")

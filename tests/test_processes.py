@@ -68,12 +68,13 @@ def test_two_processes_search_as_one():
 
 @pytest.mark.slow
 def test_two_processes_train_as_one():
-    words = [*SMALL, *SHORT, "--positions", "1,2", "--ema", "--validate", "6"]
+    words = [*SMALL, *SHORT, "--positions", "1,2", "--ema", "--clip", "10", "--validate", "6"]
     done = torchrun("train.py", *words, "--out", "two")
     assert done.returncode == 0, done.stderr
     train.main([*words, "--out", "one"])
-    (two, _), (one, _) = (load_state(Path(f, "state.safetensors")) for f in ("two", "one"))
+    (two, said), (one, also) = (load_state(Path(f, "state.safetensors")) for f in ("two", "one"))
     assert two.keys() == one.keys()
+    assert said["norm"] == pytest.approx(also["norm"], rel=1e-2)
     for name in one:
         if name.startswith("model."):
             torch.testing.assert_close(two[name], one[name], rtol=1e-2, atol=2e-4, msg=name)

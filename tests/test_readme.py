@@ -10,12 +10,14 @@ import pytest
 import evaluate
 import search
 import train
-from acla import report, restore
+from acla import loader, report, restore
 from kernels import autotune, bench, compile
 
 TEXT = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 SCRIPTS = {"train.py": train, "search.py": search, "evaluate.py": evaluate}
-MODULES = {module.__name__: module for module in (autotune, bench, compile, report, restore)}
+MODULES = {
+    module.__name__: module for module in (autotune, bench, compile, loader, report, restore)
+}
 
 
 def blocks(language: str) -> list[str]:

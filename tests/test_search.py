@@ -79,16 +79,21 @@ def test_every_task_and_backbone_is_searched(words):
     assert derived.config == found.model
 
 
-def test_a_large_lambda_shuts_every_gate_and_zero_lambda_does_not_drive_cost():
-    words = ["--alpha-rate", "0.5", "--steps", "30", "--epoch-steps", "30", "--warmup", "0.2"]
+def test_a_large_lambda_shuts_every_gate_and_lowers_cost():
+    words = ["--alpha-rate", "0.5", "--steps", "30", "--epoch-steps", "6", "--warmup", "0.2"]
     assert max(final_alpha(*words, "--lambda", "1e6")) < -1
     assert read_architecture(Path("runs/search/arch.json")).model.positions == ()
+    costs = [row["cost"] for row in rows("runs/search")]
+    assert costs == sorted(costs, reverse=True)
+    assert costs[-1] < costs[0] / 2
 
 
 def test_without_a_gradient_from_the_picture_zero_lambda_leaves_alpha():
     # Fresh output convolutions are zero: at a rate of nearly 0 the picture says nothing of a gate.
     quiet = ["--rate", "1e-30", "--lambda", "0"]
     assert final_alpha(*quiet) == pytest.approx([0, 0, 0], abs=1e-3)
+    costs = [row["cost"] for row in rows("runs/search")]
+    assert costs[-1] == pytest.approx(costs[0], rel=0.02)  # the masks' density moves a little
 
 
 def test_a_resumed_search_equals_a_straight_one_to_the_bit(monkeypatch):

@@ -9,6 +9,7 @@ from acla.config import ModelConfig, SearchConfig, Task
 from acla.cost import full_attention_flops
 from acla.data import sample
 from acla.gate import draw_gates
+from acla.loader import Loader
 from acla.processes import Processes
 from acla.searching import ALPHA, WEIGHTS, Plan, Search, Sets, temperature
 
@@ -51,16 +52,17 @@ def test_a_search_opens_the_positions_that_alone_can_help(seed):
     search = make_search(
         blocks=4,
         keys=16,
-        steps=240,
+        steps=300,
         batch=4,
         rate=5e-3,
         alpha_rate=0.08,
-        lam=30.0,  # the noise's MSE is in the thousands
+        warmup=0.6,
+        lam=10.0,  # the noise's MSE is in the thousands
         seed=seed,
     )
     for block in (1, 3):
         search.net.backbone.body[block] = Forgets()
-    search.samplers = [Shifted(2 * seed), Shifted(2 * seed + 1)]
+    search.loaders = [Loader(Shifted(2 * seed + stream), ALONE.device) for stream in range(2)]
     for step in range(search.plan.search.steps):
         search.step(step)
     assert search.net.open_positions() == (1, 4)
@@ -115,7 +117,7 @@ def test_tau_falls_in_the_second_stage_only():
 
 def test_patches_for_weights_and_alpha_never_share_a_seed():
     for seed in range(3):
-        samplers = make_search(seed=seed).samplers
+        samplers = [loader.sampler for loader in make_search(seed=seed).loaders]
         assert [s.seed for s in samplers] == [2 * seed + WEIGHTS, 2 * seed + ALPHA]
 
 

@@ -1,21 +1,25 @@
 """train.py as a user calls it."""
 
+import errno
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
+import types
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import search
 import train
+from acla import checkpoint, cli, training
 from acla.checkpoint import load_model, load_state, save_state
 from acla.config import Task
+from acla.data import PatchSampler, Pictures
 from acla.errors import DataError, UsageError
+from acla.learner import Learner
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--preset", "tiny", "--blocks", "3", "--width", "8", "--keys", "3", "--positions", "1,3"]
@@ -27,6 +31,16 @@ def elsewhere(tmp_path, monkeypatch):
     """Run in a folder of its own, where runs/ begins empty."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("ACLA_DATA", raising=False)
+
+
+@pytest.fixture
+def small_sets(tmp_path, make_scene) -> list[str]:
+    """Flags for pictures so small that training is mostly training."""
+    for name in ("T/a", "T/b", "T/c", "V/v"):
+        path = tmp_path / f"{name}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(make_scene(40, 33, seed=ord(path.stem))).save(path)
+    return ["--train-set", "T", "--val-set", "V", "--data", str(tmp_path)]
 
 
 def rows(folder: str) -> list[dict]:
@@ -58,31 +72,108 @@ def test_every_task_trains_and_its_network_comes_back(words, task):
     assert all(row["val_psnr"] > 5 for row in rows("runs/train"))
 
 
-@pytest.mark.parametrize("words", [[], ["--ema"], ["--amp"]], ids=["plain", "ema", "amp"])
-def test_a_resumed_run_equals_a_straight_one_to_the_bit(words):
-    train.main([*SMALL, *SHORT, *words, "--out", "straight"])
-    train.main([*SMALL, *SHORT, *words, "--out", "parts", "--steps", "2"])
-    train.main(["--out", "parts", "--resume", "--steps", "6"])
+@pytest.mark.parametrize(
+    "words",
+    [[], ["--ema"], ["--amp"], ["--clip", "5"]],
+    ids=["plain", "ema", "amp", "clip"],
+)
+def test_a_resumed_run_equals_a_straight_one_to_the_bit(words, small_sets):
+    words = [*SMALL, *SHORT, *small_sets, *words]
+    train.main([*words, "--out", "straight"])
+    train.main([*words, "--out", "parts", "--steps", "2"])
+    train.main([*small_sets, "--out", "parts", "--resume", "--steps", "6"])
     assert same_state("straight", "parts")
     timeless = [[{**row, "seconds": 0} for row in rows(f)] for f in ("straight", "parts")]
     assert timeless[0] == timeless[1]
 
 
-def test_a_killed_run_resumes_to_the_bit():
-    words = [*SMALL, *SHORT, "--steps", "40", "--validate", "3"]
-    command = [sys.executable, ROOT / "train.py", *words, "--out", "killed"]
-    threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    quiet = {"stderr": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
-    process = subprocess.Popen(command, env=threads, **quiet)
-    state = Path("killed/state.safetensors")
-    while not state.is_file() and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    train.main(["--out", "killed", "--resume"])
-    train.main([*words, "--out", "straight"])
-    assert same_state("straight", "killed")
-    assert len(rows("killed")) == 14
+def test_workers_change_no_bit(small_sets):
+    train.main([*SMALL, *SHORT, *small_sets, "--out", "none"])
+    train.main([*SMALL, *SHORT, *small_sets, "--out", "three", "--workers", "3"])
+    assert same_state("none", "three")
+
+
+def test_the_best_network_is_kept_beside_the_last(small_sets, monkeypatch, capsys):
+    def score(*values: float) -> None:
+        found = iter(values)
+        monkeypatch.setattr(training, "mean_psnr", lambda *_: next(found))
+
+    def kept(name: str) -> tuple[int, float]:
+        info = load_model(Path("runs/train", name)).info
+        return info["step"], info["val_psnr"]
+
+    score(20.0, 30.0, 25.0)
+    train.main([*SMALL, *SHORT, *small_sets])
+    assert kept("best.safetensors") == (4, 30)
+    assert kept("model.safetensors") == (6, 25)
+    assert "best.safetensors, of step 4 " in capsys.readouterr().out
+    score(30.0)  # no better
+    train.main([*small_sets, "--resume", "--steps", "8"])
+    assert kept("best.safetensors") == (4, 30)
+    score(30.5)
+    train.main([*small_sets, "--resume", "--steps", "10"])
+    assert kept("best.safetensors") == kept("model.safetensors") == (10, 30.5)
+
+
+def test_norms_of_clipped_gradients_are_told(small_sets):
+    train.main([*SMALL, *SHORT, *small_sets])
+    assert "norm" not in rows("runs/train")[0]
+    train.main([*SMALL, *SHORT, *small_sets, "--clip", "1", "--out", "clipped"])
+    assert all(row["norm"] > 1 for row in rows("clipped"))
+    assert not same_state("runs/train", "clipped")
+
+
+def failing(words: list[str], capsys) -> str:
+    """The one line that a run which fails says, after its notices."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        cli.run(train.main, words)
+    assert exit.value.code == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    (line,) = [line for line in said.err.splitlines() if line.startswith("error: ")]
+    assert said.err.endswith(line + "\n")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("file", "module", "function", "code", "reason"),
+    [
+        ("model", os, "fsync", errno.ENOSPC, "No space left on device"),
+        ("best", checkpoint, "open", errno.EROFS, "Read-only file system"),
+        ("state", os, "fsync", errno.ENOSPC, "No space left on device"),
+    ],
+    ids=["full-disk-model", "read-only-best", "full-disk-state"],
+)
+def test_a_write_that_fails_leaves_the_checkpoint_whole(
+    small_sets, monkeypatch, capsys, file, module, function, code, reason
+):
+    words = [*SMALL, *SHORT, *small_sets]
+    train.main([*words, "--steps", "2"])
+    failed = Path(f"runs/train/{file}.safetensors")
+    before = [path.read_bytes() for path in (failed, Path("runs/train/state.safetensors"))]
+    write = checkpoint.write_atomically
+
+    def fail(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patched:
+
+        def write_until(path, data):
+            if path == failed:
+                patched.setattr(module, function, fail, raising=False)
+            write(path, data)
+
+        patched.setattr(checkpoint, "write_atomically", write_until)
+        patched.setattr(training, "mean_psnr", lambda *_: 1e3)  # the best so far
+        line = failing(["--resume", *small_sets, "--steps", "4"], capsys)
+    assert line.startswith(f"error: {failed}: {reason}; check the path")
+    after = [path.read_bytes() for path in (failed, Path("runs/train/state.safetensors"))]
+    assert after == before
+    assert not list(Path("runs/train").glob(".*"))
+    train.main(["--resume", *small_sets, "--steps", "4"])
+    train.main([*words, "--steps", "4", "--out", "straight"])
+    assert same_state("straight", "runs/train")
 
 
 def test_training_improves_on_the_input():
@@ -113,6 +204,9 @@ def test_describe_prints_one_object_and_stops(capsys):
         (["--train-set", "DIV2K"], DataError, "--data DIR"),
         (["--train-set", "DIV2K", "--data", "nowhere"], DataError, "nowhere is no folder"),
         (["--arch", "nowhere.json"], Exception, "no such file"),
+        (["--workers", "-1"], UsageError, "--workers must be 0 or more"),
+        (["--amp", "--amp-dtype", "fp16", "--device", "cpu"], UsageError, "fp16 is for GPUs"),
+        (["--amp-dtype", "fp16"], UsageError, "goes with --amp"),
     ],
 )
 def test_wrong_calls_say_what_to_do_and_leave_nothing(words, error, message):
@@ -190,3 +284,75 @@ def test_exit_status_and_one_line_errors(words, status, message):
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize("bad", ["loss", "weights"])
+def test_a_loss_that_is_not_finite_stops_with_its_step_and_pictures(
+    small_sets, monkeypatch, capsys, bad
+):
+    train.main([*SMALL, *SHORT, *small_sets, "--steps", "3", "--validate", "3"])
+    before = {path.name: path.read_bytes() for path in Path("runs/train").iterdir()}
+    step, nan = Learner.step, float("nan")
+
+    def diverge(self, number, *given):
+        if number == 4 and bad == "weights":  # its gradient was too long
+            torch.nn.init.constant_(self.model.head[0].weight, nan)
+        step(self, number, *given)
+        if number == 4 and bad == "loss":
+            self.losses[-1] *= nan
+
+    monkeypatch.setattr(Learner, "step", diverge)
+    line = failing(["--resume", *small_sets, "--steps", "6"], capsys)
+    assert "the loss is nan in step 5, patches 8 to 9, of " in line
+    assert "the last good checkpoint is runs/train/state.safetensors of step 3" in line
+    sampler = PatchSampler(Pictures(sorted(Path("T").iterdir())), Task("car", 10), 16, 2)
+    assert ", ".join(sampler.names(4)) in line
+    assert {path.name: path.read_bytes() for path in Path("runs/train").iterdir()} == before
+
+
+def test_a_state_that_is_cut_short_or_of_another_version_is_refused(small_sets, capsys):
+    train.main([*SMALL, *SHORT, *small_sets])
+    state = Path("runs/train/state.safetensors")
+    tensors, progress = load_state(state)
+    del progress["plan"]["train"]["clip"]
+    save_state(state, tensors, progress)
+    line = failing(["--resume", *small_sets], capsys)
+    assert "not valid or of another version" in line
+    assert line.endswith("missing or unknown fields: clip; begin anew with --out DIR")
+    state.write_bytes(state.read_bytes()[:-100])
+    before = {path.name: path.read_bytes() for path in Path("runs/train").iterdir()}
+    line = failing(["--resume", *small_sets], capsys)
+    assert line.startswith("error: runs/train/state.safetensors: not a whole safetensors file")
+    assert {path.name: path.read_bytes() for path in Path("runs/train").iterdir()} == before
+
+
+def test_a_folder_that_cannot_be_made_is_told_of_before_training(small_sets, monkeypatch, capsys):
+    monkeypatch.setattr(Learner, "step", lambda *_: pytest.fail("trained"))
+    Path("file").touch()
+    line = failing([*SMALL, *SHORT, *small_sets, "--out", "file/below"], capsys)
+    assert line.startswith("error: file/below: Not a directory; check the path")
+
+
+def test_rows_are_logged_for_tensorboard_too(small_sets, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UsageError, match="--log needs TensorBoard"):
+        train.main([*SMALL, *SHORT, *small_sets, "--log"])
+    assert not Path("runs").exists()
+    seen = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            seen.append((str(folder), purge_step))
+
+        def add_scalar(self, *scalar):
+            seen.append(scalar)
+
+        def flush(self):
+            seen.append("flush")
+
+    module = types.SimpleNamespace(SummaryWriter=Writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    train.main([*SMALL, *SHORT, *small_sets, "--steps", "2", "--log"])
+    (row,) = rows("runs/train")
+    named = [(name, row[name], 2) for name in ("loss", "rate", "val_psnr")]
+    assert seen == [("runs/train/tensorboard", 1), *named, "flush"]

@@ -1,6 +1,7 @@
 """What training and searching share: schedules, seeds, folders, logs, states."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from acla import training
 from acla.checkpoint import load_state, save_state
 from acla.config import Task
+from acla.data import PatchSampler, Pictures
 from acla.errors import AclaError, DataError, PictureError, UsageError
 from acla.image import save
 
@@ -43,12 +45,6 @@ def test_losses_are_on_0_to_255():
     assert training.restoration_loss("mse", restored, target) == pytest.approx(4)
 
 
-def test_averages_forget_the_start_and_then_move_slowly():
-    average, current = torch.tensor(0.0), torch.tensor(1.0)
-    assert training.moving_average(average, current, torch.tensor(0)) == pytest.approx(0.9)
-    assert training.moving_average(average, current, torch.tensor(10**6)) == pytest.approx(0.001)
-
-
 def test_a_run_never_begins_over_another(tmp_path):
     assert training.open_run(tmp_path / "new", "state", False) is None
     with pytest.raises(UsageError, match="holds no state"):
@@ -76,9 +72,71 @@ def test_rows_after_the_checkpoint_are_taken_back(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     training.require_finite(1.0, 0, 5, tmp_path)
-    for loss, psnr in ((float("nan"), 30.0), (1.0, float("nan"))):
-        with pytest.raises(AclaError, match="nan between steps 10 and 20"):
-            training.require_finite(loss, 10, 20, tmp_path, psnr)
+    for loss in (float("nan"), float("inf")):
+        with pytest.raises(AclaError, match=f"{loss} between steps 10 and 20"):
+            training.require_finite(loss, 10, 20, tmp_path)
+
+
+def test_the_first_step_that_diverged_and_its_pictures_are_named(tmp_path):
+    pictures = Pictures([tmp_path / f"{name}.png" for name in "abcde"])
+    sampler = PatchSampler(pictures, Task("demosaic", 0), patch=4, batch=2, seed=3)
+    nan, inf = float("nan"), float("inf")
+    training.require_finite_steps([1.0, 2.0], inf, 12, sampler, "x")  # a perfect validation
+    a, b = sampler.names(11)
+    found = rf"the loss is inf in step 12, patches 22 to 23, of {a}, {b}; .* checkpoint is x of 9"
+    with pytest.raises(AclaError, match=found):
+        training.require_finite_steps([1.0, inf, nan], nan, 13, sampler, "x of 9")
+    found = r"the validation is nan after a finite loss in step 13, patches 24 to 25"
+    with pytest.raises(AclaError, match=found):
+        training.require_finite_steps([1.0, 2.0], nan, 13, sampler, "x")
+    many = PatchSampler(pictures, Task("demosaic", 0), patch=4, batch=20)
+    with pytest.raises(AclaError, match=r"\.png and 4 more; "):
+        training.require_finite_steps([nan], 1.0, 1, many, "x")
+
+
+def test_a_log_begins_where_its_run_does_and_names_its_file_when_the_disk_is_full(
+    tmp_path, monkeypatch
+):
+    for step in (5, 10):
+        training.append_row(tmp_path / "log", {"step": step})
+    log = training.Log(tmp_path / "log", 5)
+    log.add({"step": 6})
+    kept = (tmp_path / "log").read_text()
+    assert [json.loads(line)["step"] for line in kept.splitlines()] == [5, 6]
+
+    def full_disk(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(training, "open", full_disk, raising=False)
+    with pytest.raises(OSError, match="No space left") as raised:
+        log.add({"step": 7})
+    assert raised.value.filename == str(tmp_path / "log")
+
+
+def test_rows_become_curves(tmp_path):
+    pytest.importorskip("tensorboard", reason="the extra `log` is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def curve(start: int, *rows: dict) -> list[tuple[int, float]]:
+        log = training.Log(tmp_path / "log", start, tmp_path / "board")
+        for row in rows:
+            log.add(row)
+        log.board.close()
+        found = EventAccumulator(str(tmp_path / "board"))
+        found.Reload()
+        assert found.Tags()["scalars"] == ["loss"]
+        return [(event.step, event.value) for event in found.Scalars("loss")]
+
+    rows = [{"step": step, "loss": step / 2, "seconds": 1.0} for step in range(1, 5)]
+    assert curve(0, *rows[:3]) == [(1, 0.5), (2, 1.0), (3, 1.5)]
+    # What a killed run wrote after its last checkpoint is taken back
+    assert curve(2, {"step": 3, "loss": 9.0}) == [(1, 0.5), (2, 1.0), (3, 9.0)]
+
+
+def test_a_missing_tensorboard_is_told_of_with_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UsageError, match=r"--log needs TensorBoard .*\[log\]"):
+        training.tensorboard()
 
 
 def test_rows_are_json_whatever_they_hold(tmp_path):
