@@ -131,6 +131,8 @@ class Backbone(nn.Module):
         if config.scale == 1:
             nn.init.zeros_(self.tail[-1].weight)
             nn.init.zeros_(self.tail[-1].bias)
+        # As the features: else every convolution moves its weights, and their gradients, each time
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, pictures: Tensor, seeds: Tensor | None = None) -> Tensor:
         """Restore pictures [B,C,H,W]; seeds [B] int64 draw the masks with noise, as training
