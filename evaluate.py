@@ -14,10 +14,11 @@ from torch import Tensor
 
 from acla.checkpoint import load_model
 from acla.cli import add_common_flags, notice, pick_device, progress, run
-from acla.config import SETTING_FLAG, Task, add_task_flags, task_from_flags
+from acla.config import SETTING_FLAG, Task
 from acla.data import find_set, match_stems
 from acla.degrade import generator_for, pair, untouched
 from acla.errors import CheckpointError, DataError, UsageError
+from acla.flags import add_task_flags, task_from_flags
 from acla.image import fit_channels, load, save
 from acla.processes import Processes, join
 from acla.protocol import finite, line, published, score, table, task_of_set

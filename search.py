@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from acla import cli, config, training
+from acla import cli, config, flags, training
 from acla.architecture import for_task
 from acla.checkpoint import write_atomically
 from acla.config import SearchConfig, Task
@@ -97,8 +97,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument(
         "--seeds", metavar="N", type=int, help="searches, from --seed on, and their agreement"
     )
-    config.add_flags(parser, SearchConfig, but=("lam",))
-    config.add_flags(parser, config.ModelConfig, but=("attention", "positions"))
+    flags.add_flags(parser, SearchConfig, but=("lam",))
+    flags.add_flags(parser, config.ModelConfig, but=("attention", "positions"))
     args = parser.parse_args(argv)
     args.auto = None
     if getattr(args, "lam", None) == "auto":
@@ -129,11 +129,11 @@ def parse_grid(text: str) -> list[float]:
 
 def plan_from_flags(args: argparse.Namespace, preset: str) -> Plan:
     """The search that the flags describe; the preset's unless they say otherwise."""
-    task = config.task_from_flags(args) or Task()
+    task = flags.task_from_flags(args) or Task()
     backbone = getattr(args, "backbone", "edsr")
-    model = for_task(config.override(config.model_preset(preset, task, backbone), args), task)
+    model = for_task(flags.override(config.model_preset(preset, task, backbone), args), task)
     how = config.search_preset(preset, task, backbone)
-    return Plan(task, model, config.override_length(how, args))
+    return Plan(task, model, flags.override_length(how, args))
 
 
 def read_plan(path: Path, args: argparse.Namespace) -> tuple[Plan, dict[str, Any]]:

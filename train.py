@@ -14,15 +14,16 @@ from pathlib import Path
 
 import torch
 
-from acla import cli, config, training
+from acla import cli, config, flags, training
 from acla.architecture import choose_network, read_architecture
-from acla.backbone import Backbone, describe
+from acla.backbone import Backbone
 from acla.checkpoint import clear_temporary, load_model, load_state, save_model, save_state
 from acla.config import ModelConfig, Task, TrainConfig
 from acla.data import PatchSampler, Pictures, training_sets
 from acla.errors import UsageError
 from acla.learner import Learner
 from acla.loader import Loader
+from acla.networks import describe
 from acla.processes import Processes, join
 from acla.provenance import provenance
 
@@ -92,8 +93,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="threads that make patches ahead; they change no bit of the result (default: 0 on a "
         "CPU, up to 4 on a GPU)",
     )
-    config.add_flags(parser, TrainConfig)
-    config.add_flags(parser, ModelConfig)
+    flags.add_flags(parser, TrainConfig)
+    flags.add_flags(parser, ModelConfig)
     return parser.parse_args(argv)
 
 
@@ -104,7 +105,7 @@ def plan_from_flags(args: argparse.Namespace, preset: str) -> Plan:
     if args.arch not in (None, "paper", "none"):
         source = read_architecture(Path(args.arch))
     elif args.arch is None and SEARCHED.is_file() and "positions" not in args:
-        found, asked = read_architecture(SEARCHED), config.task_from_flags(args)
+        found, asked = read_architecture(SEARCHED), flags.task_from_flags(args)
         same_task = asked is None or asked.name == found.task.name
         if same_task and getattr(args, "backbone", found.model.backbone) == found.model.backbone:
             source = found
@@ -113,7 +114,7 @@ def plan_from_flags(args: argparse.Namespace, preset: str) -> Plan:
     if args.inherit and source is None:
         raise UsageError("--inherit goes with a searched architecture: --arch FILE of search.py")
     task, model = choose_network(args, preset, source)
-    return Plan(task, model, config.override_length(config.train_preset(preset), args))
+    return Plan(task, model, flags.override_length(config.train_preset(preset), args))
 
 
 def train(

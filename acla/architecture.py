@@ -14,10 +14,9 @@ from acla.config import (
     Task,
     from_dict,
     model_preset,
-    override,
-    task_from_flags,
 )
 from acla.errors import AclaError, UsageError
+from acla.flags import override, task_from_flags
 
 COST_UNIT = "FLOPs per picture of patch × patch (a multiply-add is two)"
 

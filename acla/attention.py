@@ -15,9 +15,6 @@ from torch.nn import functional as F
 from kernels import attend
 
 RING_KEYS = 8
-RING_STEP = 2.0  # pixels
-# A fresh mask keeps a key with probability σ(2) = 0.88 under noise, and always without.
-OPEN_LOGIT = 2.0
 
 
 class CrossLayerAttention(nn.Module):
@@ -29,12 +26,24 @@ class CrossLayerAttention(nn.Module):
     `points`. g runs after the sum over the keys, which is exact: both are linear, and g's bias is
     weighted by what fell inside the image.
 
+    ring: pixels between the rings on which keys start; open_logit: bias of a fresh mask, which keeps
+    a key with probability σ(open_logit) under noise, and always without where it is positive.
+
     Parameters: L·(C·3K + 3K + C² + C) + C² + C, and L·(CK + K) for the mask unit.
     """
 
-    def __init__(self, width: int, layers: int, keys: int, masked: bool):
+    def __init__(
+        self,
+        width: int,
+        layers: int,
+        keys: int,
+        masked: bool,
+        ring: float = 2.0,
+        open_logit: float = 2.0,
+    ):
         super().__init__()
         self.layers, self.keys = layers, keys
+        self.ring, self.open_logit = ring, open_logit
         self.points = nn.Linear(width, layers * 3 * keys)
         self.value = nn.Parameter(torch.empty(layers, width, width))  # [L, out, in]
         self.value_bias = nn.Parameter(torch.empty(layers, width))
@@ -52,12 +61,12 @@ class CrossLayerAttention(nn.Module):
         weight = rearrange(self.points.weight.data, "(l yxw k) c -> l yxw k c", yxw=3, k=self.keys)
         bias = rearrange(self.points.bias.data, "(l yxw k) -> l yxw k", yxw=3, k=self.keys)
         weight[:, :2] = 0
-        bias[:, :2] = rings(self.keys)
+        bias[:, :2] = rings(self.keys, self.ring)
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
         if self.mask is not None:
             nn.init.zeros_(self.mask)
-            nn.init.constant_(self.mask_bias, OPEN_LOGIT)
+            nn.init.constant_(self.mask_bias, self.open_logit)
 
     def forward(
         self,
@@ -122,21 +131,13 @@ def pointwise(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     return out.permute(0, 2, 3, 1).squeeze(1).unflatten(0, (B, H))
 
 
-def rings(keys: int) -> Tensor:
-    """First offsets (dy, dx) [2,K] in pixels: eight keys a ring, rings 2, 4, 6 … pixels wide, each
-    turned a little against the one before. (The paper does not say; spread, the keys differ from
-    the first step on.)"""
+def rings(keys: int, step: float) -> Tensor:
+    """First offsets (dy, dx) [2,K] in pixels: eight keys a ring, rings of radius step, 2 step,
+    3 step …, each turned a little against the one before. (The paper does not say; spread, the keys
+    differ from the first step on.)"""
     key = torch.arange(keys, dtype=torch.float32)
     ring = key.div(RING_KEYS, rounding_mode="floor")
     in_ring = (keys - ring * RING_KEYS).clamp(max=RING_KEYS)
     angle = 2 * math.pi * (key % RING_KEYS + ring / 2) / in_ring
-    radius = RING_STEP * (ring + 1)
+    radius = step * (ring + 1)
     return torch.stack([radius * angle.sin(), radius * angle.cos()])
-
-
-def build_attention(name: str, width: int, layers: int, keys: int) -> nn.Module:
-    """The attention module called `name`, for C = width and L = layers."""
-    match name:
-        case "cla" | "acla":
-            return CrossLayerAttention(width, layers, keys, masked=name == "acla")
-    raise ValueError(f"no attention module is called {name!r}")

@@ -5,16 +5,14 @@ can be read. Pictures are in 0..1 inside, not 0..255: both networks work on eith
 features of about 1."""
 
 import math
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
-from acla.attention import build_attention
+from acla.attention import CrossLayerAttention
 from acla.config import ModelConfig
-from acla.cost import full_attention_flops
 from acla.gate import position_seeds
 from kernels import to_rows
 
@@ -107,13 +105,31 @@ class Backbone(nn.Module):
     x^p is the output of block p (EDSR) or group p (RCAN) before the attention module behind it. The
     module at an insert position queries x^p and refers to the features of every insert position up
     to its own. A network that does not enlarge adds its output to its input and starts as the
-    identity."""
+    identity.
+
+    This one is EDSR or RCAN. Others build other parts (`build`) and begin and end the walk over
+    their blocks in their own way (`blocks`, `shallow`, `finish`)."""
+
+    # Whether `finish` needs the output of every block, and not of the last alone
+    collects = False
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         # Bytes; above, attention is computed again in the backward pass.
         self.sample_limit = math.inf
+        self.build(config)
+        self.attention = nn.ModuleDict(
+            {
+                str(position): build_module(config, layers)
+                for layers, position in enumerate(config.positions, 1)
+            }
+        )
+        # As the features: else every convolution moves its weights, and their gradients, each time
+        self.to(memory_format=torch.channels_last)
+
+    def build(self, config: ModelConfig) -> None:
+        """Make the parts of the network, but for its attention modules."""
         width, channels = config.width, config.channels
         self.sub_mean = MeanShift(channels, -1)
         self.head = nn.Sequential(convolution(channels, width))
@@ -122,17 +138,24 @@ class Backbone(nn.Module):
         enlarge = [Upsampler(config.scale, width)] if config.scale > 1 else []
         self.tail = nn.Sequential(*enlarge, convolution(width, channels))
         self.add_mean = MeanShift(channels, +1) if config.scale > 1 else None
-        self.attention = nn.ModuleDict(
-            {
-                str(position): build_attention(config.attention, width, layers, config.keys)
-                for layers, position in enumerate(config.positions, 1)
-            }
-        )
         if config.scale == 1:
             nn.init.zeros_(self.tail[-1].weight)
             nn.init.zeros_(self.tail[-1].bias)
-        # As the features: else every convolution moves its weights, and their gradients, each time
-        self.to(memory_format=torch.channels_last)
+
+    @property
+    def blocks(self) -> Iterable[nn.Module]:
+        """The blocks that insert positions count."""
+        return self.body[:-1]
+
+    def shallow(self, pictures: Tensor) -> Tensor:
+        """The features [B,width,H,W] that the first block reads."""
+        return self.head(self.sub_mean(pictures))
+
+    def finish(self, pictures: Tensor, x: Tensor, outputs: Sequence[Tensor]) -> Tensor:
+        """The restored pictures from the input, the shallow features, and what came out of the
+        blocks and the attention behind them: of the last one, or of all where `collects`."""
+        restored = self.tail(self.body[-1](outputs[-1]) + x)
+        return pictures + restored if self.add_mean is None else self.add_mean(restored)
 
     def forward(self, pictures: Tensor, seeds: Tensor | None = None) -> Tensor:
         """Restore pictures [B,C,H,W]; seeds [B] int64 draw the masks with noise, as training
@@ -154,29 +177,24 @@ class Backbone(nn.Module):
         shut: set[int] = set()
         if gates is not None and not gates.requires_grad:
             shut = {p for p, s in zip(self.config.positions, gates.tolist(), strict=True) if s == 0}
-        *blocks, last = self.body
-        x = self.head(self.sub_mean(pictures).contiguous(memory_format=torch.channels_last))
-        y, rows, kept = x, [], {}
-        for position, block in enumerate(blocks, 1):
+        x = self.shallow(pictures.contiguous(memory_format=torch.channels_last))
+        y, outputs, rows, kept = x, [], [], {}
+        for position, block in enumerate(self.blocks, 1):
             y = block(y)
-            if str(position) not in self.attention:
-                continue
-            rows.append(to_rows(y))
-            if position in shut:
-                continue
-            # A module that is there refers to its own layer, so its own gate stands before its
-            # output alone.
-            own = referred = None
-            if gates is not None:
-                own = gates[len(rows) - 1]
-                referred = torch.cat([gates[: len(rows) - 1], own.new_ones(1)])
-            given = y, tuple(rows), referred, position_seeds(seeds, position), temperature
-            z, kept[position] = self.run_attention(str(position), *given)
-            y = y + (z if own is None else own * z)
-        restored = self.tail(last(y) + x)
-        if self.add_mean is None:
-            return pictures + restored, kept
-        return self.add_mean(restored), kept
+            if str(position) in self.attention:
+                rows.append(to_rows(y))
+                if position not in shut:
+                    # A module that is there refers to its own layer, so its own gate stands before
+                    # its output alone.
+                    own = referred = None
+                    if gates is not None:
+                        own = gates[len(rows) - 1]
+                        referred = torch.cat([gates[: len(rows) - 1], own.new_ones(1)])
+                    given = y, tuple(rows), referred, position_seeds(seeds, position), temperature
+                    z, kept[position] = self.run_attention(str(position), *given)
+                    y = y + (z if own is None else own * z)
+            outputs = [*outputs, y] if self.collects else [y]
+        return self.finish(pictures, x, outputs), kept
 
     def run_attention(self, position: str, *given: object) -> tuple[Tensor, Tensor]:
         """Run one module. Where the samples of all modules would pass the limit, it saves its
@@ -189,6 +207,16 @@ class Backbone(nn.Module):
         return module(*given)
 
 
+def build_module(config: ModelConfig, layers: int) -> nn.Module:
+    """The attention module that refers to `layers` layers."""
+    match config.attention:
+        case "cla" | "acla":
+            masked = config.attention == "acla"
+            starts = {"ring": config.ring, "open_logit": config.open_logit}
+            return CrossLayerAttention(config.width, layers, config.keys, masked, **starts)
+    raise ValueError(f"no attention module is called {config.attention!r}")
+
+
 def build_block(config: ModelConfig) -> nn.Module:
     """One block that a module can stand behind."""
     match config.backbone:
@@ -197,24 +225,3 @@ def build_block(config: ModelConfig) -> nn.Module:
         case "rcan":
             return ResidualGroup(config.width, config.group_blocks, config.reduction)
     raise ValueError(f"no backbone is called {config.backbone!r}")
-
-
-def describe(config: ModelConfig, side: int = 48) -> dict[str, object]:
-    """The size of a network, without building its tensors: parameters (the fixed mean shifts
-    included) and multiply-adds for one low-quality picture of side × side, every key kept. (The
-    paper's "FLOPs (G)" are these multiply-adds.)"""
-    plain = replace(config, attention="none", positions=())
-    with torch.device("meta"):
-        params = sum(p.numel() for p in Backbone(config).parameters())
-        backbone = Backbone(plain)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            backbone(torch.empty(1, config.channels, side, side))
-    attention = full_attention_flops(
-        len(config.positions), side * side, config.width, config.keys, config.attention == "acla"
-    )
-    return {
-        "params": params,
-        f"macs_{side}x{side}": (counter.get_total_flops() + attention) // 2,
-        f"attention_macs_{side}x{side}": attention // 2,
-        **asdict(config),
-    }

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from acla.backbone import Backbone
 from acla.config import ModelConfig, Task, from_dict
 from acla.errors import CheckpointError, UsageError
+from acla.networks import build_network
 
 FORMAT = "acla-1"
 STATES = "state.safetensors of train.py or supernet.safetensors of search.py"
@@ -62,7 +63,7 @@ def load_model(path: Path) -> Checkpoint:
     if task.scale != config.scale:
         raise CheckpointError(f"{path}: a network for ×{config.scale} with the task {task}")
     with torch.device("meta"):  # no memory before names and shapes are known to fit
-        model = Backbone(config)
+        model = build_network(config)
     load_strictly(model, tensors, path)
     return Checkpoint(model.eval(), config, task, info)
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from acla.config import PRESETS, add_task_flags
+from acla.config import PRESETS
 from acla.errors import AclaError, UsageError
+from acla.flags import add_task_flags
 from kernels import available_backends
 
 DEVICES = ("auto", "cpu", "cuda")

@@ -1,7 +1,5 @@
-"""Configurations: frozen dataclasses, the paper's presets, and the command-line flags made from
-their fields."""
+"""Configurations: frozen dataclasses and the paper's presets. Standard library only."""
 
-import argparse
 import dataclasses
 import json
 from dataclasses import dataclass, field
@@ -99,6 +97,10 @@ class ModelConfig:
     residual_scale: float = option(1.0, "EDSR: factor on each residual branch")
     attention: str = option("acla", "the attention module", ATTENTIONS)
     keys: int = option(16, "sampled keys per layer and query (K)")
+    ring: float = option(2.0, "pixels between the rings on which keys start", shown="2")
+    open_logit: float = option(
+        2.0, "bias that mask logits start with; above 0: keys start open", shown="2"
+    )
     positions: tuple[int, ...] = option((), "insert positions, counted from 1: 2,7,10")
     channels: int = option(3, "picture channels: 1 gray, 3 colour", (1, 3))
     scale: int = option(1, None, (1, 2, 3, 4))  # enlargement per side; the task says it
@@ -117,6 +119,10 @@ class ModelConfig:
             if not least <= getattr(self, name) <= most:
                 flag, value = flag_name(name), getattr(self, name)
                 raise UsageError(f"--{flag} must be {least} to {most}, not {value}")
+        if not 0 < self.ring <= 1024:
+            raise UsageError(f"--ring must be above 0 and at most 1024, not {self.ring:g}")
+        if not abs(self.open_logit) <= 100:
+            raise UsageError(f"--open-logit must be -100 to 100, not {self.open_logit:g}")
         if list(self.positions) != sorted(set(self.positions)):
             raise UsageError(
                 f"positions must rise and not repeat: {format_positions(self.positions)}"
@@ -267,6 +273,11 @@ def search_preset(preset: str, task: Task, backbone: str = "edsr") -> SearchConf
 # Checks, JSON
 
 
+def flag_name(name: str) -> str:
+    """A field's flag, without the dashes; `lambda` is no name for a field."""
+    return {"lam": "lambda"}.get(name, name.replace("_", "-"))
+
+
 def format_positions(positions: tuple[int, ...]) -> str:
     """(2, 7, 10) → '2, 7, 10'; nothing → 'none'."""
     return ", ".join(map(str, positions)) or "none"
@@ -314,98 +325,3 @@ def from_dict(kind: type, values: Any) -> Any:
         raise UsageError(f"{kind.__name__} has missing or unknown fields: {', '.join(odd)}")
     as_tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     return kind(**as_tuples)
-
-
-# Flags
-
-
-def flag_name(name: str) -> str:
-    """A field's flag, without the dashes; `lambda` is no name for a field."""
-    return {"lam": "lambda"}.get(name, name.replace("_", "-"))
-
-
-def parse_positions(text: str) -> tuple[int, ...]:
-    """'2,7,10' → (2, 7, 10); '' or 'none' → (). Raises ValueError, which argparse reports."""
-    return () if text in ("", "none") else tuple(int(part) for part in text.split(","))
-
-
-def add_flags(parser: argparse.ArgumentParser, kind: type, but: tuple[str, ...] = ()) -> None:
-    """Add a flag for each field of a configuration, but for the named ones. A flag that is not
-    given leaves no trace in the parsed arguments, so that a preset can fill it."""
-    group = parser.add_argument_group((kind.__doc__ or kind.__name__).splitlines()[0].rstrip("."))
-    for item in dataclasses.fields(kind):
-        if item.metadata["help"] is None or item.name in but:
-            continue
-        how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
-        if item.type is not bool:
-            choices = item.metadata["choices"]
-            how = {
-                "type": parse_positions if get_origin(item.type) is tuple else item.type,
-                "choices": choices,
-                "metavar": None if choices else item.name.upper(),
-            }
-        group.add_argument(
-            f"--{flag_name(item.name)}",
-            dest=item.name,
-            default=argparse.SUPPRESS,
-            help=f"{item.metadata['help']} (default: {item.metadata['shown']})",
-            **how,
-        )
-
-
-def override(config: Any, args: argparse.Namespace) -> Any:
-    """The configuration with the flags that were given in place of the preset's values."""
-    names = {item.name for item in dataclasses.fields(config)}
-    return dataclasses.replace(config, **{k: v for k, v in vars(args).items() if k in names})
-
-
-def override_length(config: Any, args: argparse.Namespace) -> Any:
-    """`override`, and --epochs as another way to say --steps."""
-    config = override(config, args)
-    if args.epochs is None:
-        return config
-    if "steps" in args:
-        raise UsageError("--steps and --epochs say the same thing: give one of them")
-    return dataclasses.replace(config, steps=args.epochs * config.epoch_steps)
-
-
-def add_task_flags(parser: argparse.ArgumentParser) -> None:
-    """--task and the setting of each task."""
-    group = parser.add_argument_group("The task")
-    group.add_argument("--task", choices=TASKS, help="what is restored")
-    group.add_argument(
-        "--scale",
-        dest="task_scale",
-        metavar="SCALE",
-        type=int,
-        help="sr: enlargement per side, 2, 3 or 4 (default: 2)",
-    )
-    group.add_argument(
-        "--sigma",
-        dest="task_sigma",
-        metavar="SIGMA",
-        type=float,
-        help="denoise: noise in 8-bit levels (default: 30)",
-    )
-    group.add_argument(
-        "--q",
-        dest="task_q",
-        metavar="Q",
-        type=int,
-        help="car: JPEG quality, 1 to 100 (default: 10)",
-    )
-
-
-def task_from_flags(args: argparse.Namespace) -> Task | None:
-    """The task that the flags name, or None if they name none. A setting alone names its task: --q
-    20 is car."""
-    given = {task: getattr(args, f"task_{flag}") for task, flag in SETTING_FLAG.items()}
-    given = {task: value for task, value in given.items() if value is not None}
-    names = {args.task} if args.task else set(given)
-    if not names:
-        return None
-    (name, *more) = sorted(names)
-    stray = [f"--{SETTING_FLAG[task]} belongs to --task {task}" for task in given if task != name]
-    if more or stray:
-        raise UsageError("; ".join(stray) + f"; this call is for --task {name}")
-    return Task(name, given.get(name, SETTING_DEFAULT[name]))

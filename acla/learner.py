@@ -14,6 +14,7 @@ from acla import training
 from acla.backbone import Backbone
 from acla.config import ModelConfig, TrainConfig
 from acla.errors import AclaError, UsageError
+from acla.networks import build_network
 from acla.processes import Processes
 
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -30,7 +31,7 @@ class Learner:
         self.how, self.processes, self.device = how, processes, processes.device
         require_amp(how, self.device)
         torch.manual_seed(how.seed)
-        self.model = Backbone(model).to(self.device).train()
+        self.model = build_network(model).to(self.device).train()
         # Shares the parameters; the names of `model` are those that are kept.
         self.network = torch.compile(self.model) if how.compile else self.model
         learning = [p for p in self.model.parameters() if p.requires_grad]

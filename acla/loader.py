@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from acla import cli, config
+from acla import cli, config, flags
 from acla.data import PatchSampler, Pictures, training_sets
 from acla.errors import UsageError
 from acla.learner import Learner
@@ -81,7 +81,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     cli.add_common_flags(parser)
     parser.add_argument("--preset", choices=config.PRESETS, help="size (default: as train.py's)")
-    config.add_task_flags(parser)
+    flags.add_task_flags(parser)
     parser.add_argument("--train-set", default="sample", help="set of pictures (default: sample)")
     parser.add_argument(
         "--workers",
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     device = cli.pick_device(args.device)
     preset = cli.pick_preset(args.preset, device)
-    task = config.task_from_flags(args) or config.Task()
+    task = flags.task_from_flags(args) or config.Task()
     how = config.train_preset(preset)
     pictures = Pictures(training_sets(args.train_set, None, args.data)[0])
     sampler = PatchSampler(pictures, task, how.patch, how.batch)

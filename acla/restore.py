@@ -14,9 +14,10 @@ from acla.backbone import Backbone
 from acla.checkpoint import Checkpoint
 from acla.cli import DEVICES, notice, pick_device, progress, run, say
 from acla.colour import finished, network_input
-from acla.config import Task, add_task_flags, task_from_flags
+from acla.config import Task
 from acla.degrade import mosaic
 from acla.errors import AclaError, CheckpointError, PictureError, UsageError
+from acla.flags import add_task_flags, task_from_flags
 from acla.image import FORMATS
 from acla.jobs import find_jobs, printable
 from acla.photo import Photo

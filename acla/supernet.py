@@ -12,6 +12,7 @@ from acla.backbone import Backbone
 from acla.config import ModelConfig
 from acla.cost import attention_flops
 from acla.gate import expected_gates
+from acla.networks import build_network
 
 SAMPLE_LIMIT = 256 * 2**20  # bytes
 
@@ -26,7 +27,7 @@ class Supernet(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         everywhere = tuple(range(1, config.blocks + 1))
-        self.backbone = Backbone(replace(config, positions=everywhere))
+        self.backbone = build_network(replace(config, positions=everywhere))
         self.backbone.sample_limit = SAMPLE_LIMIT
         # w of Eq. 14; the mean shifts are fixed.
         self.weights = [p for p in self.backbone.parameters() if p.requires_grad]
@@ -77,7 +78,7 @@ class Supernet(nn.Module):
         """The network with modules at these positions only (default: the open ones), with the
         supernet's weights. It equals the supernet whose other gates are shut, to rounding."""
         positions = self.open_positions() if positions is None else positions
-        derived = Backbone(replace(self.config, positions=positions)).to(self.alpha)
+        derived = build_network(replace(self.config, positions=positions)).to(self.alpha)
         state = {
             name: tensor
             for name, tensor in self.backbone.state_dict().items()

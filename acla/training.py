@@ -22,13 +22,11 @@ from acla.config import (
     TrainConfig,
     flag_name,
     from_dict,
-    override,
-    override_length,
-    task_from_flags,
 )
 from acla.data import PatchSampler, Pictures
 from acla.degrade import generator_for, pair
 from acla.errors import AclaError, CheckpointError, DataError, UsageError
+from acla.flags import override, override_length, task_from_flags
 from acla.image import from_levels
 from acla.protocol import finite, score
 from acla.restore import restore

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from acla.attention import CrossLayerAttention, build_attention, rings
+from acla.attention import CrossLayerAttention, rings
 from kernels import binary_gate, logistic_noise, to_rows
 
 
@@ -74,7 +74,8 @@ def test_the_module_is_the_papers_formula(masked, B, C, L, K, H, W):
 def test_parameters_are_those_of_the_formula(C, L, K):
     cla = L * (C * 2 * K + 2 * K + C * K + K + C * C + C) + C * C + C
     counted = [
-        sum(p.numel() for p in build_attention(n, C, L, K).parameters()) for n in ("cla", "acla")
+        sum(p.numel() for p in CrossLayerAttention(C, L, K, masked).parameters())
+        for masked in (False, True)
     ]
     assert counted == [cla, cla + L * (C * K + K)]
 
@@ -102,14 +103,14 @@ def test_a_fresh_module_adds_nothing_but_learns():
 
 
 def test_the_first_offsets_are_spread_over_rings():
-    offsets = rings(16)
+    offsets = rings(16, 2.0)
     assert offsets.shape == (2, 16)
     radius = offsets.norm(dim=0)
     torch.testing.assert_close(radius, torch.tensor([2.0] * 8 + [4.0] * 8))
     apart = torch.cdist(offsets.T, offsets.T) + 9 * torch.eye(16)
     assert apart.min() > 1
     for keys in (1, 2, 5, 11):
-        assert rings(keys).isfinite().all()
+        assert rings(keys, 2.0).isfinite().all()
 
 
 def test_without_gradients_h_is_folded_into_g():
@@ -134,8 +135,3 @@ def test_selected_layers_give_what_shut_gates_give():
     full, all_kept = module(maps[3], rows, gates)
     torch.testing.assert_close(ours, full)
     assert torch.equal(kept, all_kept[:, [1, 3]])
-
-
-def test_an_unknown_attention_is_refused():
-    with pytest.raises(ValueError, match="no attention module"):
-        build_attention("what", 8, 1, 8)

@@ -6,16 +6,16 @@ import json
 
 import pytest
 
-from acla import config
+from acla import config, flags
 from acla.config import ModelConfig, SearchConfig, Task, TrainConfig
 from acla.errors import UsageError
 
 
 def parse(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    config.add_task_flags(parser)
-    config.add_flags(parser, TrainConfig)
-    config.add_flags(parser, ModelConfig)
+    flags.add_task_flags(parser)
+    flags.add_flags(parser, TrainConfig)
+    flags.add_flags(parser, ModelConfig)
     parser.add_argument("--epochs", type=int)
     return parser.parse_args(words)
 
@@ -32,7 +32,7 @@ def parse(*words: str) -> argparse.Namespace:
     ],
 )
 def test_flags_name_the_task(words, task):
-    assert config.task_from_flags(parse(*words)) == task
+    assert flags.task_from_flags(parse(*words)) == task
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_flags_name_the_task(words, task):
 )
 def test_wrong_tasks_are_refused(words, message):
     with pytest.raises(UsageError, match=message):
-        config.task_from_flags(parse(*words))
+        flags.task_from_flags(parse(*words))
 
 
 @pytest.mark.parametrize(
@@ -110,18 +110,18 @@ def test_json_with_missing_or_unknown_fields_is_refused():
 
 def test_flags_override_the_preset_and_nothing_else():
     args = parse("--positions", "2,5", "--amp", "--batch", "4", "--scale", "2")
-    network = config.override(config.model_preset("tiny", Task("car", 10)), args)
+    network = flags.override(config.model_preset("tiny", Task("car", 10)), args)
     assert network.positions == (2, 5)
     assert network.scale == 1  # the task's, not a field's flag
-    length = config.override_length(config.train_preset("tiny"), args)
+    length = flags.override_length(config.train_preset("tiny"), args)
     assert (length.amp, length.ema, length.batch) == (True, False, 4)
 
 
 def test_epochs_are_another_way_to_say_steps():
-    length = config.override_length(config.train_preset("tiny"), parse("--epochs", "3"))
+    length = flags.override_length(config.train_preset("tiny"), parse("--epochs", "3"))
     assert length.steps == 3 * length.epoch_steps
     with pytest.raises(UsageError, match="--steps and --epochs"):
-        config.override_length(length, parse("--epochs", "3", "--steps", "7"))
+        flags.override_length(length, parse("--epochs", "3", "--steps", "7"))
 
 
 @pytest.mark.parametrize("preset", config.PRESETS)

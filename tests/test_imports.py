@@ -18,8 +18,9 @@ FREE = {"errors"}  # names of what a user can mend; any room of acla may raise t
 ALLOWED = {
     "errors": set(),
     "config": set(),
+    "flags": {"config"},
     "cost": set(),
-    "architecture": {"config"},
+    "architecture": {"config", "flags"},
     "metrics": set(),
     "image": set(),
     "degrade": {"image", "config"},
@@ -28,9 +29,10 @@ ALLOWED = {
     "gate": {"kernels"},
     "attention": {"kernels", "gate"},
     "rivals": {"kernels", "gate"},
-    "backbone": {"attention", "rivals", "config", "cost", "gate", "kernels"},
-    "supernet": {"backbone", "gate", "cost", "config"},
-    "checkpoint": {"backbone", "config"},
+    "backbone": {"attention", "rivals", "config", "gate", "kernels"},
+    "networks": {"backbone", "config", "cost"},
+    "supernet": {"backbone", "gate", "cost", "config", "networks"},
+    "checkpoint": {"backbone", "config", "networks"},
     "photo": {"checkpoint", "image"},
     "colour": {"photo", "image", "config"},
     "jobs": {"image"},
@@ -43,6 +45,7 @@ ALLOWED = {
         "colour",
         "config",
         "degrade",
+        "flags",
         "image",
         "jobs",
         "photo",
@@ -55,13 +58,14 @@ ALLOWED = {
         "config",
         "data",
         "degrade",
+        "flags",
         "image",
         "protocol",
         "restore",
     },
-    "learner": {"backbone", "config", "processes", "training"},
-    "loader": {"cli", "config", "data", "learner", "processes"},
-    "cli": {"config", "kernels"},
+    "learner": {"backbone", "config", "networks", "processes", "training"},
+    "loader": {"cli", "config", "data", "flags", "learner", "processes"},
+    "cli": {"config", "flags", "kernels"},
     "processes": set(),
     "provenance": set(),
     "searching": {
@@ -81,7 +85,7 @@ ALLOWED = {
     "report": {"cli"},
     "selection": {"checkpoint", "cli", "config", "cost", "data", "processes", "searching"},
 }
-STANDARD_LIBRARY_ONLY = ("errors", "config", "cost", "architecture")
+STANDARD_LIBRARY_ONLY = ("errors", "config", "flags", "cost", "architecture")
 KERNEL_PACKAGES = {"torch", "triton", "numpy", "kernels"}
 # The benchmark times whole networks and a rival; it is a command, and nothing imports it.
 BENCH_PACKAGES = KERNEL_PACKAGES | {"acla", "torchvision"}

@@ -1,0 +1,96 @@
+"""Command-line flags made from the fields of configurations, and configurations made from flags.
+Standard library only."""
+
+import argparse
+import dataclasses
+from typing import Any, get_origin
+
+from acla.config import SETTING_DEFAULT, SETTING_FLAG, TASKS, Task, flag_name
+from acla.errors import UsageError
+
+
+def parse_positions(text: str) -> tuple[int, ...]:
+    """'2,7,10' → (2, 7, 10); '' or 'none' → (). Raises ValueError, which argparse reports."""
+    return () if text in ("", "none") else tuple(int(part) for part in text.split(","))
+
+
+def add_flags(parser: argparse.ArgumentParser, kind: type, but: tuple[str, ...] = ()) -> None:
+    """Add a flag for each field of a configuration, but for the named ones. A flag that is not
+    given leaves no trace in the parsed arguments, so that a preset can fill it."""
+    group = parser.add_argument_group((kind.__doc__ or kind.__name__).splitlines()[0].rstrip("."))
+    for item in dataclasses.fields(kind):
+        if item.metadata["help"] is None or item.name in but:
+            continue
+        how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+        if item.type is not bool:
+            choices = item.metadata["choices"]
+            how = {
+                "type": parse_positions if get_origin(item.type) is tuple else item.type,
+                "choices": choices,
+                "metavar": None if choices else item.name.upper(),
+            }
+        group.add_argument(
+            f"--{flag_name(item.name)}",
+            dest=item.name,
+            default=argparse.SUPPRESS,
+            help=f"{item.metadata['help']} (default: {item.metadata['shown']})",
+            **how,
+        )
+
+
+def override(config: Any, args: argparse.Namespace) -> Any:
+    """The configuration with the flags that were given in place of the preset's values."""
+    names = {item.name for item in dataclasses.fields(config)}
+    return dataclasses.replace(config, **{k: v for k, v in vars(args).items() if k in names})
+
+
+def override_length(config: Any, args: argparse.Namespace) -> Any:
+    """`override`, and --epochs as another way to say --steps."""
+    config = override(config, args)
+    if args.epochs is None:
+        return config
+    if "steps" in args:
+        raise UsageError("--steps and --epochs say the same thing: give one of them")
+    return dataclasses.replace(config, steps=args.epochs * config.epoch_steps)
+
+
+def add_task_flags(parser: argparse.ArgumentParser) -> None:
+    """--task and the setting of each task."""
+    group = parser.add_argument_group("The task")
+    group.add_argument("--task", choices=TASKS, help="what is restored")
+    group.add_argument(
+        "--scale",
+        dest="task_scale",
+        metavar="SCALE",
+        type=int,
+        help="sr: enlargement per side, 2, 3 or 4 (default: 2)",
+    )
+    group.add_argument(
+        "--sigma",
+        dest="task_sigma",
+        metavar="SIGMA",
+        type=float,
+        help="denoise: noise in 8-bit levels (default: 30)",
+    )
+    group.add_argument(
+        "--q",
+        dest="task_q",
+        metavar="Q",
+        type=int,
+        help="car: JPEG quality, 1 to 100 (default: 10)",
+    )
+
+
+def task_from_flags(args: argparse.Namespace) -> Task | None:
+    """The task that the flags name, or None if they name none. A setting alone names its task: --q
+    20 is car."""
+    given = {task: getattr(args, f"task_{flag}") for task, flag in SETTING_FLAG.items()}
+    given = {task: value for task, value in given.items() if value is not None}
+    names = {args.task} if args.task else set(given)
+    if not names:
+        return None
+    (name, *more) = sorted(names)
+    stray = [f"--{SETTING_FLAG[task]} belongs to --task {task}" for task in given if task != name]
+    if more or stray:
+        raise UsageError("; ".join(stray) + f"; this call is for --task {name}")
+    return Task(name, given.get(name, SETTING_DEFAULT[name]))
