@@ -26,8 +26,8 @@ class CrossLayerAttention(nn.Module):
     `points`. g runs after the sum over the keys, which is exact: both are linear, and g's bias is
     weighted by what fell inside the image.
 
-    ring: pixels between the rings on which keys start; open_logit: bias of a fresh mask, which keeps
-    a key with probability σ(open_logit) under noise, and always without where it is positive.
+    ring: pixels between the rings on which keys start; open_logit: bias of a fresh mask, which
+    keeps a key with probability σ(open_logit) under noise, and always without where it is positive.
 
     Parameters: L·(C·3K + 3K + C² + C) + C² + C, and L·(CK + K) for the mask unit.
     """
