@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,17 @@ from torch import Tensor
 
 from acla.checkpoint import load_model
 from acla.cli import add_common_flags, notice, pick_device, progress, run
-from acla.config import SETTING_FLAG, Task
+from acla.config import SETTING_DEFAULT, SETTING_FLAG, Task
 from acla.data import find_set, match_stems
 from acla.degrade import generator_for, pair, untouched
 from acla.errors import CheckpointError, DataError, UsageError
 from acla.flags import add_task_flags, task_from_flags
 from acla.image import fit_channels, load, save
 from acla.processes import Processes, join
-from acla.protocol import finite, line, published, score, table, task_of_set
+from acla.protocol import TASK_OF_SET, finite, line, published, score, table, task_of_set
 from acla.restore import check_ensemble, restore
 from acla.tiles import check_tile
+from acla.weights import Weights
 
 DEFAULT_CHECKPOINT = Path("runs/train/model.safetensors")
 
@@ -51,7 +52,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     source = parser.add_argument_group("What is scored (one of these)")
     source = source.add_mutually_exclusive_group()
     source.add_argument(
-        "--checkpoint", type=Path, metavar="FILE", help=f"a network (default: {DEFAULT_CHECKPOINT})"
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help=f"a network (default: {DEFAULT_CHECKPOINT} if it is there, else one that comes along)",
     )
     source.add_argument("--baseline", action="store_true", help="the untouched input")
     source.add_argument(
@@ -151,18 +155,25 @@ def pick_method(
 
         describe = {"kind": "predictions", "folder": str(args.predictions)}
         return Method("predictions", describe, made_elsewhere)
-    return network(args.checkpoint or default_checkpoint(), device, args)
+    return network(args.checkpoint or default_checkpoint(args, sets), device, args)
 
 
-def default_checkpoint() -> Path:
-    """The network that train.py writes by default. Raises UsageError if there is none."""
-    if not DEFAULT_CHECKPOINT.is_file():
-        raise UsageError(
-            f"there is no {DEFAULT_CHECKPOINT} to score: give --checkpoint FILE, --baseline or "
-            "--predictions DIR, or train a network first (python train.py)"
-        )
-    notice(f"checkpoint {DEFAULT_CHECKPOINT}: the default; --checkpoint changes it")
-    return DEFAULT_CHECKPOINT
+def default_checkpoint(args: argparse.Namespace, sets: Iterable[str]) -> Path:
+    """The network that train.py writes by default, or else one that comes along. Raises UsageError
+    where there is neither."""
+    if DEFAULT_CHECKPOINT.is_file():
+        found = DEFAULT_CHECKPOINT
+    else:
+        task = task_from_flags(args) or TASK_OF_SET.get(next(iter(sets)), Task())
+        try:
+            found = Weights(None, task, torch.device("cpu")).pick(int(task.setting))[0]
+        except UsageError as error:
+            raise UsageError(
+                f"there is no {DEFAULT_CHECKPOINT} to score and {error}; or give --baseline or "
+                "--predictions DIR"
+            ) from error
+    notice(f"checkpoint {found}: the default; --checkpoint changes it")
+    return found
 
 
 def network(file: Path, device: torch.device, args: argparse.Namespace) -> Method:
@@ -189,14 +200,17 @@ def pick_task(args: argparse.Namespace, flags: Task | None, method: Method, name
     trained = method.task
     if trained is None:
         return flags or task_of_set(name)
-    if flags is None:
-        return trained
-    flag = SETTING_FLAG.get(flags.name)
-    if flags.name == trained.name and (not flag or getattr(args, f"task_{flag}") is None):
-        return trained
+    flag = SETTING_FLAG.get(trained.name)
+    unsaid = not flag or getattr(args, f"task_{flag}") is None
+    if flags is None or (flags.name == trained.name and unsaid):
+        if not trained.until:
+            return trained
+        scored = Task(trained.name, SETTING_DEFAULT[trained.name])
+        notice(f"{method.label}, trained for {trained}, is scored on {scored}; --q changes it")
+        return scored
     if flags.name != trained.name or flags.scale != trained.scale:
         raise UsageError(f"{method.label} was trained for {trained}, not for {flags}")
-    if flags != trained:
+    if not trained.covers(flags):
         notice(f"{method.label} was trained for {trained} and is scored on {flags}")
     return flags
 
@@ -297,6 +311,7 @@ def report(name: str, task: Task, method: Method, images: list[dict[str, Any]]) 
         "dataset": name,
         "task": task.name,
         "setting": task.setting,
+        "until": task.until,
         "protocol": line(task, method.describe["kind"] == "baseline", method.channels),
         "model": method.describe,
         "images": images,

@@ -17,7 +17,14 @@ import torch
 from acla import cli, config, flags, training
 from acla.architecture import choose_network, read_architecture
 from acla.backbone import Backbone
-from acla.checkpoint import clear_temporary, load_model, load_state, save_model, save_state
+from acla.checkpoint import (
+    backbone_weights,
+    clear_temporary,
+    load_model,
+    load_state,
+    save_model,
+    save_state,
+)
 from acla.config import ModelConfig, Task, TrainConfig
 from acla.data import PatchSampler, Pictures, training_sets
 from acla.errors import UsageError
@@ -81,6 +88,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=None,
         help="begin with the supernet's weights, the search's model.safetensors beside arch.json",
     )
+    parser.add_argument(
+        "--init",
+        metavar="FILE",
+        help="begin with the weights of a trained network of the same backbone; attention modules "
+        "that it lacks are new, and change nothing at first",
+    )
     parser.add_argument("--describe", action="store_true", help="print the network's size and stop")
     parser.add_argument(
         "--log",
@@ -111,6 +124,8 @@ def plan_from_flags(args: argparse.Namespace, preset: str) -> Plan:
             source = found
         taken = f"{SEARCHED} ({found.task})" if source else f"Table 9's ({SEARCHED} does not fit)"
         cli.notice(f"architecture: {taken}; --arch chooses another")
+    if args.inherit and args.init:
+        raise UsageError("--inherit and --init both say which weights to begin with: give one")
     if args.inherit and source is None:
         raise UsageError("--inherit goes with a searched architecture: --arch FILE of search.py")
     task, model = choose_network(args, preset, source)
@@ -140,10 +155,13 @@ def train(
         training.require_same_data(progress, data)
         learner.unpack(tensors, progress, out / STATE)
     else:
-        flags = {name: getattr(args, name) for name in ("preset", "arch", "inherit")}
+        flags = {name: getattr(args, name) for name in ("preset", "arch", "inherit", "init")}
         progress = {"step": 0, "seconds": 0.0, "best": None, "data": data, "flags": flags}
         if args.inherit:
-            learner.begin_with(inherited(args, plan))
+            learner.begin_with(inherited(args, plan).state_dict())
+        elif args.init:
+            cli.notice(f"weights: {args.init}")
+            learner.begin_with(backbone_weights(Path(args.init), learner.model))
     start, before = progress["step"], progress["seconds"]
     progress["plan"] = asdict(plan)
     processes.wait()  # none may find the state that another writes

@@ -43,6 +43,7 @@ class Architecture:
             {
                 "task": self.task.name,
                 "setting": self.task.setting,
+                "until": self.task.until,
                 "backbone": self.model.backbone,
                 "attention": self.model.attention,
                 "positions": self.model.positions,
@@ -64,7 +65,7 @@ def read_architecture(path: Path) -> Architecture:
     """Read an arch.json. Raises AclaError with the file and what is wrong."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
-        task = Task(values["task"], values["setting"])
+        task = Task(values["task"], values["setting"], values.get("until", 0))
         model = from_dict(ModelConfig, values["model"])
         for name in ("backbone", "attention", "keys"):
             if values[name] != getattr(model, name):

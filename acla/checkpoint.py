@@ -90,6 +90,20 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -
     model.load_state_dict(tensors)
 
 
+def backbone_weights(path: Path, model: Backbone) -> dict[str, Tensor]:
+    """What a network can begin with from the file of a trained one: the whole backbone, which must
+    be the same, and those attention modules that are. Raises CheckpointError."""
+    given, own = load_model(path).model.state_dict(), model.state_dict()
+    fit = {n for n in own.keys() & given.keys() if own[n].shape == given[n].shape}
+    others = [n for n in own.keys() ^ fit | given.keys() ^ fit if not n.startswith("attention.")]
+    if others:
+        raise CheckpointError(
+            f"{path}: another backbone than the one to begin ({min(others)} differs): give its "
+            "--backbone, --blocks, --width and --channels, or another file"
+        )
+    return {name: given[name] for name in fit}
+
+
 def save_state(path: Path, tensors: Mapping[str, Tensor], progress: dict[str, Any]) -> None:
     """Write what resuming needs: tensors by name and JSON values."""
     write_tensors(path, tensors, {"kind": "state", "progress": json.dumps(progress)})

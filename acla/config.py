@@ -44,10 +44,12 @@ def option(
 @dataclass(frozen=True)
 class Task:
     """What is restored. `setting` is the scale (sr: 2, 3, 4), the noise level in 8-bit levels
-    (denoise: > 0), the JPEG quality (car: 1..100) or 0 (demosaic)."""
+    (denoise: > 0), the JPEG quality (car: 1..100) or 0 (demosaic). `until` is 0, or the quality
+    where a range that begins at `setting` ends: every picture's is drawn from it."""
 
     name: str = "car"
     setting: float = 10
+    until: int = 0
 
     def __post_init__(self) -> None:
         known = {
@@ -64,6 +66,11 @@ class Task:
                 raise UsageError(f"task demosaic takes no setting, not {self.setting:g}")
             flag = SETTING_FLAG[self.name]
             raise UsageError(f"--{flag} must be {ranges[self.name]}, not {self.setting:g}")
+        if self.until and not (self.name == "car" and self.setting < self.until <= 100):
+            raise UsageError(
+                f"a range is for the qualities of car and rises, up to 100: --q 5-60, not "
+                f"{self.setting:g}-{self.until}"
+            )
 
     @property
     def scale(self) -> int:
@@ -79,7 +86,13 @@ class Task:
     def label(self) -> str:
         """The setting as tables name it: x2, sigma30, q10, or nothing."""
         prefix = {"sr": "x", "denoise": "sigma", "car": "q", "demosaic": ""}[self.name]
-        return f"{prefix}{self.setting:g}" if prefix else ""
+        until = f"-{self.until}" if self.until else ""
+        return f"{prefix}{self.setting:g}{until}" if prefix else ""
+
+    def covers(self, other: "Task") -> bool:
+        """Whether the other task is this one, or has one of this one's qualities."""
+        inside = self.setting <= other.setting <= (other.until or other.setting) <= self.until
+        return self == other or (self.name == other.name and inside)
 
     def __str__(self) -> str:
         return f"{self.name} {self.label}".strip()
@@ -167,11 +180,15 @@ class TrainConfig:
     ema: bool = option(
         False, "average the weights over steps (decay 0.999), use the averages", shown="off"
     )
+    offset_rate: float = option(
+        1.0, "factor on the learning rate of the attention's offsets and weights", shown="1"
+    )
     seed: int = option(0, "seed of weights, patches and noise", shown="0")
 
     def __post_init__(self) -> None:
         check_fields(self)
         check_positive(self, "steps", "epoch_steps", "batch", "patch", "rate", "halve", "validate")
+        check_positive(self, "offset_rate")
         if not 0 <= self.clip < float("inf"):
             raise UsageError(f"--clip must be 0 or more, not {self.clip:g}")
         if self.amp_dtype != "bf16" and not self.amp:

@@ -146,7 +146,8 @@ def mosaic(clean: Tensor) -> Tensor:
 def degrade(clean: Tensor, task: Task, generator: torch.Generator | None = None) -> Tensor:
     """The low-quality input of a clean picture that has the channels and the size of the task.
 
-    Noise needs the generator. Raises DataError for channels that the task cannot take.
+    Noise and a range of qualities need the generator. Raises DataError for channels that the task
+    cannot take.
     """
     if (task.name, clean.shape[-3]) in (("car", 3), ("demosaic", 1)):
         raise DataError(f"{task.name} needs a network with {task.channels} channel(s)")
@@ -156,10 +157,17 @@ def degrade(clean: Tensor, task: Task, generator: torch.Generator | None = None)
         case "denoise":
             return add_noise(clean, task.setting, generator)
         case "car":
-            return jpeg(clean, int(task.setting))
+            return jpeg(clean, draw_quality(task, generator))
         case "demosaic":
             return mosaic(clean)
     raise ValueError(f"unknown task {task.name!r}")
+
+
+def draw_quality(task: Task, generator: torch.Generator | None) -> int:
+    """The JPEG quality of a task, drawn where it is a range."""
+    if not task.until:
+        return int(task.setting)
+    return int(torch.randint(int(task.setting), task.until + 1, (), generator=generator))
 
 
 def pair(
@@ -171,7 +179,8 @@ def pair(
     """(degraded [c, h, w], target [c, h·scale, w·scale]) of a clean picture [1 or 3, H, W] in 0..1.
 
     c is the task's number of channels unless `channels` says otherwise. sr crops to a multiple of
-    the scale; car takes Y rounded to 8 bit; noise needs the generator. Raises DataError for a
+    the scale; car takes Y rounded to 8 bit; noise and a range of qualities need the generator.
+    Raises DataError for a
     picture smaller than the scale.
     """
     target = fit_channels(clean, channels or task.channels)

@@ -14,6 +14,12 @@ def parse_positions(text: str) -> tuple[int, ...]:
     return () if text in ("", "none") else tuple(int(part) for part in text.split(","))
 
 
+def parse_quality(text: str) -> tuple[int, int]:
+    """'10' → (10, 0); '5-60' → (5, 60): a Task's setting and until. Raises ValueError."""
+    first, dash, last = text.partition("-")
+    return int(first), int(last) if dash else 0
+
+
 def add_flags(parser: argparse.ArgumentParser, kind: type, but: tuple[str, ...] = ()) -> None:
     """Add a flag for each field of a configuration, but for the named ones. A flag that is not
     given leaves no trace in the parsed arguments, so that a preset can fill it."""
@@ -76,8 +82,9 @@ def add_task_flags(parser: argparse.ArgumentParser) -> None:
         "--q",
         dest="task_q",
         metavar="Q",
-        type=int,
-        help="car: JPEG quality, 1 to 100 (default: 10)",
+        type=parse_quality,
+        help="car: JPEG quality, 1 to 100, or a range that pictures draw theirs from, 5-60 "
+        "(default: 10)",
     )
 
 
@@ -93,4 +100,5 @@ def task_from_flags(args: argparse.Namespace) -> Task | None:
     stray = [f"--{SETTING_FLAG[task]} belongs to --task {task}" for task in given if task != name]
     if more or stray:
         raise UsageError("; ".join(stray) + f"; this call is for --task {name}")
-    return Task(name, given.get(name, SETTING_DEFAULT[name]))
+    setting = given.get(name, SETTING_DEFAULT[name])
+    return Task(name, *(setting if name in given and name == "car" else (setting,)))

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,7 @@ class Learner:
         self.model = build_network(model).to(self.device).train()
         # Shares the parameters; the names of `model` are those that are kept.
         self.network = torch.compile(self.model) if how.compile else self.model
-        learning = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = training.adam(learning, how.rate)
+        self.optimizer = training.adam(parameter_groups(self.model, how), how.rate)
         # Finds the factor that fp16's gradients need, and leaves out the steps where it was too
         # large.
         scaled = how.amp and how.amp_dtype == "fp16"
@@ -52,11 +51,11 @@ class Learner:
         self.losses: list[Tensor] = []
         self.norms: list[Tensor] = []
 
-    def begin_with(self, weights: Backbone) -> None:
-        """Take over a network's weights, into the averages too."""
-        self.model.load_state_dict(weights.state_dict())
-        if self.averaged:
-            self.averaged.module.load_state_dict(weights.state_dict())
+    def begin_with(self, weights: Mapping[str, Tensor]) -> None:
+        """Take over weights by their names, into the averages too; what is not named stays new."""
+        for model in (self.model, self.averaged.module if self.averaged else None):
+            if model is not None:
+                model.load_state_dict({**model.state_dict(), **weights})
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What resuming needs: tensors by name and JSON values."""
@@ -106,6 +105,17 @@ class Learner:
         norms = torch.stack(self.norms).tolist() if self.norms else []
         self.losses, self.norms = [], []
         return losses, [norm for norm in norms if math.isfinite(norm)]
+
+
+def parameter_groups(model: Backbone, how: TrainConfig) -> list[dict[str, Any]]:
+    """What learns, for the optimiser: offsets and weights of keys have a rate of their own where
+    one is asked for."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    points = [p for n, p in named if ".points." in n]
+    if how.offset_rate == 1 or not points:
+        return [{"params": [p for _, p in named]}]
+    others = [p for n, p in named if ".points." not in n]
+    return [{"params": others}, {"params": points, "factor": how.offset_rate}]
 
 
 def require_amp(how: TrainConfig, device: torch.device) -> None:

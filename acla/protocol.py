@@ -92,7 +92,7 @@ def line(task: Task, baseline: bool = False, channels: int | None = None) -> str
             codec = "libjpeg-turbo" if features.check("libjpeg_turbo") else "libjpeg"
             version = features.version("libjpeg_turbo") or features.version("jpg")
             encoder = f"Pillow {PIL.__version__} ({codec} {version})"
-            made = f"grayscale JPEG, quality {task.setting:g}, {encoder}"
+            made = f"grayscale JPEG, quality {task.label[1:]}, {encoder}"
         case _:
             made = "Bayer mosaic GRBG, missing samples zero"
     cut = f"border of {border(task)} px cut" if border(task) else "no border cut"

@@ -159,7 +159,12 @@ def main(argv: list[str] | None = None) -> None:
     check_tile(args.tile)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UsageError("photos are restored in one process: python, not torchrun")
-    weights = Weights(args.checkpoint, task_from_flags(args), pick_device(args.device))
+    task = task_from_flags(args)
+    if task and task.until:
+        raise UsageError(
+            f"--q {task.label[1:]}: a photo has one quality; give one, or leave --q out"
+        )
+    weights = Weights(args.checkpoint, task, pick_device(args.device))
     for task in weights.files:
         check_ensemble(args.ensemble, task)
     jobs = find_jobs(args.source, args.out, args.suffix, args.overwrite)
@@ -187,7 +192,7 @@ def run_job(
     path: Path, target: Path, weights: Weights, args: argparse.Namespace, label: str
 ) -> str:
     """Restore one photo and say what was written. Raises AclaError, OSError or MemoryError."""
-    quality = photo.jpeg_quality(path) if args.task_q is None else args.task_q
+    quality = photo.jpeg_quality(path) if args.task_q is None else args.task_q[0]
     file, network, outside = weights.pick(quality)
     source = photo.read(path, ycc=network.config.channels == 1)
     check_mosaic(source, network.task)

@@ -230,12 +230,14 @@ def cosine(rate: float, step: int, steps: int) -> float:
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate; a group of parameters may have a factor of its own on it."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("factor", 1)
 
 
-def adam(parameters: Iterable[nn.Parameter], rate: float) -> torch.optim.Adam:
-    """Adam as the paper sets it: β 0.9 and 0.999, ε 1e-8."""
+def adam(parameters: Iterable[nn.Parameter] | list[dict], rate: float) -> torch.optim.Adam:
+    """Adam as the paper sets it: β 0.9 and 0.999, ε 1e-8. parameters: all, or groups, which may
+    have a `factor` on the rate."""
     return torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.999), eps=1e-8)
 
 

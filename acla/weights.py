@@ -1,4 +1,4 @@
-"""The network for a photo: a checkpoint by name, or the one of a folder that fits best."""
+"""The network for a task: a checkpoint by name, or the one of a folder that fits best."""
 
 import re
 from pathlib import Path
@@ -18,8 +18,9 @@ class Weights:
     """The networks that may be used, found when this is made, read when they are picked.
 
     checkpoint: the file of the only one. Without it, the files of PLACES for the task, by default
-    JPEG artifacts, named task-setting-anything.safetensors: car-q10-paper.safetensors. given: the
-    task of the flags; it must be the network's. Raises UsageError, CheckpointError.
+    JPEG artifacts, named task-setting-anything.safetensors: car-q10-acla.safetensors,
+    car-q5-60-acla.safetensors. given: the task of the flags; it must be the network's. Raises
+    UsageError, CheckpointError.
     """
 
     def __init__(self, checkpoint: Path | None, given: Task | None, device: torch.device) -> None:
@@ -36,13 +37,13 @@ class Weights:
 
     def find(self, task: Task) -> None:
         """Fill `files` from PLACES: for car every quality, else the task's own setting."""
-        setting = r"q(\d+)" if task.name == "car" else re.escape(task.label)
+        setting = r"q(\d+)(?:-(\d+))?" if task.name == "car" else re.escape(task.label)
         name = re.compile("-".join(filter(None, (task.name, setting, r".*\.safetensors"))))
         for path in (path for place in PLACES for path in sorted(place.glob("*.safetensors"))):
             found = name.fullmatch(path.name)
             if found:
-                q = int(found[1]) if found.groups() else task.setting
-                self.files.setdefault(Task(task.name, q), path)
+                numbers = [int(number) for number in found.groups() if number]
+                self.files.setdefault(Task(task.name, *(numbers or [task.setting])), path)
         if not self.files:
             flag = f"--task {task.name}"
             if task.name in SETTING_FLAG:
@@ -60,12 +61,25 @@ class Weights:
         return self.kept[path]
 
     def pick(self, quality: int | None) -> tuple[Path, Checkpoint, str | None]:
-        """(file, network, notice if it is outside what it was trained for) for a photo of a JPEG
-        quality. Raises UsageError where the quality is needed and not known."""
-        if len(self.files) > 1 and quality is None:
-            raise UsageError("not a JPEG, so that its quality is not known: give --q N")
-        task = min(self.files, key=lambda task: abs(task.setting - (quality or task.setting)))
+        """(file, network, notice if it is outside what it was trained for) for a picture of a JPEG
+        quality; where that is not known, the network of the widest range. Raises UsageError where
+        there is none and the quality is needed."""
+        if quality is None:
+            ranges = [task for task in self.files if task.until]
+            if len(self.files) > 1 and not ranges:
+                raise UsageError("not a JPEG, so that its quality is not known: give --q N")
+            task = max(ranges or self.files, key=lambda task: task.until - task.setting)
+            return self.files[task], self.load(self.files[task]), None
+        task = min(self.files, key=lambda task: fitness(task, quality))
         notice = None
-        if task.name == "car" and quality and abs(quality - task.setting) > REACH:
+        if task.name == "car" and fitness(task, quality)[0]:
             notice = f"JPEG quality {quality} is outside what the network was trained for ({task})"
         return self.files[task], self.load(self.files[task]), notice
+
+
+def fitness(task: Task, quality: int) -> tuple[float, bool, float]:
+    """What to sort networks by for a JPEG quality: how far it lies outside of what the network
+    serves, whether the network is for many qualities, and how far it lies from those it was trained
+    for."""
+    away = max(task.setting - quality, quality - (task.until or task.setting), 0)
+    return max(away - REACH, 0), task.until > 0, away

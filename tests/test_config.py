@@ -26,6 +26,7 @@ def parse(*words: str) -> argparse.Namespace:
         ([], None),
         (["--task", "car"], Task("car", 10)),
         (["--q", "20"], Task("car", 20)),
+        (["--q", "5-60"], Task("car", 5, 60)),
         (["--task", "sr", "--scale", "3"], Task("sr", 3)),
         (["--sigma", "25"], Task("denoise", 25)),
         (["--task", "demosaic"], Task("demosaic", 0)),
@@ -42,6 +43,8 @@ def test_flags_name_the_task(words, task):
         (["--q", "10", "--sigma", "10"], "belongs to --task"),
         (["--task", "sr", "--scale", "5"], "--scale must be 2, 3 or 4, not 5"),
         (["--task", "car", "--q", "0"], "--q must be a whole number of 1 to 100"),
+        (["--q", "60-5"], "--q 5-60, not 60-5"),
+        (["--q", "5-101"], "up to 100"),
         (["--sigma", "nan"], "--sigma must be above 0"),
         (["--sigma", "-1"], "--sigma must be above 0"),
     ],
@@ -91,6 +94,28 @@ def test_a_number_format_goes_with_mixed_precision():
 def test_wrong_searches_are_refused(fields):
     with pytest.raises(UsageError, match="must"):
         SearchConfig(**fields)
+
+
+@pytest.mark.parametrize("text", ["", "10-", "-5", "a", "5-x", "5-10-20", "1.5"])
+def test_what_is_no_quality_is_refused(text, capsys):
+    with pytest.raises(SystemExit):
+        parse(f"--q={text}")
+    assert "argument --q" in capsys.readouterr().err
+
+
+def test_a_range_of_qualities_covers_its_own():
+    many = Task("car", 5, 60)
+    assert (many.label, str(many), many.scale, many.channels) == ("q5-60", "car q5-60", 1, 1)
+    assert many.covers(many)
+    assert many.covers(Task("car", 5))
+    assert many.covers(Task("car", 60))
+    assert many.covers(Task("car", 10, 20))
+    assert not many.covers(Task("car", 4))
+    assert not many.covers(Task("car", 10, 61))
+    assert not Task("car", 10).covers(many)
+    assert not many.covers(Task("denoise", 10))
+    with pytest.raises(UsageError, match="a range is for the qualities of car"):
+        Task("denoise", 10, 30)
 
 
 @pytest.mark.parametrize("value", [Task("sr", 3), ModelConfig(positions=(2, 7)), TrainConfig()])

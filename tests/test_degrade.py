@@ -13,6 +13,7 @@ from acla.degrade import (
     add_noise,
     bicubic,
     crop_to_multiple,
+    degrade,
     enlarge,
     generator_for,
     jpeg,
@@ -23,7 +24,7 @@ from acla.degrade import (
     window,
 )
 from acla.errors import DataError
-from acla.image import luma, round_8bit, to_levels
+from acla.image import from_levels, luma, round_8bit, to_levels
 
 
 def matlab_line(line: list[float], out_length: int) -> list[float]:
@@ -207,3 +208,15 @@ def test_untouched_sr_is_y_without_rounding_in_between(make_picture):
 )
 def test_window_leaves_room(task, patch, side):
     assert window(task, patch) == side
+
+
+def test_qualities_of_a_range_are_drawn_evenly_and_again_the_same(make_scene):
+    clean = from_levels(make_scene(16, 16, 1)[None])
+    task, generator = Task("car", 5, 7), torch.Generator().manual_seed(1)
+    drawn = [degrade(clean, task, generator) for _ in range(60)]
+    one_by_one = [jpeg(clean, q) for q in (5, 6, 7)]
+    counts = [sum(torch.equal(d, one) for d in drawn) for one in one_by_one]
+    assert sum(counts) == 60
+    assert min(counts) >= 8  # 20 are expected; fewer than 8 have a chance below 1e-3
+    again = torch.Generator().manual_seed(1)
+    assert all(torch.equal(d, degrade(clean, task, again)) for d in drawn)

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import evaluate
+from acla import weights
 from acla.backbone import Backbone
 from acla.checkpoint import load_model, save_model
 from acla.cli import run
@@ -47,6 +48,7 @@ def root(tmp_path, make_scene):
 
 
 def write_network(path: Path, task: Task, **fields: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     size = {
         "blocks": 1,
@@ -288,12 +290,35 @@ def test_network_that_breaks_down_is_told(capsys, root, tmp_path):
     assert "output for colour.png is not finite" in err
 
 
+def test_a_network_for_many_qualities_is_scored_on_one(capsys, root, tmp_path):
+    file = write_network(tmp_path / "many.safetensors", Task("car", 5, 60))
+    evaluate.main(["--dataset", "Mine", "--data", str(root), "--checkpoint", str(file)])
+    out, err = capsys.readouterr()
+    assert "trained for car q5-60, is scored on car q10; --q changes it" in err
+    assert "grayscale JPEG, quality 10" in out
+    flags = ["--dataset", "Mine", "--data", str(root), "--checkpoint", str(file)]
+    evaluate.main([*flags, "--q", "5-60"])
+    assert "grayscale JPEG, quality 5-60" in capsys.readouterr().out
+    evaluate.main([*flags, "--q", "70"])
+    assert "was trained for car q5-60 and is scored on car q70" in capsys.readouterr().err
+
+
 def test_default_checkpoint(capsys, root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(weights, "PLACES", (tmp_path / "weights",))
     code, err = failure(capsys, "--dataset", "Mine", "--data", root)
     assert code == 2
-    assert "give --checkpoint FILE, --baseline or --predictions DIR, or train" in err
-    (tmp_path / "runs" / "train").mkdir(parents=True)
+    assert err.startswith("error: there is no runs/train/model.safetensors to score and no network")
+    assert "give --baseline or --predictions DIR" in err
+    write_network(tmp_path / "weights" / "car-q10-a.safetensors", Task("car", 10))
+    write_network(tmp_path / "weights" / "car-q5-60-a.safetensors", Task("car", 5, 60))
+    for flags, name in ((), "q10"), (("--q", "30"), "q5-60"):
+        evaluate.main(["--dataset", "Mine", "--data", str(root), *flags])
+        err = capsys.readouterr().err
+        assert f"weights/car-{name}-a.safetensors: the default; --checkpoint changes it" in err
+        assert "is scored on" not in err
+    code, err = failure(capsys, "--dataset", "Mine", "--data", root, "--task", "sr")
+    assert (code, "python train.py --task sr" in err) == (2, True)
     write_network(tmp_path / "runs" / "train" / "model.safetensors", Task("car", 10))
     evaluate.main(["--dataset", "Mine", "--data", str(root)])
     assert "runs/train/model.safetensors: the default" in capsys.readouterr().err

@@ -55,6 +55,38 @@ def test_long_gradients_are_shortened_and_their_norms_told():
     torch.testing.assert_close(short, free / 2)
 
 
+def test_offsets_and_weights_of_keys_may_learn_at_a_rate_of_their_own():
+    attended = ModelConfig(blocks=2, width=4, channels=1, keys=3, positions=(1, 2))
+
+    def moved(offset_rate: float) -> dict[str, float]:
+        one = Learner(attended, replace(HOW, offset_rate=offset_rate), ALONE)
+        for parameter in one.model.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        before = {name: p.clone() for name, p in one.model.named_parameters()}
+        step(one, 0)
+        return {n: (p - before[n]).abs().max().item() for n, p in one.model.named_parameters()}
+
+    same_rate, slow = moved(1.0), moved(0.1)
+    assert any(".points." in name for name in same_rate)
+    for name, size in same_rate.items():
+        # Adam's first step is as long as the rate
+        assert slow[name] == pytest.approx(size * (0.1 if ".points." in name else 1), rel=1e-3)
+
+
+def test_a_rate_of_its_own_is_resumed(tmp_path):
+    attended = ModelConfig(blocks=1, width=4, channels=1, keys=3, positions=(1,))
+    how = replace(HOW, offset_rate=0.3)
+    straight, first, second = (Learner(attended, how, ALONE) for _ in range(3))
+    for number in range(4):
+        step(straight, number)
+    for number in range(2):
+        step(first, number)
+    second.unpack(*first.pack(), tmp_path / "state.safetensors")
+    for number in range(2, 4):
+        step(second, number)
+    assert same(straight, second)
+
+
 def test_fp16_is_refused_on_a_cpu():
     with pytest.raises(UsageError, match="--amp-dtype fp16 is for GPUs"):
         Learner(PLAIN, replace(HOW, amp=True, amp_dtype="fp16"), ALONE)

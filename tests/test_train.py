@@ -18,7 +18,7 @@ from acla import checkpoint, cli, training
 from acla.checkpoint import load_model, load_state, save_state
 from acla.config import Task
 from acla.data import PatchSampler, Pictures
-from acla.errors import DataError, UsageError
+from acla.errors import CheckpointError, DataError, UsageError
 from acla.learner import Learner
 
 ROOT = Path(__file__).parents[1]
@@ -52,16 +52,49 @@ def same_state(one: str, other: str) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_a_run_begins_with_the_weights_of_a_trained_backbone(small_sets, capsys):
+    plain = [*SMALL[:6], "--arch", "none"]
+    train.main([*plain, *SHORT, *small_sets, "--out", "plain"])
+    begin = [*SMALL, *small_sets, "--init", "plain/model.safetensors", "--rate", "1e-12", "--ema"]
+    train.main([*begin, *SHORT, "--out", "more"])
+    assert "weights: plain/model.safetensors" in capsys.readouterr().err
+    before, after = (
+        load_model(Path(out, "model.safetensors")).model.state_dict() for out in ("plain", "more")
+    )
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-9)
+    assert any(name.startswith("attention.") for name in after)
+    # The modules are new and change nothing, so that the score is the backbone's
+    assert rows("more")[-1]["val_psnr"] == pytest.approx(rows("plain")[-1]["val_psnr"], abs=1e-6)
+    again = [*begin[:-3], *SHORT, "--out", "keys"]
+    train.main([*again, "--init", "more/model.safetensors", "--positions", "1", "--rate", "1e-12"])
+    kept = load_model(Path("keys/model.safetensors")).model.state_dict()
+    name = "attention.1.points.bias"
+    torch.testing.assert_close(kept[name], after[name], rtol=0, atol=1e-9)
+
+
+def test_weights_of_another_backbone_are_refused(small_sets):
+    train.main([*SMALL, *SHORT, *small_sets, "--out", "one"])
+    begin = ["--init", "one/model.safetensors", *SHORT, *small_sets, "--out", "two"]
+    with pytest.raises(CheckpointError, match="another backbone than the one to begin"):
+        train.main([*SMALL, *begin, "--width", "16"])
+    with pytest.raises(UsageError, match="--inherit and --init"):
+        train.main([*SMALL, *begin, "--inherit"])
+    with pytest.raises(CheckpointError, match="no such file"):
+        train.main([*SMALL, *begin, "--init", "none.safetensors"])
+
+
 @pytest.mark.parametrize(
     ("words", "task"),
     [
         (["--task", "car", "--q", "20"], Task("car", 20)),
+        (["--task", "car", "--q", "5-60"], Task("car", 5, 60)),
         (["--task", "denoise", "--sigma", "50", "--channels", "1"], Task("denoise", 50)),
         (["--task", "demosaic"], Task("demosaic", 0)),
         (["--task", "sr", "--scale", "3"], Task("sr", 3)),
         (["--task", "sr", "--backbone", "rcan", "--group-blocks", "1"], Task("sr", 2)),
     ],
-    ids=["car", "denoise-gray", "demosaic", "sr3", "sr2-rcan"],
+    ids=["car", "car-range", "denoise-gray", "demosaic", "sr3", "sr2-rcan"],
 )
 def test_every_task_trains_and_its_network_comes_back(words, task):
     train.main([*SMALL, *SHORT, *words])

@@ -43,6 +43,28 @@ def test_the_quality_of_the_file_picks_the_network(
     assert (f"JPEG quality {quality} is outside what the network was trained for" in err) == outside
 
 
+@pytest.mark.parametrize(
+    ("quality", "chosen", "outside"),
+    [(13, "q10", False), (28, "q5-60", False), (65, "q5-60", False), (80, "q5-60", True)],
+)
+def test_a_network_for_many_qualities_takes_what_no_other_serves(
+    tmp_path, capsys, monkeypatch, make_scene, quality, chosen, outside
+):
+    for task in (Task("car", 10), Task("car", 5, 60)):
+        write_network(tmp_path / "weights" / f"car-{task.label}-a.safetensors", task)
+    monkeypatch.setattr(weights, "PLACES", (tmp_path / "weights",))
+    Image.fromarray(make_scene(16, 16, 1)).save(tmp_path / "in.jpg", quality=quality)
+    call(tmp_path / "in.jpg", tmp_path / "out.png")
+    out, err = capsys.readouterr()
+    assert f"car {chosen}, " in out
+    assert ("is outside what the network was trained for (car q5-60)" in err) == outside
+    Image.fromarray(make_scene(16, 16, 1)).save(tmp_path / "in.png")
+    call(tmp_path / "in.png", tmp_path / "of-unknown-quality.png")
+    assert "car q5-60, " in capsys.readouterr().out
+    status, err = failure(capsys, tmp_path / "in.png", tmp_path / "no.png", "--q", "5-60")
+    assert (status, "a photo has one quality" in err) == (2, True)
+
+
 def test_flags_name_the_network(tmp_path, capsys, make_scene, networks):
     Image.fromarray(make_scene(16, 16, 1) // 2).save(tmp_path / "in.jpg", quality=80)
     Image.fromarray(make_scene(16, 16, 1) // 2).save(tmp_path / "in.png")
