@@ -1,0 +1,82 @@
+"""Results of evaluate.py as one Markdown table beside the published figures:
+`python -m acla.scores FILE.json [FILE.json…]`."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from acla import cli
+from acla.errors import AclaError
+
+METRICS = {"psnr": ".2f", "ssim": ".4f"}
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The results in a file that evaluate.py --json wrote. Raises AclaError."""
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))["results"]
+        for result in results:
+            name_row(result), name_column(result), dict(result["mean"]), dict(result["published"])
+    except FileNotFoundError as error:
+        raise AclaError(f"{path}: there is no such file; evaluate.py --json writes one") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise AclaError(f"{path}: not a file of evaluate.py --json: {error!r}") from error
+    return results
+
+
+def name_row(result: dict[str, Any]) -> str:
+    """What was scored: the checkpoint's file name, or the kind of what was no network."""
+    model = result["model"]
+    if model["kind"] != "network":
+        return f"ours: {model['kind']}"
+    name = Path(model["checkpoint"]).name.removesuffix(".safetensors")
+    return f"ours: {name}" + (", ensemble of 8" if model["ensemble"] else "")
+
+
+def name_column(result: dict[str, Any]) -> str:
+    """The set and the setting: LIVE1 q10."""
+    prefix = {"sr": "×", "denoise": "σ", "car": "q"}.get(result["task"], "")
+    return f"{result['dataset']} {prefix}{result['setting']:g}" if prefix else result["dataset"]
+
+
+def markdown(results: list[dict[str, Any]], metric: str) -> str:
+    """The table: a row for each published method and each network, a column for each set and
+    setting. Raises AclaError where two results claim one place."""
+    rows: dict[str, dict[str, float]] = {}
+    columns = list(dict.fromkeys(name_column(result) for result in results))
+    for result in results:
+        column = name_column(result)
+        for method, figures in result["published"].items():
+            rows.setdefault(method, {})[column] = figures.get(metric)
+    for result in results:
+        row, column = rows.setdefault(name_row(result), {}), name_column(result)
+        if column in row:
+            raise AclaError(f"{column} of {name_row(result)} is there twice: leave out one file")
+        row[column] = result["mean"][metric]
+    lines = [["", *columns], ["---"] * (len(columns) + 1)]
+    for name, row in rows.items():
+        cells = (row.get(column) for column in columns)
+        lines.append(
+            [name, *("–" if v is None else f"{v:{METRICS[metric]}}".strip() for v in cells)]
+        )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def cell(figure: float | None, metric: str) -> str:
+    return "–" if figure is None else f"{figure:{METRICS[metric]}}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m acla.scores", description=__doc__)
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="of evaluate.py --json")
+    parser.add_argument(
+        "--metric", choices=METRICS, default="psnr", help="PSNR in dB or SSIM (default: psnr)"
+    )
+    args = parser.parse_args(argv)
+    results = [result for path in args.files for result in read_results(path)]
+    cli.say(markdown(results, args.metric))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,79 @@
+"""The table that is made from results of evaluate.py."""
+
+import json
+
+import pytest
+
+from acla import scores
+from acla.cli import run
+
+
+def result(dataset="LIVE1", q=10, checkpoint="weights/car-q10-a.safetensors", psnr=29.4567, **more):
+    return {
+        "dataset": dataset,
+        "task": "car",
+        "setting": q,
+        "model": {"kind": "network", "checkpoint": checkpoint, "ensemble": False},
+        "mean": {"psnr": psnr, "ssim": 0.81234},
+        "published": {"JPEG": {"psnr": 27.77}, "DnCNN": {"psnr": 29.19, "ssim": 0.8123}},
+    } | more
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name, *results):
+        (tmp_path / name).write_text(json.dumps({"results": list(results)}))
+        return str(tmp_path / name)
+
+    return write
+
+
+def table(capsys, *argv):
+    scores.main(list(argv))
+    lines = capsys.readouterr().out.splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_methods_are_rows_and_sets_are_columns(capsys, write):
+    one = write("a.json", result(), result("Classic5", published={"JPEG": {"psnr": 27.82}}))
+    two = write("b.json", result(q=20, published={"JPEG": {"psnr": 30.07}}, psnr=31.0))
+    three = write("c.json", result(checkpoint="runs/other.safetensors", psnr=None))
+    assert table(capsys, one, two, three) == [
+        ["", "LIVE1 q10", "Classic5 q10", "LIVE1 q20"],
+        ["---"] * 4,
+        ["JPEG", "27.77", "27.82", "30.07"],
+        ["DnCNN", "29.19", "–", "–"],
+        ["ours: car-q10-a", "29.46", "29.46", "31.00"],
+        ["ours: other", "–", "–", "–"],
+    ]
+    assert table(capsys, one, "--metric", "ssim")[3:] == [
+        ["DnCNN", "0.8123", "–"],
+        ["ours: car-q10-a", "0.8123", "0.8123"],
+    ]
+
+
+def test_what_is_no_network_is_named_by_its_kind(capsys, write):
+    plain = result(model={"kind": "baseline"}, task="demosaic", published={})
+    assert table(capsys, write("a.json", plain))[0] == ["", "LIVE1"]
+    assert table(capsys, write("a.json", plain))[2][0] == "ours: baseline"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "not a file of evaluate.py"),
+        ("{}", "not a file of evaluate.py"),
+        ('{"results": [{"dataset": "LIVE1"}]}', "not a file of evaluate.py"),
+        ('{"results": 5}', "not a file of evaluate.py"),
+        (None, "there is no such file"),
+        (json.dumps({"results": [result(), result()]}), "LIVE1 q10 of ours: car-q10-a is there"),
+    ],
+)
+def test_other_files_are_refused(capsys, tmp_path, text, message):
+    path = tmp_path / "r.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        run(scores.main, [str(path)])
+    assert stop.value.code == 1
+    assert message in capsys.readouterr().err
