@@ -7,6 +7,7 @@ python train.py --task sr --preset paper --describe
 """
 
 import argparse
+import itertools
 import json
 import time
 from dataclasses import asdict, dataclass
@@ -143,7 +144,8 @@ def train(
     the log, the model, the best one so far, and the state."""
     how, out = plan.train, args.out
     processes.require_share(how.batch)
-    paths, val_paths = training_sets(how.train_set, how.val_set or None, args.data)
+    paths, val_sets = training_sets(how.train_set, how.val_set or None, args.data)
+    val_paths = list(itertools.chain(*val_sets.values()))
     data = {"train": training.digest(paths), "val": training.digest(val_paths)}
     share = how.batch, how.seed, processes.rank, processes.world
     channels = plan.model.channels
@@ -187,12 +189,14 @@ def train(
         if done % how.validate and done < how.steps:
             continue
         losses, norms = learner.met()
-        psnr = training.mean_psnr(learner.result, validation, plan.task, processes.device)
+        each = training.each_psnr(learner.result, validation, plan.task, processes.device)
+        found = training.by_set(each, val_sets)
+        psnr = found["val_psnr"]
         kept = f"{out / STATE} of step {progress['step']}"
         training.require_finite_steps(losses, psnr, done, sampler, kept)
         row = {"step": done, "loss": sum(losses) / len(losses), "rate": learner.rate(step)}
         row |= {"norm": sum(norms) / len(norms)} if norms else {}
-        row |= {"val_psnr": psnr, "seconds": round(before + time.monotonic() - begun, 2)}
+        row |= found | {"seconds": round(before + time.monotonic() - begun, 2)}
         bar.set_postfix(refresh=False, loss=f"{row['loss']:.3f}", psnr=f"{psnr:.2f}")
         better = progress["best"] is None or psnr > progress["best"]["val_psnr"]
         best = {"step": done, "val_psnr": psnr} if better else progress["best"]

@@ -145,15 +145,19 @@ def split_every(paths: Sequence[Path], nth: int) -> tuple[list[Path], list[Path]
 
 def training_sets(
     train_set: str, val_set: str | None, root: str | Path | None
-) -> tuple[list[Path], list[Path]]:
-    """(training, validation) pictures.
+) -> tuple[list[Path], dict[str, list[Path]]]:
+    """The pictures to train on, and those of every set to validate on, by its name.
 
-    Without a validation set, `sample` uses its own and any other set is split.
+    val_set: one name or several, A,B. Without any, `sample` uses its own and of any other set every
+    tenth picture is taken away.
     """
     training = find_set(train_set, root, "train")
     if val_set is not None:
-        return training, find_set(val_set, root, "val")
-    return (training, sample("val")) if train_set == "sample" else split_validation(training)
+        return training, {name: find_set(name, root, "val") for name in val_set.split(",")}
+    if train_set == "sample":
+        return training, {train_set: sample("val")}
+    training, validation = split_validation(training)
+    return training, {train_set: validation}
 
 
 def match_stems(originals: list[Path], folder: Path) -> dict[Path, Path]:

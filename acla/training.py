@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -320,10 +320,14 @@ def each_psnr(model: Backbone, pictures: Pictures, task: Task, device: torch.dev
     return found
 
 
-def mean_psnr(model: Backbone, pictures: Pictures, task: Task, device: torch.device) -> float:
-    """The mean of `each_psnr`."""
-    found = each_psnr(model, pictures, task, device)
-    return sum(found) / len(found)
+def by_set(psnr: Sequence[float], sets: Mapping[str, Sequence[Path]]) -> dict[str, float]:
+    """Means of the PSNR of the pictures of several sets, one set's after the other's: val_psnr of
+    all, and where there is more than one set, val_psnr_NAME of each."""
+    means, rest = {"val_psnr": sum(psnr) / len(psnr)}, list(psnr)
+    for name, paths in sets.items() if len(sets) > 1 else ():
+        own, rest = rest[: len(paths)], rest[len(paths) :]
+        means[f"val_psnr_{name}"] = sum(own) / len(own)
+    return means
 
 
 def middle(picture: Tensor) -> Tensor:

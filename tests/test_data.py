@@ -112,11 +112,15 @@ def test_training_sets(tmp_path):
     write_pictures(tmp_path / "train" / "T", *(f"{i}.png" for i in range(10)))
     write_pictures(tmp_path / "V", "v.png")
     training, validation = training_sets("T", None, tmp_path)
-    assert (len(training), [path.name for path in validation]) == (9, ["9.png"])
-    training, validation = training_sets("T", "V", tmp_path)
-    assert (len(training), [path.name for path in validation]) == (10, ["v.png"])
+    assert (len(training), [path.name for path in validation["T"]]) == (9, ["9.png"])
+    write_pictures(tmp_path / "W", "w.png", "x.png")
+    training, validation = training_sets("T", "V,W", tmp_path)
+    assert (len(training), list(validation)) == (10, ["V", "W"])
+    assert [path.name for path in validation["W"]] == ["w.png", "x.png"]
     training, validation = training_sets("sample", None, None)
-    assert validation == find_set("sample", None, "val")
+    assert validation == {"sample": find_set("sample", None, "val")}
+    with pytest.raises(DataError, match="set 'X' was not found"):
+        training_sets("T", "V,X", tmp_path)
 
 
 def test_pictures_stay_within_memory(tmp_path):

@@ -120,6 +120,17 @@ def test_a_resumed_run_equals_a_straight_one_to_the_bit(words, small_sets):
     assert timeless[0] == timeless[1]
 
 
+def test_several_sets_validate(small_sets, tmp_path, make_scene):
+    (tmp_path / "W").mkdir()
+    for seed in (1, 2):
+        Image.fromarray(make_scene(20, 20, seed=seed)).save(tmp_path / "W" / f"{seed}.png")
+    train.main([*SMALL, *SHORT, *small_sets, "--val-set", "V,W"])
+    for row in rows("runs/train"):
+        one, two = row["val_psnr_V"], row["val_psnr_W"]
+        assert one != two
+        assert row["val_psnr"] == pytest.approx((one + 2 * two) / 3)
+
+
 def test_workers_change_no_bit(small_sets):
     train.main([*SMALL, *SHORT, *small_sets, "--out", "none"])
     train.main([*SMALL, *SHORT, *small_sets, "--out", "three", "--workers", "3"])
@@ -129,7 +140,7 @@ def test_workers_change_no_bit(small_sets):
 def test_the_best_network_is_kept_beside_the_last(small_sets, monkeypatch, capsys):
     def score(*values: float) -> None:
         found = iter(values)
-        monkeypatch.setattr(training, "mean_psnr", lambda *_: next(found))
+        monkeypatch.setattr(training, "each_psnr", lambda *_: [next(found)])
 
     def kept(name: str) -> tuple[int, float]:
         info = load_model(Path("runs/train", name)).info
@@ -198,7 +209,7 @@ def test_a_write_that_fails_leaves_the_checkpoint_whole(
             write(path, data)
 
         patched.setattr(checkpoint, "write_atomically", write_until)
-        patched.setattr(training, "mean_psnr", lambda *_: 1e3)  # the best so far
+        patched.setattr(training, "each_psnr", lambda *_: [1e3])  # the best so far
         line = failing(["--resume", *small_sets, "--steps", "4"], capsys)
     assert line.startswith(f"error: {failed}: {reason}; check the path")
     after = [path.read_bytes() for path in (failed, Path("runs/train/state.safetensors"))]
