@@ -1,0 +1,142 @@
+"""Runs of train.py side by side, seeds together: `python -m acla.compare RUN [RUN…]`, one Markdown
+row for all runs that differ by their seed alone."""
+
+import argparse
+import dataclasses
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from acla import cli
+from acla.checkpoint import load_model
+from acla.config import ModelConfig
+from acla.errors import AclaError
+from acla.networks import describe
+from acla.scores import name_column, read_results
+
+MODEL, SCORES = "model.safetensors", "scores.json"
+NOT_SHOWN = {"seed", "epoch_steps", "validate"}  # decide nothing about the network, or are a run's
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that was trained and scored. how: every field of its configurations but the seed's;
+    psnr: {set and setting: dB}; seconds: of training, per step, validation included."""
+
+    folder: Path
+    model: ModelConfig
+    how: dict[str, Any]
+    seed: int
+    seconds: float
+    psnr: dict[str, float]
+
+
+def read_run(folder: Path) -> Run:
+    """A folder of train.py in which evaluate.py --json wrote scores.json. Raises AclaError."""
+    if not (folder / SCORES).is_file():
+        raise AclaError(
+            f"{folder} holds no {SCORES}: python evaluate.py --dataset NAME --checkpoint "
+            f"{folder / MODEL} --json {folder / SCORES}"
+        )
+    found = load_model(folder / MODEL)
+    try:
+        training, done = found.info["train"], found.info["step"]
+        how = {**dataclasses.asdict(found.task), **dataclasses.asdict(found.config), **training}
+        seed, seconds = training["seed"], found.info["seconds"] / done
+    except (KeyError, TypeError) as error:
+        raise AclaError(f"{folder / MODEL}: train.py did not write it: no {error}") from error
+    how = {name: value for name, value in how.items() if name not in NOT_SHOWN}
+    results = read_results(folder / SCORES)
+    psnr = {name_column(result): result["mean"]["psnr"] for result in results}
+    return Run(folder, found.config, how, seed, seconds, psnr)
+
+
+def by_seed(runs: list[Run]) -> list[list[Run]]:
+    """Runs that differ by their seed alone, together, in the order in which they were named. Raises
+    AclaError for a seed that is there twice."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        group = groups.setdefault(json.dumps(run.how, sort_keys=True), [])
+        for other in group:
+            if other.seed == run.seed:
+                raise AclaError(f"{run.folder} and {other.folder} are the same run: leave out one")
+        group.append(run)
+    return list(groups.values())
+
+
+def name_group(group: list[Run], varying: set[str]) -> str:
+    """What a group has that not all groups have: attention acla, ring 6."""
+    how = group[0].how
+    shown = {name: how[name] for name in how if name in varying}
+    if how["attention"] == "none":  # the rest says how its modules would have begun
+        shown = {name: v for name, v in shown.items() if name not in ("keys", "ring", "open_logit")}
+    return ", ".join(f"{name} {show(value)}" for name, value in shown.items()) or "all"
+
+
+def show(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value)) or "–"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def mean_and_spread(values: list[float], digits: int = 3) -> str:
+    """The mean, and the standard deviation where there is more than one value."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def gain(group: list[Run], base: list[Run], column: str) -> str:
+    """Mean difference in dB to the runs of the first row with the same seeds, and its standard
+    error."""
+    of_seed = {run.seed: run.psnr[column] for run in base}
+    apart = [run.psnr[column] - of_seed[run.seed] for run in group if run.seed in of_seed]
+    if group is base or not apart:
+        return "–"
+    if len(apart) < 2:
+        return f"{apart[0]:+.3f}"
+    return f"{statistics.mean(apart):+.3f} ± {statistics.stdev(apart) / len(apart) ** 0.5:.3f}"
+
+
+def markdown(groups: list[list[Run]]) -> str:
+    """The table: what differs, parameters, multiply-adds for a 48×48 input, seconds per step
+    (median), and for each set PSNR in dB (mean ± standard deviation over seeds) and the gain over
+    the first row, paired by seed (mean ± standard error). Raises AclaError for other sets."""
+    first = groups[0][0]
+    for run in (run for group in groups for run in group):
+        if run.psnr.keys() != first.psnr.keys():
+            raise AclaError(f"{run.folder} was scored on other sets than {first.folder}")
+    fields = {name for group in groups for name in group[0].how}
+    varying = {n for n in fields if len({show(g[0].how.get(n)) for g in groups}) > 1}
+    head = ["", "seeds", "parameters", "multiply-adds", "s/step"]
+    head += [text for column in first.psnr for text in (column, "gain")]
+    lines = [head, ["---"] * len(head)]
+    for group in groups:
+        size = describe(group[0].model)
+        line = [name_group(group, varying), str(len(group)), f"{size['params']:,}"]
+        line += [f"{size['macs_48x48'] / 1e9:.3f} G"]
+        line += [f"{statistics.median(run.seconds for run in group):.3f}"]
+        for column in first.psnr:
+            values = [run.psnr[column] for run in group]
+            line += [mean_and_spread(values), gain(group, groups[0], column)]
+        lines.append(line)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m acla.compare", description=__doc__)
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help=f"a folder of train.py, with evaluate.py's --json RUN/{SCORES}; gains are over the "
+        "first one's row",
+    )
+    args = parser.parse_args(argv)
+    cli.say(markdown(by_seed([read_run(folder) for folder in args.runs])))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,105 @@
+"""Runs side by side: what is grouped, what is said to differ, means, spreads and gains."""
+
+import json
+
+import pytest
+
+from acla import compare
+from acla.checkpoint import save_model
+from acla.cli import run
+from acla.config import ModelConfig, Task, TrainConfig
+from acla.networks import build_network, describe
+
+SIZE = {"blocks": 2, "width": 4, "channels": 1}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """A function that writes the folder of a run with given scores."""
+
+    def write(name, seed, psnr, step=10, seconds=5.0, task=None, sets=("LIVE1",), **fields):
+        fields = SIZE | {"attention": "none", "keys": 0} | fields
+        config, folder = ModelConfig(**fields), tmp_path / name
+        folder.mkdir()
+        train = vars(TrainConfig(seed=seed))
+        info = {"train": train, "step": step, "seconds": seconds}
+        save_model(
+            folder / "model.safetensors", build_network(config), config, task or Task(), info
+        )
+        common = {"task": "car", "setting": 10, "published": {}}
+        model = {"kind": "network", "checkpoint": "x", "ensemble": False}
+        results = [
+            {"dataset": s, "model": model, "mean": {"psnr": psnr, "ssim": 0.8}, **common}
+            for s in sets
+        ]
+        (folder / "scores.json").write_text(json.dumps({"results": results}))
+        return str(folder)
+
+    return write
+
+
+def table(capsys, *argv):
+    compare.main(list(argv))
+    lines = capsys.readouterr().out.splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_seeds_are_put_together_and_gains_are_paired(capsys, write):
+    plain = [write("a0", 0, 29.0), write("a1", 1, 29.2, seconds=15.0)]
+    attended = {"attention": "acla", "keys": 3, "positions": (1, 2)}
+    more = [write("b0", 0, 29.1, **attended), write("b1", 1, 29.25, **attended)]
+    alone = write("c2", 2, 30.0, attention="cla", keys=3, positions=(1,))
+    head, _, one, two, three = table(capsys, *plain, *more, alone)
+    assert head == [
+        "",
+        "seeds",
+        "parameters",
+        "multiply-adds",
+        "s/step",
+        "LIVE1 q10",
+        "gain",
+    ]
+    assert one[0] == "attention none, positions –"
+    assert one[1:] == [
+        "2",
+        f"{describe(ModelConfig(attention='none', keys=0, **SIZE))['params']:,}",
+        "0.002 G",
+        "1.000",
+        "29.100 ± 0.141",
+        "–",
+    ]
+    assert two[0] == "attention acla, keys 3, positions 1 2"
+    assert two[5:] == ["29.175 ± 0.106", "+0.075 ± 0.025"]
+    assert three[0] == "attention cla, keys 3, positions 1"
+    assert three[5:] == ["30.000", "–"]  # no run of the first row has its seed
+
+
+def test_a_gain_from_one_seed_has_no_spread(capsys, write):
+    runs = write("a", 0, 29.0), write("b", 0, 29.5, width=8)
+    assert table(capsys, *runs)[3][-2:] == ["29.500", "+0.500"]
+    assert table(capsys, *runs)[3][0] == "width 8"
+
+
+def test_the_same_run_twice_or_other_sets_are_refused(capsys, write, tmp_path):
+    one, two = write("a", 0, 29.0), write("b", 0, 29.0)
+    other = write("c", 1, 29.0, sets=("Classic5",))
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for argv, message in (
+        ((one, two), "are the same run"),
+        ((one, other), "scored on other sets"),
+        ((str(bare),), "holds no scores.json: python evaluate.py"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            run(compare.main, list(argv))
+        assert stop.value.code == 1
+        assert message in capsys.readouterr().err
+
+
+def test_a_network_that_train_did_not_write_is_refused(capsys, write, tmp_path):
+    folder = write("a", 0, 29.0)
+    config = ModelConfig(attention="none", keys=0, **SIZE)
+    save_model(tmp_path / "a" / "model.safetensors", build_network(config), config, Task(), {})
+    with pytest.raises(SystemExit):
+        run(compare.main, [folder])
+    assert "train.py did not write it" in capsys.readouterr().err
