@@ -1,0 +1,209 @@
+"""Local attribution, its diffusion index, keys and branches: against other ways to compute them."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+from torch import nn
+from torch.nn import functional as F
+
+from acla import attribution as room
+from acla.attribution import FIXED_MASKS, gini, keys_of, local_attribution, observe
+from acla.backbone import Backbone
+from acla.config import ModelConfig
+from acla.networks import build_network
+from kernels import reference, to_rows
+
+SMALL = {"blocks": 3, "width": 8, "keys": 4, "channels": 1, "group_blocks": 1, "reduction": 4}
+WINDOW = (5, 6, 4)
+
+
+def perturbed(std: float = 0.15, **fields: object) -> Backbone:
+    """A network in which everything does something."""
+    torch.manual_seed(0)
+    model = build_network(ModelConfig(**{**SMALL, **fields})).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data += std * torch.randn_like(parameter)
+        if name.endswith(".mask"):
+            parameter.data += 4 * torch.randn_like(parameter)
+    return model.requires_grad_(False)
+
+
+def as_used(model: Backbone):
+    return lambda pictures: model.attended(pictures, temperature=FIXED_MASKS)[0]
+
+
+# Local attribution
+
+
+def test_the_detector_adds_differences_inside_the_window():
+    picture = torch.rand(1, 3, 9, 8)
+    y, x, side = 2, 3, 4
+    total = 0.0
+    for c in range(3):
+        for i in range(y, y + side):
+            for j in range(x, x + side):
+                here = picture[0, c, i, j]
+                total += (picture[0, c, i + 1, j] - here).abs() if i + 1 < y + side else 0
+                total += (picture[0, c, i, j + 1] - here).abs() if j + 1 < x + side else 0
+    torch.testing.assert_close(room.detail(picture, (y, x, side)), total)
+
+
+@pytest.mark.parametrize("sigma", [1.2, 0.7, 0.05])
+def test_blurring_is_scipys(sigma):
+    picture = torch.rand(2, 7, 3, dtype=torch.float64)
+    wanted = [
+        ndimage.gaussian_filter(plane, sigma, radius=room.REACH, mode="nearest")
+        for plane in picture.numpy()
+    ]
+    torch.testing.assert_close(room.blurred(picture, sigma), torch.from_numpy(np.stack(wanted)))
+    assert torch.equal(room.blurred(picture, 0), picture)
+
+
+def test_attribution_of_the_identity_is_known_and_ends_at_the_window():
+    y, x = torch.meshgrid(torch.arange(14.0), torch.arange(13.0), indexing="ij")
+    picture = (y**2 + x**2)[None] / 400  # rises along both axes, blurred too
+    found = local_attribution(lambda pictures: pictures, picture, WINDOW, 8)
+    # So the detector is what the last row and column hold more than the first
+    slope = torch.zeros_like(picture, dtype=torch.float64)
+    top, left, side = WINDOW
+    rows, columns = slice(top, top + side), slice(left, left + side)
+    slope[0, top, columns] -= 1
+    slope[0, top + side - 1, columns] += 1
+    slope[0, rows, left] -= 1
+    slope[0, rows, left + side - 1] += 1
+    change = picture.double() - room.blurred(picture.double(), room.SIGMA)
+    torch.testing.assert_close(found.map, slope * change, rtol=0, atol=1e-7)
+    assert (found.map[0, top + 1, left + 1], found.map[0, top - 1, left]) == (0, 0)
+
+
+def test_attribution_ends_at_the_receptive_field():
+    model = perturbed(attention="none", keys=0, blocks=1)
+    found = local_attribution(as_used(model), torch.rand(1, 19, 18), WINDOW, 3)
+    reach = 5  # one pixel each: head, two of the block, end of the body, tail
+    rows, columns = found.map[0].abs().sum(1), found.map[0].abs().sum(0)
+    assert rows.nonzero().flatten().tolist() == list(range(WINDOW[0] - reach, 5 + 4 + reach))
+    assert columns.nonzero().flatten().tolist() == list(range(WINDOW[1] - reach, 6 + 4 + reach))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        pytest.param({"attention": "none", "keys": 0}, id="edsr"),
+        pytest.param({"positions": (1, 3), "scale": 2, "open_logit": 60.0}, id="acla-masks-open"),
+        pytest.param({"backbone": "rcan", "attention": "cla", "positions": (2,)}, id="rcan-cla"),
+        pytest.param({"backbone": "han", "attention": "none", "keys": 0, "blocks": 2}, id="han"),
+        pytest.param({"backbone": "a2n", "attention": "none", "keys": 0}, id="a2n"),
+    ],
+)
+def test_attributions_add_up_to_what_the_detector_gains(fields, make_picture):
+    model, picture = perturbed(**fields), make_picture(14, 13, 1)
+    found = local_attribution(as_used(model), picture, WINDOW, 160)
+    with torch.no_grad():
+        answers = [
+            room.detail(model(p.float()[None]), WINDOW).item()
+            for p in (room.blurred(picture.double(), room.SIGMA), picture)
+        ]
+    assert (found.before, found.after) == pytest.approx(answers, rel=1e-5)
+    assert found.map.sum().item() == pytest.approx(found.after - found.before, rel=0.01)
+    assert abs(found.after - found.before) > 0.1
+
+
+def test_masks_are_steps_and_have_no_slope(make_picture):
+    model, picture = perturbed(positions=(1, 2)), make_picture(14, 13, 1)
+    for module in model.attention.values():
+        module.mask.data *= 0.02
+        module.mask_bias.data.fill_(1.5)
+    assert {row["share"] for row in observe(model, picture, 0, 0).kept} == {1}
+    found = local_attribution(as_used(model), picture, WINDOW, 2).map
+    sloped = local_attribution(model, picture, WINDOW, 2).map
+    for module in model.attention.values():  # all keys are kept, as CLA keeps them
+        module.mask = module.mask_bias = None
+    wanted = local_attribution(as_used(model), picture, WINDOW, 2).map
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    assert (sloped - found).abs().max() > 1e-3
+
+
+# The diffusion index
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 7), (3, 4, 4)])
+def test_gini_is_half_the_mean_difference_over_the_mean(shape):
+    attribution = torch.randn(shape, dtype=torch.float64) ** 3
+    x = attribution.abs().sum(0).flatten()
+    wanted = (x[:, None] - x[None]).abs().mean() / (2 * x.mean())
+    assert gini(attribution) == pytest.approx(wanted.item(), rel=1e-12)
+
+
+def test_one_pixel_and_all_pixels_are_the_ends():
+    one = torch.zeros(1, 8, 10)
+    one[0, 3, 4] = -2
+    assert 100 * (1 - gini(one)) == pytest.approx(100 / 80)
+    assert 100 * (1 - gini(torch.full((1, 8, 10), -0.3))) == pytest.approx(100)
+    assert gini(torch.zeros(1, 8, 10)) is None
+
+
+# Keys
+
+
+@pytest.mark.parametrize("attention", ["acla", "cla", "acla+se"])
+def test_keys_are_those_that_the_operator_reads(attention):
+    H, W, L, K = 5, 4, 2, 4
+    model = perturbed(attention=attention, positions=(1, 2))
+    module = model.attention["2"]
+    module.points.weight.data *= 8  # some keys lie outside
+    query, rows = torch.randn(1, 8, H, W), [to_rows(torch.randn(1, 8, H, W)) for _ in range(L)]
+    points = module.points(query.permute(0, 2, 3, 1)).unflatten(-1, (L, 3, K))
+    maps = None
+    if module.mask is not None:
+        maps = [rows[l] @ module.mask[l].T + module.mask_bias[l] for l in range(L)]
+    aggregate, _, counts = reference.attend(rows, points, maps)
+    total, outside = torch.zeros(L), 0
+    for y in range(H):
+        for x in range(W):
+            keys = keys_of(module, query, rows, y, x)
+            total += keys.kept.sum(1)
+            outside += (keys.position < 0).sum().item()
+            for l in range(L):
+                found = [reference.sample(rows[l], p.view(1, 1, 1, 2)) for p in keys.position[l]]
+                found = torch.stack([f[0, 0, 0] for f in found])
+                mean = ((keys.kept[l] * keys.weight[l])[:, None] * found).sum(0)
+                torch.testing.assert_close(mean, aggregate[0, y, x, l], rtol=1e-4, atol=1e-5)
+    assert total.tolist() == counts[0].tolist()
+    assert outside > 0
+    assert (0 < total.sum() < H * W * L * K) == (attention != "cla")
+
+
+def test_shares_are_means_over_all_pixels():
+    model, picture = perturbed(positions=(1, 3), scale=2), torch.rand(1, 4, 5)
+    at = {(y, x): observe(model, picture, y, x) for y in range(4) for x in range(5)}
+    seen = at[0, 0]
+    assert [(row["position"], row["layer"]) for row in seen.kept] == [(1, 1), (3, 1), (3, 3)]
+    for row in seen.kept:
+        l = [1, 3].index(row["layer"])
+        kept = torch.stack([found.keys[row["position"]].kept[l] for found in at.values()])
+        assert row["share"] == pytest.approx(kept.float().mean().item())
+    assert any(row["share"] not in (0, 1) for row in seen.kept)
+    torch.testing.assert_close(seen.restored, model(picture[None])[0])
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_cla_keeps_all_and_others_have_no_keys():
+    picture = torch.rand(1, 4, 5)
+    seen = observe(perturbed(attention="cla", positions=(2,)), picture, 1, 1)
+    assert seen.kept == [{"position": 2, "layer": 2, "share": 1.0}]
+    seen = observe(perturbed(attention="mha", keys=0, positions=(2,)), picture, 1, 1)
+    assert (seen.kept, seen.keys, seen.branches) == ([], {}, [])
+
+
+def test_branches_are_a2ns_weights():
+    model, picture = perturbed(1.0, backbone="a2n", attention="none", keys=0), torch.rand(1, 6, 5)
+    x, wanted = model.shallow(picture[None]), []
+    for block in model.blocks:
+        y = F.leaky_relu(block.conv_first(x), 0.2).mean((2, 3))
+        logits = block.ADM[2](nn.functional.relu(block.ADM[0](y))) / 30
+        wanted.append(torch.sigmoid(logits[0, 0] - logits[0, 1]).item())
+        x = block(x)
+    assert observe(model, picture, 0, 0).branches == pytest.approx(wanted)
+    assert max(abs(weight - 0.5) for weight in wanted) > 0.01

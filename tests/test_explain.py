@@ -1,0 +1,276 @@
+"""The command: where it looks, what it tells, what it writes and what it refuses."""
+
+import json
+import math
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from restoring import CAR, DOUBLE, MOSAIC, NOISE, write_network
+
+from acla import explain as room
+from acla.attention import rings
+from acla.checkpoint import load_model, save_model
+from acla.cli import run
+from acla.config import ModelConfig, Task
+from acla.degrade import generator_for, mosaic, pair
+from acla.image import load
+from acla.networks import build_network
+
+
+def told(capsys: pytest.CaptureFixture, *argv: object) -> dict:
+    """The numbers of a call in this process."""
+    room.main([*map(str, argv), "--device", "cpu", "--steps", "2", "--json", "-"])
+    return json.loads(capsys.readouterr().out)
+
+
+def failure(capsys: pytest.CaptureFixture, *argv: object) -> tuple[int, str]:
+    """The exit status and the message of a call that must fail."""
+    with pytest.raises(SystemExit) as stop:
+        run(room.main, [*map(str, argv), "--device", "cpu"])
+    return stop.value.code, capsys.readouterr().err
+
+
+def attentive(path: Path, task: Task) -> Path:
+    return write_network(path, task, blocks=2, attention="acla", keys=4, positions=(1, 2))
+
+
+@pytest.fixture
+def picture(tmp_path, make_scene) -> Path:
+    path = tmp_path / "in.png"
+    Image.fromarray(make_scene(37, 30)).save(path)
+    return path
+
+
+# Where it looks
+
+
+def test_the_window_is_where_detail_varies_most():
+    torch.manual_seed(0)
+    noisy = torch.full((1, 20, 26), 0.5) + 0.01 * torch.rand(1, 20, 26)
+    noisy[0, 7:14, 12:19] += torch.rand(7, 7)
+    padded = np.pad(noisy[0].double().numpy(), 1, mode="edge")
+    blocks = np.lib.stride_tricks.sliding_window_view(padded, (3, 3))
+    detail = noisy[0].double().numpy() - blocks.mean((2, 3))
+    variance = np.lib.stride_tricks.sliding_window_view(detail, (7, 7)).var((2, 3))
+    wanted = np.unravel_index(variance.argmax(), variance.shape)
+    assert room.busiest(noisy, 7) == tuple(wanted)
+    assert np.abs(np.array(wanted) - (7, 12)).max() <= 1
+    assert room.busiest(torch.zeros(3, 9, 9), 4) == (0, 0)
+
+
+@pytest.mark.parametrize("scale", [1, 2, 3])
+@pytest.mark.parametrize("length", [6, 17, 40])
+@pytest.mark.parametrize("crop", [4, 9, 30, 500])
+def test_the_part_holds_the_window_and_begins_at_an_even_pixel(scale, length, crop):
+    for side in range(2, min(crop, length * scale) + 1, 3):
+        for start in range(length * scale - side + 1):
+            first, last = room.span(start, side, scale, length, crop)
+            assert 0 <= first <= start // scale
+            assert math.ceil((start + side) / scale) <= last <= length
+            assert first % 2 == 0
+            assert last - first <= max(crop // scale, math.ceil(side / scale) + 1) + 1
+            assert last - first >= min(crop // scale, length) - 1
+
+
+def test_numbers_are_in_pixels_of_the_whole_picture(tmp_path, capsys, picture):
+    file = attentive(tmp_path / "sr.safetensors", DOUBLE)
+    found = told(capsys, picture, "--checkpoint", file, "--at", 24, 20, "--crop", 20)
+    assert (found["window"], found["query"]) == ([16, 12, 16], [24, 20])
+    assert found["part"] == [6, 4, 10, 10]
+    assert [(keys["position"], keys["layer"]) for keys in found["keys"]] == [(1, 1), (2, 1), (2, 2)]
+    for keys in found["keys"]:  # those of new modules lie on rings
+        offsets = torch.tensor([keys["y"], keys["x"]]) - torch.tensor([[12], [10]])
+        torch.testing.assert_close(offsets, rings(4, 2.0), rtol=0, atol=1e-5)
+        assert sum(keys["weight"]) == pytest.approx(1)
+        assert keys["kept"] == [True] * 4
+    assert [row["share"] for row in found["kept"]] == [1, 1, 1]
+    assert found["branches"] == []
+    assert found["task"] == "sr x2"
+
+
+def test_the_input_is_evaluates(tmp_path, picture):
+    for task in (NOISE, CAR, DOUBLE, MOSAIC):
+        network = load_model(write_network(tmp_path / "n.safetensors", task))
+        low, seen, same = room.read_input(picture, network, as_is=False)
+        wanted, target = pair(load(picture), task, generator_for("in"))
+        assert torch.equal(low, wanted)
+        assert torch.equal(seen, target)
+        assert same == task
+
+
+def test_a_range_of_qualities_is_drawn_once(tmp_path, picture):
+    network = load_model(write_network(tmp_path / "n.safetensors", Task("car", 5, 60)))
+    low, _, task = room.read_input(picture, network, as_is=False)
+    assert task.until == 0
+    assert 5 <= task.setting <= 60
+    assert torch.equal(low, pair(load(picture), task)[0])
+    assert torch.equal(low, pair(load(picture), network.task, generator_for("in"))[0])
+
+
+def test_a_mosaic_stays_one_when_it_is_cut(tmp_path, capsys, picture):
+    file = write_network(tmp_path / "m.safetensors", MOSAIC)
+    argv = [str(picture), "--checkpoint", str(file), "--crop", "16", "--window", "13", "9", "5"]
+    scene = room.find_scene(room.parse(argv), load_model(file))
+    assert scene.low.shape == (3, 16, 16)
+    assert torch.equal(mosaic(scene.low), scene.low)
+    assert "16×16 of 37×30 low-quality pixels" in capsys.readouterr().err
+    y, x, side = scene.inner_window
+    whole = pair(load(picture), MOSAIC)[0]
+    assert torch.equal(scene.low[:, y : y + side, x : x + side], whole[:, 13:18, 9:14])
+
+
+def test_a_degraded_picture_is_taken_as_it_is(tmp_path, capsys, picture):
+    file = write_network(tmp_path / "sr.safetensors", DOUBLE)
+    found = told(capsys, picture, "--checkpoint", file, "--as-is")
+    assert found["part"] == [0, 0, 37, 30]
+    y, x, side = found["window"]
+    assert (y % 2, x % 2, side) == (0, 0, 16)
+    assert 0 <= y <= 74 - 16
+    assert 0 <= x <= 60 - 16
+    network = load_model(file)
+    low, seen, _ = room.read_input(picture, network, as_is=True)
+    assert torch.equal(low, load(picture))
+    assert room.busiest(seen, 8) == (y // 2, x // 2)
+    file = write_network(tmp_path / "m.safetensors", MOSAIC)
+    status, err = failure(capsys, picture, "--checkpoint", file, "--as-is")
+    assert (status, err.count("in.png")) == (1, 1)
+    assert "an ordinary photo" in err
+
+
+# What it tells and writes
+
+
+def test_it_tells_numbers_without_matplotlib(tmp_path, capsys, monkeypatch, picture):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    file = attentive(tmp_path / "car.safetensors", CAR)
+    argv = [picture, "--checkpoint", file, "--steps", 2]
+    status, err = failure(capsys, *argv, "--out", tmp_path / "figures")
+    assert status == 2
+    assert "pip install '.[report]'" in err
+    assert not (tmp_path / "figures").exists()
+    room.main([*map(str, argv), "--json", str(tmp_path / "n.json"), "--device", "cpu"])
+    out = capsys.readouterr().out
+    found = json.loads((tmp_path / "n.json").read_text())
+    index = found["attribution"]["diffusion_index"]
+    assert index == pytest.approx(100 * (1 - found["attribution"]["gini"]))
+    # The network is the identity, so that the window alone matters
+    assert 0 < index < 100 * 16 * 16 / (37 * 30)
+    before, after = found["attribution"]["detector"]
+    assert found["attribution"]["sum"] == pytest.approx(after - before, rel=0.2)
+    assert f"diffusion index {index:.2f}" in out
+    assert "query position       2  100.0  100.0" in out
+
+
+def test_figures_are_those_that_apply(tmp_path, capsys, picture):
+    out = tmp_path / "new" / "out"
+    file = attentive(tmp_path / "car.safetensors", CAR)
+    argv = [picture, "--steps", 1, "--out", out, "--checkpoint"]
+    room.main([*map(str, [*argv, file, "--json", out / "n.json"]), "--device", "cpu"])
+    assert {path.name for path in out.iterdir()} == {
+        "attribution.png",
+        "kept.png",
+        "keys.png",
+        "n.json",
+    }
+    with Image.open(out / "attribution.png") as figure:
+        assert np.unique(np.asarray(figure)).size > 50
+    status, err = failure(capsys, *argv, file)
+    assert status == 2
+    assert err.endswith("attribution.png: is there already; --overwrite replaces it\n")
+    config = ModelConfig("a2n", blocks=2, width=8, attention="none", keys=0, channels=1)
+    file = tmp_path / "a2n.safetensors"
+    save_model(file, build_network(config), config, CAR, {})
+    room.main([*map(str, [*argv, file, "--overwrite"]), "--device", "cpu"])
+    told = capsys.readouterr()
+    assert "weight of the branch with attention, block by block: 0." in told.out
+    assert "attention none: samples no keys" in told.err
+    assert (out / "branches.png").is_file()
+
+
+def test_a_flat_window_has_no_index(tmp_path, capsys):
+    Image.new("L", (20, 18), 100).save(tmp_path / "flat.png")
+    file = write_network(tmp_path / "car.safetensors", CAR)
+    found = told(capsys, tmp_path / "flat.png", "--checkpoint", file)
+    assert found["attribution"]["diffusion_index"] is None
+    assert found["window"] == [0, 0, 16]
+    room.main([str(tmp_path / "flat.png"), "--checkpoint", str(file), "--steps", "1"])
+    assert "diffusion index none: the window is flat" in capsys.readouterr().out
+
+
+def test_small_pictures_have_small_windows(tmp_path, capsys, make_scene):
+    file = write_network(tmp_path / "sr.safetensors", Task("sr", 3))
+    Image.fromarray(make_scene(11, 40)).save(tmp_path / "low.png")
+    found = told(capsys, tmp_path / "low.png", "--checkpoint", file)
+    assert (found["window"][0], found["window"][2]) == (0, 9)
+
+
+# What it refuses
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "reason"),
+    [
+        (["--window", 0, 20, 16], 2, "--window 0 20 16: wants 2 to 256 pixels a side"),
+        (["--window", 0, 0, 1], 2, "inside the restored picture, 37×30 pixels"),
+        (["--window", 0, 0, 20, "--crop", 16], 2, "wants 2 to 16 pixels a side (--crop)"),
+        (["--at", 37, 0], 2, "--at 37 0: outside the restored picture, 37×30 pixels"),
+        (["--at", -1, 0], 2, "--at -1 0: outside"),
+        (["--steps", 0], 2, "--steps must be above 0"),
+        (["--crop", 8], 2, "--crop must be 16 or more"),
+        (["--json", "no/where.json"], 2, "there is no folder no"),
+    ],
+)
+def test_impossible_calls_are_refused(tmp_path, capsys, picture, flags, status, reason):
+    file = write_network(tmp_path / "car.safetensors", CAR)
+    code, err = failure(capsys, picture, "--checkpoint", file, *flags)
+    assert (code, err.count("\n")) == (status, 1)
+    assert reason in err
+
+
+def test_what_is_read_is_never_written(tmp_path, capsys, make_scene):
+    path = tmp_path / "attribution.png"
+    Image.fromarray(make_scene(20, 20)).save(path)
+    file, before = write_network(tmp_path / "car.safetensors", CAR), path.read_bytes()
+    for flags in (["--out", tmp_path], ["--json", path], ["--json", file]):
+        code, err = failure(capsys, path, "--checkpoint", file, *flags, "--overwrite")
+        assert code == 2
+        assert "a file that is read" in err
+    assert path.read_bytes() == before
+
+
+def test_a_tiny_picture_and_a_broken_network_are_refused(tmp_path, capsys, picture, monkeypatch):
+    file = write_network(tmp_path / "car.safetensors", CAR)
+    Image.new("L", (1, 9)).save(tmp_path / "line.png")
+    code, err = failure(capsys, tmp_path / "line.png", "--checkpoint", file)
+    assert code == 1
+    assert "line.png: 9×1 pixels restored; a window needs 2 a side" in err
+    Image.new("L", (1, 9)).save(tmp_path / "line.png")
+    small = write_network(tmp_path / "sr.safetensors", DOUBLE)
+    code, err = failure(capsys, tmp_path / "line.png", "--checkpoint", small)
+    assert code == 1
+    assert f"{tmp_path}/line.png: a picture of 9×1 pixels is smaller than the scale 2" in err
+    broken = write_network(tmp_path / "nan.safetensors", CAR, shift=torch.nan)
+    code, err = failure(capsys, picture, "--checkpoint", broken)
+    assert code == 1
+    assert err.endswith("the network's output for in.png is not finite\n")
+
+    def short(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(room, "observe", short)
+    code, err = failure(capsys, picture, "--checkpoint", file)
+    assert (code, err) == (1, "error: out of memory; a --crop below 256 needs less\n")
+
+
+def test_it_is_a_module_to_run(tmp_path, capsys, monkeypatch, picture):
+    file = write_network(tmp_path / "car.safetensors", CAR)
+    given = ["acla.explain", picture, "--checkpoint", file, "--steps", 1, "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", [*map(str, given)])
+    monkeypatch.delitem(sys.modules, "acla.explain")
+    runpy.run_module("acla.explain", run_name="__main__")
+    assert capsys.readouterr().out.startswith(f"{picture}: car q10, {file}\nwindow (")
