@@ -1,8 +1,8 @@
 """Checkpoints: safetensors with the whole configuration inside, written atomically, read as
 untrusted data.
 
-A model file rebuilds its network alone. A state file holds what resuming needs besides: optimiser,
-averages, progress."""
+A model file rebuilds its network alone; `python -m acla.checkpoint import` makes one of a published
+PyTorch file. A state file holds what resuming needs besides: optimiser, averages, progress."""
 
 import dataclasses
 import json
@@ -171,3 +171,11 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, st
             f"{path}: holds a {header.get('kind')}, not a {kind}; the file wanted is {other}"
         )
     return tensors, header
+
+
+if __name__ == "__main__":
+    # Only here: they write through this room
+    from acla.cli import run
+    from acla.importing import main
+
+    run(main)

@@ -2,29 +2,35 @@
 
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from published import random_tensors
 from safetensors.torch import save_file
 
 from acla import checkpoint
 from acla.backbone import Backbone
 from acla.checkpoint import load_model, load_state, save_model, save_state
-from acla.config import ModelConfig, Task
+from acla.config import BACKBONES, ModelConfig, Task
 from acla.errors import CheckpointError
+from acla.networks import build_network
 
+ROOT = Path(__file__).parents[1]
 SMALL = ModelConfig(blocks=3, width=8, group_blocks=1, reduction=2, keys=3, positions=(1, 3))
 
 
 def random_network(**changes) -> Backbone:
-    net = Backbone(replace(SMALL, **changes)).eval()
+    net = build_network(replace(SMALL, **changes)).eval()
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return net
 
 
-@pytest.mark.parametrize("backbone", ["edsr", "rcan"])
+@pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("scale", [1, 2])
 def test_a_network_comes_back_to_the_bit(tmp_path, backbone, scale):
     net = random_network(backbone=backbone, scale=scale)
@@ -35,7 +41,7 @@ def test_a_network_comes_back_to_the_bit(tmp_path, backbone, scale):
     assert (found.config, found.task, found.info) == (net.config, task, {"step": 7})
     assert not found.model.training
     assert {n: p.requires_grad for n, p in found.model.named_parameters()} == {
-        n: p.requires_grad for n, p in Backbone(net.config).named_parameters()
+        n: p.requires_grad for n, p in build_network(net.config).named_parameters()
     }
     pictures = torch.rand(1, 3, 7, 4)
     with torch.no_grad():
@@ -147,3 +153,13 @@ def test_a_failed_write_leaves_the_old_file_whole(written, monkeypatch):
         save_model(written, random_network(), SMALL, Task("denoise", 30), {})
     assert written.read_bytes() == before
     assert list(written.parent.iterdir()) == [written]
+
+
+def test_the_command_imports_a_published_file(tmp_path):
+    source, out = tmp_path / "a2n.pt", tmp_path / "a2n.safetensors"
+    torch.save(random_tensors("a2n", 3, 8), source)
+    command = [sys.executable, "-m", "acla.checkpoint", "import", source, out]
+    done = subprocess.run([*command, "--scale", "3"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{out}: sr x3, a2n of 2 blocks × 8, ")
+    assert load_model(out).task == Task("sr", 3)

@@ -1,0 +1,282 @@
+"""Published files: the same function for pictures in 0..1, no code run, one line for a refusal."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from published import NETWORKS, random_tensors
+from safetensors.torch import save_file
+
+from acla.checkpoint import load_model
+from acla.cli import run
+from acla.config import Task, model_preset
+from acla.errors import CheckpointError, UsageError
+from acla.importing import find_config, import_network, main
+from acla.networks import build_network
+
+WIDTHS = {"edsr": 8, "rcan": 16, "han": 16, "a2n": 8, "a2n-m": 8}
+
+
+@pytest.fixture
+def publish(tmp_path):
+    """Writes a published file, changed by a function of its tensors; returns (path, tensors)."""
+
+    def write(kind="edsr", scale=2, change=lambda t: t, name="net.pt"):
+        tensors = random_tensors(kind, scale, WIDTHS[kind])
+        torch.save(change(tensors), tmp_path / name)
+        return tmp_path / name, tensors
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("kind", "scale"),
+    [
+        *(("edsr", scale) for scale in (2, 3, 4)),
+        *(("rcan", scale) for scale in (2, 4)),
+        ("han", 3),
+        *(("a2n", scale) for scale in (2, 3, 4)),
+        ("a2n-m", 2),
+    ],
+)
+@pytest.mark.parametrize(("H", "W"), [(7, 5), (1, 1)])
+def test_the_function_is_the_published_one(publish, kind, scale, H, W):
+    path, tensors = publish(kind, scale)
+    network = import_network(path, scale).double()
+    pictures = torch.rand(2, 3, H, W, dtype=torch.float64)
+    with torch.no_grad():
+        theirs = NETWORKS[kind]({n: t.double() for n, t in tensors.items()}, 255 * pictures, scale)
+        torch.testing.assert_close(network(pictures), theirs / 255, rtol=1e-6, atol=1e-6)
+    found = network.config
+    assert (found.backbone, found.blocks, found.width, found.channels, found.scale) == (
+        *(kind, 2, WIDTHS[kind], 3, scale),
+    )
+    assert found.positions == ()
+
+
+@pytest.mark.parametrize(
+    ("preset", "backbone", "change"),
+    [
+        ("paper", "edsr", {}),
+        ("small", "edsr", {"blocks": 16}),
+        ("paper", "rcan", {}),
+        ("tiny", "rcan", {"reduction": 4}),
+        ("paper", "a2n", {}),
+        ("paper", "a2n-m", {"reduction": 8}),
+    ],
+)
+def test_shapes_tell_the_network(preset, backbone, change):
+    config = replace(model_preset(preset, Task("sr", 2), backbone), **change, scale=1)
+    config = replace(config, attention="none", keys=0)
+    with torch.device("meta"):
+        tensors = build_network(config).state_dict()
+    assert find_config(tensors, backbone.removesuffix("-m")) == config
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda t: {"state_dict": t, "epoch": 3}, id="state_dict"),
+        pytest.param(lambda t: {"model": {"state_dict": t}}, id="nested"),
+        pytest.param(lambda t: {"params": {f"module.{n}": v for n, v in t.items()}}, id="parallel"),
+    ],
+)
+def test_wrapped_tensors_are_found(publish, change):
+    plain = import_network(publish()[0]).state_dict()
+    found = import_network(publish(change=change)[0]).state_dict()
+    assert all(torch.equal(found[name], plain[name]) for name in plain)
+
+
+def test_files_of_other_formats_are_read(publish, tmp_path):
+    path, tensors = publish()
+    plain = import_network(path).state_dict()
+    save_file(tensors, tmp_path / "net.safetensors")
+    torch.save(tensors, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    for name in ("net.safetensors", "old.pt"):
+        found = import_network(tmp_path / name).state_dict()
+        assert all(torch.equal(found[name], plain[name]) for name in plain)
+
+
+class Evil:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_code_in_a_file_is_refused_and_never_run(publish, tmp_path, zipped):
+    path, tensors = publish()
+    evil = {**tensors, "more": Evil(tmp_path / "ran")}
+    torch.save(evil, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match=r"needs pickled code \(\w+\.mkdir\), which is never"):
+        import_network(path)
+    assert not (tmp_path / "ran").exists()
+    torch.save(torch.nn.Conv2d(1, 1, 1), path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match=r"needs pickled code \(torch\.nn\."):
+        import_network(path)
+
+
+def without(*parts):
+    return lambda t: {n: v for n, v in t.items() if not any(part in n for part in parts)}
+
+
+def with_value(name, change):
+    return lambda t: {**t, name: change(t[name])}
+
+
+def eight_times(t):
+    parts = [(step, part) for step in (2, 4) for part in ("weight", "bias")]
+    return t | {f"tail.0.{step}.{part}": t[f"tail.0.0.{part}"] for step, part in parts}
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("edsr", lambda t: {"fc.weight": t["head.0.weight"]}, "of no network that is known"),
+        ("edsr", lambda t: {}, "of no network that is known"),
+        ("edsr", lambda t: [*t.values()], "other things than tensors by name"),
+        ("edsr", lambda t: {**t, "epoch": 3}, "other things than tensors by name"),
+        ("edsr", lambda t: {**t, 3: t["head.0.weight"]}, "other things than tensors by name"),
+        ("edsr", lambda t: {**t, "more": t["head.0.weight"].to_sparse()}, "other things than"),
+        ("edsr", lambda t: {**t, "more": t["head.0.weight"].to("meta")}, "other things than"),
+        ("edsr", lambda t: {**t, "more": t["head.0.weight"]}, "1 are unknown, for instance more"),
+        ("edsr", without("head.0.bias"), "1 tensors are missing"),
+        ("edsr", without("head."), "names of EDSR, but not its tensors"),
+        ("edsr", with_value("head.0.weight", lambda v: v.sum()), "names of EDSR, but not"),
+        ("edsr", with_value("head.0.weight", lambda v: v[:, :2]), "unknown channels 2"),
+        ("edsr", with_value("body.0.body.0.weight", lambda v: v[:3]), r"body\.0\.body\.0\.weight"),
+        ("edsr", with_value("head.0.bias", torch.Tensor.half), r"head\.0\.bias is torch\.float16"),
+        ("edsr", with_value("sub_mean.bias", lambda v: v / 255), r"pictures in 0\.\.1"),
+        ("edsr", without("tail.0"), "enlarges neither ×2 nor ×3 nor ×4"),
+        ("rcan", eight_times, "enlarges neither ×2 nor ×3 nor ×4"),
+        ("rcan", without("conv_du"), "names of RCAN, but not its tensors"),
+        ("rcan", without("body.1.body.0."), "does not fit its network"),
+        ("rcan", without("mean"), "4 tensors are missing"),
+        ("han", without("csa.conv.weight"), "names of HAN, but not its tensors"),
+        (
+            "han",
+            with_value("csa.conv.weight", lambda v: v[..., :2]),
+            r"csa\.kernel is .*\[3, 3, 2\]",
+        ),
+        ("a2n", without("ADM.0"), "names of A2N, but not its tensors"),
+        ("a2n", without("trunk_conv"), "names of A2N, but not|does not fit"),
+        ("a2n", with_value("att1.conv.weight", lambda v: v[:9]), r"tail\.0\.2\.conv\.weight is"),
+    ],
+)
+def test_what_is_no_known_network_is_refused(publish, kind, change, message):
+    path, _ = publish(kind, change=change)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        import_network(path, None if kind != "a2n" else 2)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_files_are_refused(publish, tmp_path):
+    path, _ = publish("a2n", 4)
+    whole = path.read_bytes()
+    torch.save(random_tensors("a2n", 4, 8), path, _use_new_zipfile_serialization=False)
+    old = path.read_bytes()
+    generator = torch.Generator().manual_seed(1)
+    cases = [
+        b"",
+        b"\x80\x02.",
+        b"text",
+        *(w[: len(w) * k // 5] for w in (whole, old) for k in range(5)),
+    ]
+    for number in range(150):
+        damaged = bytearray((whole, old)[number % 2])
+        for place, value in torch.randint(0, 2048, (4, 2), generator=generator).tolist():
+            damaged[place] = value % 256
+        cases.append(bytes(damaged))
+    said = []
+    for case in cases:
+        path.write_bytes(case)
+        try:
+            import_network(path)
+        except CheckpointError as error:
+            said.append(str(error))
+    assert not any("\n" in text for text in said)
+    assert len(said) > len(cases) // 2
+    with pytest.raises(CheckpointError, match="there is no such file"):
+        import_network(tmp_path / "none.pt")
+    (tmp_path / "net.safetensors").write_bytes(whole)
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        import_network(tmp_path / "net.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("kind", "scale", "given", "message"),
+    [
+        ("a2n", 3, None, "its shapes fit ×2 and ×3: give --scale 2 or --scale 3"),
+        ("a2n", 3, 4, r"--scale 4: the network of .* enlarges ×2 or ×3"),
+        ("a2n", 4, 2, r"--scale 2: the network of .* enlarges ×4"),
+        ("edsr", 3, 2, r"--scale 2: the network of .* enlarges ×3"),
+    ],
+)
+def test_a_scale_that_cannot_be_is_refused(publish, kind, scale, given, message):
+    with pytest.raises(UsageError, match=message):
+        import_network(publish(kind, scale)[0], given)
+
+
+# The command
+
+
+def test_the_command_writes_a_file_of_ours(publish, tmp_path, capsys):
+    path, _ = publish("rcan", 3)
+    out = tmp_path / "out.safetensors"
+    main(["import", str(path), str(out), "--task", "sr", "--scale", "3"])
+    told = capsys.readouterr().out
+    found = load_model(out)
+    assert (found.task, found.config.backbone, found.config.group_blocks) == (
+        Task("sr", 3),
+        "rcan",
+        2,
+    )
+    assert found.info["imported"] == "net.pt"
+    assert len(found.info["sha256"]) == 64
+    params = sum(tensor.numel() for tensor in found.model.state_dict().values())
+    assert told == f"{out}: sr x3, rcan of 2 blocks × 16, {params:,} parameters\n"
+    pictures = torch.rand(1, 3, 4, 6)
+    with torch.no_grad():
+        assert torch.equal(found.model(pictures), import_network(path)(pictures))
+
+
+def status(*words) -> int:
+    with pytest.raises(SystemExit) as caught:
+        run(main, [str(word) for word in words])
+    return caught.value.code
+
+
+def test_nothing_is_overwritten(publish, tmp_path, capsys):
+    path, _ = publish()
+    out = tmp_path / "out.safetensors"
+    out.write_text("mine")
+    assert status("import", path, out) == 2
+    assert out.read_text() == "mine"
+    assert status("import", path, path, "--overwrite") == 2
+    assert status("import", tmp_path / "none.pt", out, "--overwrite") == 1
+    assert out.read_text() == "mine"
+    assert capsys.readouterr().err.count("error: ") == 3
+    main(["import", str(path), str(out), "--overwrite"])
+    assert load_model(out).config.blocks == 2
+
+
+def test_wrong_calls_and_files_have_their_status(publish, tmp_path, capsys):
+    path, _ = publish("a2n", 2)
+    out = tmp_path / "out.safetensors"
+    assert status() == 2
+    assert status("import", path, out, "--scale", "8") == 2
+    assert status("import", path, out) == 2
+    assert status("import", path, tmp_path / "none" / "out.safetensors", "--scale", "2") == 1
+    main(["import", str(path), str(out), "--scale", "2"])
+    capsys.readouterr()
+    assert status("import", out, tmp_path / "more.safetensors", "--scale", "2") == 1
+    told = capsys.readouterr().err
+    assert told == f"error: {out}: one of our files already; use it as it is\n"
+    assert not Path(tmp_path, "more.safetensors").exists()
