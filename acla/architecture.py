@@ -10,6 +10,7 @@ from pathlib import Path
 from acla.config import (
     DEFAULT_KEYS,
     PAPER_POSITIONS,
+    SEARCHED,
     ModelConfig,
     Task,
     from_dict,
@@ -18,6 +19,7 @@ from acla.config import (
 from acla.errors import AclaError, UsageError
 from acla.flags import override, task_from_flags
 
+EVEN = 4  # modules of attention that the paper does not search positions for
 COST_UNIT = "FLOPs per picture of patch × patch (a multiply-add is two)"
 
 
@@ -95,13 +97,32 @@ def paper_positions(task: Task, backbone: str) -> tuple[int, ...]:
     return PAPER_POSITIONS[task.name, backbone]
 
 
+def even_positions(blocks: int) -> tuple[int, ...]:
+    """Four positions spread evenly: after every eighth of 32 blocks. Raises UsageError for fewer
+    than four blocks."""
+    if blocks < EVEN:
+        raise UsageError(
+            f"{EVEN} evenly spread modules do not fit {blocks} blocks: give --positions, or "
+            f"--blocks {EVEN} or more"
+        )
+    return tuple(round(i * blocks / EVEN) for i in range(1, EVEN + 1))
+
+
+def default_positions(attention: str, task: Task, backbone: str, blocks: int) -> tuple[int, ...]:
+    """Where the paper inserts this attention: at Table 9's positions what it searched, evenly what
+    it compares with (Section 4.5, A.3). Raises UsageError."""
+    if attention in SEARCHED:
+        return paper_positions(task, backbone)
+    return even_positions(blocks)
+
+
 def choose_network(
     args: argparse.Namespace, preset: str, source: Architecture | None
 ) -> tuple[Task, ModelConfig]:
     """The task and network that train.py's flags ask for.
 
     The size comes from `source`, or from the preset if one is asked for; attention, positions and
-    keys from the flags, else from `source`, else from Table 9."""
+    keys from the flags, else from `source`, else the paper's for that attention."""
     given = vars(args)
     asked = task_from_flags(args)
     if source and asked and asked.name != source.task.name:
@@ -111,17 +132,20 @@ def choose_network(
     if source and backbone != source.model.backbone:
         raise UsageError(f"{args.arch} was searched on {source.model.backbone}, not on {backbone}")
     size = source.model if source and not args.preset else model_preset(preset, task, backbone)
-    attention = given.get("attention", "none" if args.arch == "none" else "acla")
+    usual = "none" if args.arch == "none" else source.model.attention if source else "acla"
+    attention, blocks = given.get("attention", usual), given.get("blocks", size.blocks)
     if args.arch == "none" and attention != "none":
         raise UsageError(f"--arch none and --attention {attention} contradict each other")
-    keys, positions = DEFAULT_KEYS[attention], given.get("positions", ())
+    keys, positions = DEFAULT_KEYS.get(attention, 0), given.get("positions", ())
     if source and attention == source.model.attention:
         keys = source.model.keys
     if attention != "none" and "positions" not in given:
-        positions = source.model.positions if source else paper_positions(task, backbone)
-    network = dataclasses.replace(
-        size, attention=attention, keys=keys, positions=positions, scale=task.scale
-    )
+        if source:
+            positions = source.model.positions
+        else:
+            positions = default_positions(attention, task, backbone, blocks)
+    chosen = {"attention": attention, "keys": keys, "positions": positions, "blocks": blocks}
+    network = dataclasses.replace(size, scale=task.scale, **chosen)
     return task, for_task(override(network, args), task)
 
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from acla.attention import CrossLayerAttention
-from acla.config import ModelConfig
+from acla.config import MASKED, ModelConfig
 from acla.gate import position_seeds
+from acla.rivals import MultiHeadAttention, NonLocal, SqueezedAttention, SqueezeExcitation
 from kernels import to_rows
 
 RGB_MEAN = (0.4488, 0.4371, 0.4040)  # of DIV2K, as EDSR subtracts it
@@ -210,10 +211,19 @@ class Backbone(nn.Module):
 def build_module(config: ModelConfig, layers: int) -> nn.Module:
     """The attention module that refers to `layers` layers."""
     match config.attention:
-        case "cla" | "acla":
-            masked = config.attention == "acla"
+        case "cla" | "acla" | "cla-i" | "cla-k" | "acla+se":
+            kind = SqueezedAttention if config.attention == "acla+se" else CrossLayerAttention
+            masked = config.attention in MASKED
             starts = {"ring": config.ring, "open_logit": config.open_logit}
-            return CrossLayerAttention(config.width, layers, config.keys, masked, **starts)
+            return kind(config.width, layers, config.keys, masked, **starts)
+        case "nl":
+            return NonLocal(config.width, layers=1)
+        case "clnl":
+            return NonLocal(config.width, layers)
+        case "se":
+            return SqueezeExcitation(config.width)
+        case "mha":
+            return MultiHeadAttention(config.width)
     raise ValueError(f"no attention module is called {config.attention!r}")
 
 

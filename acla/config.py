@@ -10,9 +10,13 @@ from acla.errors import UsageError
 SETTING_FLAG = {"sr": "scale", "denoise": "sigma", "car": "q"}
 SETTING_DEFAULT = {"sr": 2, "denoise": 30, "car": 10, "demosaic": 0}
 TASKS = tuple(SETTING_DEFAULT)
-BACKBONES = ("edsr", "rcan")
-ATTENTIONS = ("none", "cla", "acla")
-DEFAULT_KEYS = {"none": 0, "cla": 8, "acla": 16}
+BACKBONES = ("edsr", "rcan", "han", "a2n", "a2n-m")
+# cla-i is CLA at searched positions, cla-k is ACLA at evenly spread ones (Table 6).
+ATTENTIONS = ("none", "cla", "acla", "cla-i", "cla-k", "acla+se", "nl", "clnl", "se", "mha")
+DEFAULT_KEYS = {"cla": 8, "acla": 16, "cla-i": 8, "cla-k": 16, "acla+se": 16}  # others sample none
+MASKED = ("acla", "cla-k", "acla+se")  # choose among their keys by a mask
+SEARCHED = ("acla", "cla-i", "acla+se")  # stand at searched positions in the paper
+SEARCHABLE = ("cla", "acla")  # can be in a supernet
 PRESETS = ("paper", "small", "tiny")
 AMP_FORMATS = ("bf16", "fp16")
 
@@ -103,12 +107,16 @@ class ModelConfig:
     """A network, whole: what a checkpoint needs to rebuild it."""
 
     backbone: str = option("edsr", "the network that the attention is inserted into", BACKBONES)
-    blocks: int = option(16, "EDSR: residual blocks; RCAN: residual groups")
+    blocks: int = option(16, "EDSR, A2N: blocks; RCAN, HAN: residual groups")
     width: int = option(128, "feature channels")
-    group_blocks: int = option(20, "RCAN: residual blocks in a group")
-    reduction: int = option(16, "RCAN: squeeze factor of the channel attention")
+    group_blocks: int = option(20, "RCAN, HAN: residual blocks in a group")
+    reduction: int = option(
+        16, "squeeze factor of RCAN's and HAN's channel attention, and of A2N's branch weights"
+    )
     residual_scale: float = option(1.0, "EDSR: factor on each residual branch")
-    attention: str = option("acla", "the attention module", ATTENTIONS)
+    attention: str = option(
+        "acla", "the attention module; Tables 4, 6 and 11 compare them", ATTENTIONS
+    )
     keys: int = option(16, "sampled keys per layer and query (K)")
     ring: float = option(2.0, "pixels between the rings on which keys start", shown="2")
     open_logit: float = option(
@@ -128,7 +136,7 @@ class ModelConfig:
             "keys": 1024,
         }
         for name, most in largest.items():
-            least = 0 if name == "keys" and self.attention == "none" else 1
+            least = 0 if name == "keys" and self.attention not in DEFAULT_KEYS else 1
             if not least <= getattr(self, name) <= most:
                 flag, value = flag_name(name), getattr(self, name)
                 raise UsageError(f"--{flag} must be {least} to {most}, not {value}")
@@ -144,6 +152,10 @@ class ModelConfig:
             raise UsageError(
                 f"positions {format_positions(self.positions)} do not fit {self.blocks} blocks: "
                 f"they count from 1 to {self.blocks} (see --blocks)"
+            )
+        if self.keys and self.attention not in ("none", *DEFAULT_KEYS):
+            raise UsageError(
+                f"--attention {self.attention} samples no keys: leave out --keys {self.keys}"
             )
         if self.attention == "none" and self.positions:
             raise UsageError("--attention none takes no --positions")
@@ -165,7 +177,9 @@ class TrainConfig:
         "sample", "set of pictures to train on; sample is built in", shown="sample"
     )
     val_set: str = option(
-        "", "set to validate on; without one a tenth of the training set (sample has its own)"
+        "",
+        "set to validate on, or several, A,B; without any a tenth of the training set (sample has "
+        "its own)",
     )
     amp: bool = option(False, "compute in a short number format where it is safe", shown="off")
     amp_dtype: str = option(
@@ -242,9 +256,11 @@ def model_preset(preset: str, task: Task, backbone: str = "edsr") -> ModelConfig
     preset, so that Table 9's positions fit; small and tiny are narrower."""
     width = {"paper": 256 if task.name == "sr" else 128, "small": 64, "tiny": 16}[preset]
     size = dict(backbone=backbone, width=width, channels=task.channels, scale=task.scale)
-    if backbone == "rcan":
+    if backbone in ("rcan", "han"):
         inner = {"paper": 20, "small": 4, "tiny": 2}[preset]
         return ModelConfig(blocks=10, group_blocks=inner, **{**size, "width": min(width, 64)})
+    if backbone in ("a2n", "a2n-m"):
+        return ModelConfig(blocks=16, reduction=4, **{**size, "width": min(width, 40)})
     deep = task.name == "sr"
     wide = width == 256
     return ModelConfig(blocks=32 if deep else 16, residual_scale=0.1 if wide else 1.0, **size)

@@ -1,16 +1,46 @@
 """What attention costs: Eq. 12 and 13, one formula for the search's loss, the tables and
---describe.
+--describe; and the modules of `rivals`.
 
 N positions of a picture · C channels · K sampled keys per layer and query · kept keys selected by
-the masks, over all N Everything is in FLOPs; a multiply-add is two. (The paper's "FLOPs (G)" are
-multiply-adds.)
+the masks, over all N · L referred layers. Everything is in FLOPs; a multiply-add is two. (The
+paper's "FLOPs (G)" are multiply-adds.)
 
 Eq. 12 prints the convolutions inside the sum over k; they are counted once a pair, which agrees
 with Tables 4 to 8. Added to it: the query's offsets and weights, the output convolution, and the
-value's bias, which every query weights anew, so that what is predicted is what is counted."""
+value's bias, which every query weights anew, so that what is predicted is what is counted.
+
+Of the rivals, convolutions and matrix products are counted, the small layers of
+squeeze-and-excitation and relative positions included. Softmax, sigmoid, means and sums are not, as
+they are not in a network's count."""
 
 from collections.abc import Sequence
 from typing import Any
+
+from acla.config import MASKED
+
+# The inner sizes of the rivals
+
+# Largest offset, in pixels, with a relative position of its own; below the smallest patches that
+# the presets train on (24), so that every one is trained.
+RADIUS = 16
+
+
+def embedded_width(width: int) -> int:
+    """Channels in which NL and CLNL compare."""
+    return max(1, width // 2)
+
+
+def squeezed_width(width: int) -> int:
+    """Inner channels of squeeze-and-excitation."""
+    return max(1, width // 16)
+
+
+def head_count(width: int) -> int:
+    """Heads of multi-head attention: the most of 8, 4, 2 and 1 that divide the channels."""
+    return next(heads for heads in (8, 4, 2, 1) if width % heads == 0)
+
+
+# Eq. 12 and 13
 
 
 def pair_flops(n: int, width: int, keys: int, kept: Any, masked: bool) -> Any:
@@ -44,3 +74,51 @@ def full_attention_flops(modules: int, n: int, width: int, keys: int, masked: bo
     """m modules that are all there and keep every key: m(m+1)/2 pairs."""
     pairs = modules * (modules + 1) // 2
     return modules * output_flops(n, width) + pairs * pair_flops(n, width, keys, n * keys, masked)
+
+
+# Any attention
+
+
+def module_flops(attention: str, layers: int, n: int, width: int, keys: int) -> int:
+    """One module of any attention that refers to `layers` layers and reads every key, for one
+    picture."""
+    match attention:
+        case "cla" | "acla" | "cla-i" | "cla-k":
+            pair = pair_flops(n, width, keys, n * keys, attention in MASKED)
+            return output_flops(n, width) + layers * pair
+        case "acla+se":
+            return sum(module_flops(part, layers, n, width, keys) for part in ("acla", "se"))
+        case "nl":
+            return module_flops("clnl", 1, n, width, keys)
+        case "clnl":
+            inner = embedded_width(width)
+            convolutions = (2 * layers + 2) * n * width * inner  # θ, φ_l and g_l, h
+            return 2 * convolutions + 2 * 2 * n * (layers * n) * inner
+        case "se":
+            return 2 * 2 * width * squeezed_width(width)
+        case "mha":
+            relative = 2 * n * width * (2 * RADIUS + 1)  # each axis, then read for every offset
+            return 2 * (4 * n * width**2 + 2 * n**2 * width + relative)
+    raise ValueError(f"no attention module is called {attention!r}")
+
+
+def module_parameters(attention: str, layers: int, width: int, keys: int) -> int:
+    """Parameters of one module of any attention that refers to `layers` layers."""
+    match attention:
+        case "cla" | "acla" | "cla-i" | "cla-k":
+            outputs = width + 3 * keys + (keys if attention in MASKED else 0)  # value, points, mask
+            return (layers * outputs + width) * (width + 1)
+        case "acla+se":
+            return sum(module_parameters(part, layers, width, keys) for part in ("acla", "se"))
+        case "nl":
+            return module_parameters("clnl", 1, width, keys)
+        case "clnl":
+            inner = embedded_width(width)
+            return (2 * layers + 1) * (width + 1) * inner + (inner + 1) * width
+        case "se":
+            inner = squeezed_width(width)
+            return (width + 1) * inner + (inner + 1) * width
+        case "mha":
+            per_head = width // head_count(width)
+            return 4 * (width + 1) * width + 2 * (2 * RADIUS + 1) * per_head
+    raise ValueError(f"no attention module is called {attention!r}")

@@ -13,7 +13,7 @@ import numpy as np
 
 from acla import cli
 from acla.checkpoint import write_atomically
-from acla.config import ModelConfig, format_positions
+from acla.config import MASKED, ModelConfig, format_positions
 from acla.cost import full_attention_flops
 from acla.data import find_set, sample, split_for_search
 from acla.errors import AclaError, DataError
@@ -88,7 +88,7 @@ def mean_and_error(values: np.ndarray) -> tuple[float, float]:
 def macs(model: ModelConfig) -> int:
     """Multiply-adds of a network's attention for one low-quality picture of 48 × 48, every key
     read, as train.py --describe prints them."""
-    masked = model.attention == "acla"
+    masked = model.attention in MASKED
     flops = full_attention_flops(len(model.positions), SIDE * SIDE, model.width, model.keys, masked)
     return flops // 2
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from acla.backbone import Backbone
-from acla.config import ModelConfig
+from acla.config import MASKED, SEARCHABLE, ModelConfig
 from acla.cost import attention_flops
+from acla.errors import UsageError
 from acla.gate import expected_gates
 from acla.networks import build_network
 
@@ -22,10 +23,14 @@ class Supernet(nn.Module):
     at 0: open or shut with equal chance.
 
     `config.positions` is ignored. `density` [J,J] keeps the share of keys that module j last kept
-    of layer l, for the modules that a step skips."""
+    of layer l, for the modules that a step skips. Raises UsageError for an attention that Eq. 11
+    to 13 do not describe."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
+        if config.attention not in SEARCHABLE:
+            known = " and ".join(SEARCHABLE)
+            raise UsageError(f"a search is for {known}, not for --attention {config.attention}")
         everywhere = tuple(range(1, config.blocks + 1))
         self.backbone = build_network(replace(config, positions=everywhere))
         self.backbone.sample_limit = SAMPLE_LIMIT
@@ -67,7 +72,7 @@ class Supernet(nn.Module):
         for position, count in kept.items():
             counts[position - 1] = count.mean(0)
             self.density[position - 1, :position] = count.detach().mean(0) / (n * keys)
-        masked = self.config.attention == "acla"
+        masked = self.config.attention in MASKED
         return attention_flops(s.double(), n, self.config.width, keys, counts, masked)
 
     def open_positions(self) -> tuple[int, ...]:

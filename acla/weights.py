@@ -10,7 +10,7 @@ from acla.config import SETTING_FLAG, Task
 from acla.errors import UsageError
 
 # In a clone of the repository, or in the installed package
-PLACES = (Path(__file__).parents[1] / "weights", Path(__file__).parent / "weights")
+PLACES = (Path(__file__).parents[1] / "weights", Path(__file__).parent / "trained")
 REACH = 5  # a network serves qualities this near to its own: the papers train at 10, 20, 30, 40
 
 

@@ -1,13 +1,20 @@
 """arch.json, Table 9 and flags: which of them decides where the attention stands."""
 
 import argparse
+import dataclasses
 import json
 
 import pytest
 
 import train
-from acla.architecture import Architecture, choose_network, paper_positions, read_architecture
-from acla.config import ModelConfig, Task
+from acla.architecture import (
+    Architecture,
+    choose_network,
+    even_positions,
+    paper_positions,
+    read_architecture,
+)
+from acla.config import PAPER_POSITIONS, ModelConfig, Task
 from acla.errors import AclaError, UsageError
 
 FOUND = Architecture(
@@ -110,6 +117,64 @@ def test_no_attention_has_no_positions():
 def test_contradictions_are_refused(words, message):
     with pytest.raises(UsageError, match=message):
         choose_network(flags("--arch", "x", *words), "tiny", FOUND)
+
+
+@pytest.mark.parametrize("attention", ["acla", "cla-i", "acla+se"])
+@pytest.mark.parametrize("arch", [(), ("--arch", "paper")], ids=["no-arch", "paper"])
+def test_what_the_paper_searched_stands_where_table_9_says(attention, arch):
+    for (task, backbone), positions in PAPER_POSITIONS.items():
+        words = (*arch, "--task", task, "--backbone", backbone, "--attention", attention)
+        assert choose_network(flags(*words), "tiny", None)[1].positions == positions
+
+
+@pytest.mark.parametrize("attention", ["cla", "cla-k", "nl", "clnl", "se", "mha"])
+@pytest.mark.parametrize("arch", [(), ("--arch", "paper")], ids=["no-arch", "paper"])
+def test_the_others_stand_evenly(attention, arch):
+    def chosen(*words):
+        return choose_network(flags("--attention", attention, *arch, *words), "tiny", None)[1]
+
+    network = chosen("--task", "sr")
+    assert network.positions == (8, 16, 24, 32)
+    assert network.keys == {"cla": 8, "cla-k": 16}.get(attention, 0)
+    assert chosen().positions == (4, 8, 12, 16)
+    assert chosen("--blocks", "40").positions == (10, 20, 30, 40)
+    assert chosen("--blocks", "4").positions == (1, 2, 3, 4)
+    assert chosen("--positions", "5").positions == (5,)
+    assert chosen("--backbone", "rcan").positions == (2, 5, 8, 10)
+    with pytest.raises(UsageError, match="do not fit 3 blocks: give --positions, or --blocks 4"):
+        chosen("--blocks", "3")
+
+
+@pytest.mark.parametrize("blocks", range(4, 257))
+def test_even_positions_rise_to_the_last_block(blocks):
+    positions = even_positions(blocks)
+    assert ModelConfig(blocks=blocks, positions=positions).positions == positions
+    assert len(positions) == 4
+    assert positions[-1] == blocks
+    gaps = [b - a for a, b in zip((0, *positions), positions, strict=False)]
+    assert max(gaps) - min(gaps) <= 1
+
+
+@pytest.mark.parametrize("attention", ["cla", "cla-k", "acla+se", "clnl", "mha"])
+def test_a_files_positions_are_for_every_attention(attention):
+    words = ("--arch", "x", "--attention", attention)
+    _, network = choose_network(flags(*words), "tiny", FOUND)
+    assert (network.attention, network.positions) == (attention, (1, 4))
+    nothing = dataclasses.replace(FOUND, model=dataclasses.replace(FOUND.model, positions=()))
+    assert choose_network(flags(*words), "tiny", nothing)[1].positions == ()
+
+
+def test_a_file_says_which_attention_was_searched():
+    model = dataclasses.replace(FOUND.model, attention="cla", keys=5)
+    found = dataclasses.replace(FOUND, model=model)
+    assert choose_network(flags("--arch", "x"), "tiny", found)[1] == model
+
+
+@pytest.mark.parametrize("attention", ["nl", "clnl", "se", "mha"])
+def test_keys_are_refused_where_none_are_sampled(attention):
+    words = ("--attention", attention, "--keys", "8")
+    with pytest.raises(UsageError, match=f"{attention} samples no keys: leave out --keys 8"):
+        choose_network(flags(*words), "tiny", None)
 
 
 def test_positions_that_the_paper_lacks_are_refused_with_the_fix():

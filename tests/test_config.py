@@ -65,6 +65,8 @@ def test_wrong_tasks_are_refused(words, message):
         ({"attention": "none", "positions": (1,)}, "takes no --positions"),
         ({"attention": "what"}, "known: none, cla, acla"),
         ({"keys": 0}, "--keys must be 1 to"),
+        ({"attention": "cla-i", "keys": 0}, "--keys must be 1 to"),
+        ({"attention": "nl"}, "nl samples no keys: leave out --keys 16"),
         ({"width": 10**9}, "--width must be 1 to"),
         ({"blocks": True}, "blocks must be"),
         ({"scale": 5}, "unknown scale"),

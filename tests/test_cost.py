@@ -1,12 +1,33 @@
-"""Eq. 12 and 13: one formula, in numbers, in expectation and against the paper's columns."""
+"""Eq. 12 and 13: one formula, in numbers, in expectation and against the paper's columns; every
+attention against torch's counter."""
 
 import itertools
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from acla.cost import attention_flops, full_attention_flops, output_flops, pair_flops
+from acla import rivals
+from acla.backbone import build_module
+from acla.config import ATTENTIONS, DEFAULT_KEYS, MASKED, ModelConfig
+from acla.cost import (
+    attention_flops,
+    full_attention_flops,
+    module_flops,
+    module_parameters,
+    output_flops,
+    pair_flops,
+)
+from kernels import to_rows
+
+RIVALS = ("nl", "clnl", "se", "mha")
+
+
+def network(attention: str, width: int, keys: int) -> ModelConfig:
+    kept = keys if attention in DEFAULT_KEYS else 0
+    return ModelConfig(attention=attention, width=width, keys=kept)
 
 
 def test_one_pair_by_hand():
@@ -51,3 +72,61 @@ def test_the_papers_columns_in_multiply_adds():
     n, c = 48 * 48, 256
     main = (15 * 2 * n * c * c + 5 * output_flops(n, c)) / 2e9
     assert main == pytest.approx(96.97 - 93.97, abs=0.03)
+
+
+# Any attention
+
+KINDS = [name for name in ATTENTIONS if name != "none"]
+
+
+@pytest.mark.parametrize("attention", KINDS)
+@pytest.mark.parametrize(("layers", "width", "keys"), [(1, 1, 1), (3, 12, 5), (2, 64, 16)])
+def test_parameters_are_counted_as_they_are(attention, layers, width, keys):
+    module = build_module(network(attention, width, keys), layers)
+    expected = sum(p.numel() for p in module.parameters())
+    assert module_parameters(attention, layers, width, keys) == expected
+
+
+@pytest.mark.parametrize("attention", KINDS)
+@pytest.mark.parametrize(("layers", "width", "H", "W"), [(1, 6, 1, 5), (3, 12, 7, 4)])
+def test_multiply_adds_are_those_that_torch_counts(attention, layers, width, H, W):
+    """To the operation, but for a mask unit, which runs on the zero border too."""
+    config = network(attention, width, 4)
+    query = torch.randn(1, width, H, W)
+    rows = [to_rows(query)] * layers
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        build_module(config, layers)(query, rows)
+    counted = counter.get_total_flops()
+    if attention in MASKED:
+        counted -= layers * 2 * width * config.keys * ((H + 2) * (W + 2) - H * W)
+    assert module_flops(attention, layers, H * W, width, config.keys) == counted
+
+
+def test_chunks_of_queries_cost_what_all_at_once_costs(monkeypatch):
+    monkeypatch.setattr(rivals, "LOGITS", 1)
+    query = torch.randn(1, 8, 5, 6)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        build_module(network("mha", 8, 0), 1)(query, [to_rows(query)])
+    assert module_flops("mha", 1, 30, 8, 0) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("attention", ["cla", "acla"])
+def test_modules_add_up_to_equation_13(attention):
+    modules = sum(module_flops(attention, l, 6, 5, 4) for l in (1, 2, 3))
+    assert modules == full_attention_flops(3, 6, 5, 4, attention == "acla")
+
+
+def test_the_sizes_of_rivals_in_the_papers_network():
+    """EDSR ×2's 256 channels at 48 × 48, four modules: by hand, in multiply-adds."""
+    n, c = 48 * 48, 256
+    four = {name: sum(module_flops(name, l, n, c, 0) // 2 for l in (1, 2, 3, 4)) for name in RIVALS}
+    assert four["nl"] == 4 * (2 * n * c * c + n * n * c)
+    assert four["clnl"] == 4 * n * c * c + 10 * (n * c * c + n * n * c)
+    assert four["mha"] == 4 * (4 * n * c * c + 2 * n * n * c + 2 * 33 * n * c)
+    assert four["se"] == 4 * 2 * 256 * 16
+
+
+def test_an_unknown_attention_is_a_mistake():
+    for count in (module_flops, module_parameters):
+        with pytest.raises(ValueError, match="'what'"):
+            count("what", *[1] * (4 if count is module_flops else 3))

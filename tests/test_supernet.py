@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from acla import backbone
-from acla.config import ModelConfig
+from acla.config import ATTENTIONS, DEFAULT_KEYS, ModelConfig
+from acla.errors import UsageError
 from acla.gate import draw_gates, expected_gates, position_seeds
 from acla.supernet import Supernet
 from kernels.timing import allocations
@@ -218,3 +219,10 @@ def test_backward_memory_grows_with_the_modules_not_with_the_pairs():
         peaks.append(max(accumulate(changes)) - parameters)
     growth = (peaks[2] - peaks[1]) / (peaks[1] - peaks[0])
     assert growth < 2.6  # 2 for a straight line, 4 for a parabola
+
+
+@pytest.mark.parametrize("attention", [name for name in ATTENTIONS if name not in ("cla", "acla")])
+def test_what_cannot_be_searched_is_refused(attention):
+    keys = DEFAULT_KEYS.get(attention, 0)
+    with pytest.raises(UsageError, match="a search is for cla and acla, not for --attention"):
+        Supernet(replace(SMALL, attention=attention, keys=keys))
