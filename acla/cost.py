@@ -36,8 +36,9 @@ def squeezed_width(width: int) -> int:
 
 
 def head_count(width: int) -> int:
-    """Heads of multi-head attention: the most of 8, 4, 2 and 1 that divide the channels."""
-    return next(heads for heads in (8, 4, 2, 1) if width % heads == 0)
+    """Heads of multi-head attention: the most of 8, 4 and 2 that divide the channels into 16 or
+    more each, else 1."""
+    return next((h for h in (8, 4, 2) if width % h == 0 and width // h >= 16), 1)
 
 
 # Eq. 12 and 13

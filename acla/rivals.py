@@ -85,14 +85,14 @@ class MultiHeadAttention(nn.Module):
 
     r^y and r^x are learned for the offsets −RADIUS..RADIUS, shared by the heads; a larger offset
     takes the outermost one (as Shaw et al. 2018 clip them), so that a picture may have any size.
-    The heads are the most of 8, 4, 2 and 1 that divide C, with d = C / heads channels each. q, k, v
-    and the output are 1×1 convolutions; the output's starts at zero.
+    The heads are the most of 8, 4 and 2 that have 16 channels or more, with d = C / heads each, else
+    one. q, k, v and the output are 1×1 convolutions; the output's starts at zero.
 
     Parameters: 4·(C² + C) + 2·(2·RADIUS + 1)·d."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, heads: int | None = None):
         super().__init__()
-        self.heads = head_count(width)
+        self.heads = heads or head_count(width)
         per_head = width // self.heads
         self.project = nn.Linear(width, 3 * width)  # q, k, v
         self.vertical = nn.Parameter(torch.empty(2 * RADIUS + 1, per_head))  # r^y

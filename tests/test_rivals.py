@@ -183,12 +183,12 @@ def test_acla_then_se_by_hand():
     assert torch.equal(counted, kept)
 
 
-@pytest.mark.parametrize("width", [1, 6, 8, 24])
-def test_mha_without_positions_is_torchs(width):
-    module = random_module(MultiHeadAttention(width))
+@pytest.mark.parametrize(("width", "heads"), [(1, 1), (6, 2), (8, 8), (24, 8)])
+def test_mha_without_positions_is_torchs(width, heads):
+    module = random_module(MultiHeadAttention(width, heads))
     nn.init.zeros_(module.vertical)
     nn.init.zeros_(module.horizontal)
-    theirs = nn.MultiheadAttention(width, module.heads, batch_first=True, dtype=torch.float64)
+    theirs = nn.MultiheadAttention(width, heads, batch_first=True, dtype=torch.float64)
     with torch.no_grad():
         theirs.in_proj_weight.copy_(module.project.weight)
         theirs.in_proj_bias.copy_(module.project.bias)
@@ -200,15 +200,19 @@ def test_mha_without_positions_is_torchs(width):
     torch.testing.assert_close(z, expected)
     assert_same_gradients(z, expected, [x])
     assert kept.tolist() == [[0, 144]] * 2
-    assert module.heads == {1: 1, 6: 2, 8: 8, 24: 8}[width]
+
+
+def test_heads_have_sixteen_channels_or_more():
+    widths = (1, 8, 31, 32, 40, 64, 128, 256, 252)
+    assert [MultiHeadAttention(width).heads for width in widths] == [1, 1, 1, 2, 2, 4, 8, 8, 4]
 
 
 @pytest.mark.parametrize(("H", "W"), [*AWKWARD, pytest.param(7, 2, id="farther-than-the-radius")])
 def test_mha_with_positions_is_bello_et_al(H, W, monkeypatch):
     monkeypatch.setattr(rivals, "RADIUS", 2)
-    module = random_module(MultiHeadAttention(6))
+    module = random_module(MultiHeadAttention(6, heads=2))
     (x,) = random_maps(1, (1, 6, H, W))
-    heads, d = module.heads, 3
+    heads, d = 2, 3
     q, k, v = module.project(x[0].permute(1, 2, 0)).unflatten(-1, (3, heads, d)).unbind(2)
     places = [(y, x) for y in range(H) for x in range(W)]
     rows = []
