@@ -80,7 +80,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--arch",
         metavar="paper|none|FILE",
-        help="where the attention stands: Table 9, nowhere, or a file of search.py "
+        help="where the attention stands: as the paper has it, nowhere, or a file of search.py "
         f"(default: {SEARCHED} if it is there, else paper)",
     )
     parser.add_argument(
@@ -123,7 +123,7 @@ def plan_from_flags(args: argparse.Namespace, preset: str) -> Plan:
         same_task = asked is None or asked.name == found.task.name
         if same_task and getattr(args, "backbone", found.model.backbone) == found.model.backbone:
             source = found
-        taken = f"{SEARCHED} ({found.task})" if source else f"Table 9's ({SEARCHED} does not fit)"
+        taken = f"{SEARCHED} ({found.task})" if source else f"the paper's ({SEARCHED} does not fit)"
         cli.notice(f"architecture: {taken}; --arch chooses another")
     if args.inherit and args.init:
         raise UsageError("--inherit and --init both say which weights to begin with: give one")

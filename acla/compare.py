@@ -124,7 +124,7 @@ def markdown(groups: list[list[Run]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m acla.compare", description=__doc__)
     parser.add_argument(
         "runs",
@@ -134,7 +134,11 @@ def main(argv: list[str] | None = None) -> None:
         help=f"a folder of train.py, with evaluate.py's --json RUN/{SCORES}; gains are over the "
         "first one's row",
     )
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
     cli.say(markdown(by_seed([read_run(folder) for folder in args.runs])))
 
 

@@ -67,13 +67,17 @@ def cell(figure: float | None, metric: str) -> str:
     return "–" if figure is None else f"{figure:{METRICS[metric]}}"
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m acla.scores", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="of evaluate.py --json")
     parser.add_argument(
         "--metric", choices=METRICS, default="psnr", help="PSNR in dB or SSIM (default: psnr)"
     )
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
     results = [result for path in args.files for result in read_results(path)]
     cli.say(markdown(results, args.metric))
 

@@ -10,14 +10,13 @@ import pytest
 import evaluate
 import search
 import train
-from acla import loader, report, restore
+from acla import compare, explain, importing, loader, report, restore, scores, tables
 from kernels import autotune, bench, compile
 
 TEXT = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 SCRIPTS = {"train.py": train, "search.py": search, "evaluate.py": evaluate}
-MODULES = {
-    module.__name__: module for module in (autotune, bench, compile, loader, report, restore)
-}
+PARTS = (autotune, bench, compile, compare, explain, loader, report, restore, scores, tables)
+MODULES = {module.__name__: module for module in PARTS} | {"acla.checkpoint": importing}
 
 
 def blocks(language: str) -> list[str]:

@@ -1,0 +1,365 @@
+"""The paper's tables anew: the printed figures, our sizes, why they differ, scores and times."""
+
+import csv
+import itertools
+import json
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+from acla import tables
+from acla.backbone import Backbone
+from acla.checkpoint import save_model
+from acla.cli import run
+from acla.config import ModelConfig, Task, from_dict, model_preset
+
+ROOT = Path(tables.__file__).parents[1]
+DOUBLE = Task("sr", 2)
+TINY = replace(model_preset("tiny", DOUBLE), attention="none", keys=0)
+METRICS = {"flops_G_at_48x48": "macs_G", "inference_ms_V100_48x48": "ms"}
+
+# At the paper's size: channels, positions of 48×48, EDSR's parameters and multiply-adds
+C, N, EDSR = 256, 48 * 48, 40_729_627
+EDSR_MACS = 9 * N * (3 * C + 65 * C * C + 4 * C * C + 4 * 3 * C) + 9 * N + 9 * 4 * N
+HIDDEN = 2 * N * N * C  # multiply-adds of queries times keys and weights times values, all channels
+
+
+def cells(capsys: pytest.CaptureFixture, *argv: object) -> list[list[str]]:
+    """The cells of what the command prints as a table."""
+    tables.main([*map(str, argv), "--device", "cpu"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len({len(line) for line in lines}) == 1  # aligned
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def paper():
+    """{(table, method): row} of the tables whose sizes the paper prints."""
+    rows = [row for table in (4, 5, 6, 7, 8, 11) for row in tables.make_rows(table, "paper")]
+    return {(row.table, row.method): row for row in rows}
+
+
+# The printed figures
+
+
+def test_figures_are_the_papers():
+    source = ROOT.parent / "shared" / "paper" / "results.csv"
+    if not source.is_file():
+        pytest.skip(f"the paper's figures are not there: {source}")
+    printed, ours = {}, {}
+    with open(source, encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            if int(row["table"]) in tables.TABLES:
+                key = row["table"], row["method"]
+                printed.setdefault(key, {})[METRICS.get(row["metric"], row["dataset"])] = row[
+                    "value"
+                ]
+                if row["params_M"]:
+                    printed[key]["params_M"] = row["params_M"]
+    for row in tables.printed_rows():
+        names = ("params_M", "macs_G", "ms", *tables.SETS)
+        figures = {name: row[name] for name in names if row[name]}
+        ours[row["table"], row["method"]] = figures
+    assert list(ours) == list(printed)
+    assert ours == printed
+
+
+# Our sizes, and why they differ
+
+
+def test_known_sizes(paper):
+    plain, acla = paper[4, "EDSR"], paper[4, "ACLA (Ours)"]
+    assert (plain.params, acla.params) == (40_729_627, 42_292_187)
+    assert (f"{plain.macs / 1e9:.2f}", f"{acla.macs / 1e9:.2f}") == ("93.85", "97.87")
+    assert plain.macs == EDSR_MACS
+    assert plain.paper == {"params": 40.73e6, "macs": 93.97e9, "psnr": {"Set5": 38.11}}
+    assert paper[6, "CLA-I"].network.positions == (3, 12, 26, 31, 32)
+    assert paper[6, "CLA-K"].network.positions == (8, 16, 24, 32)
+
+
+@pytest.mark.parametrize(("L", "pairs"), [(4, 10), (8, 36), (16, 136), (32, 528)])
+def test_evenly_spread_modules(paper, L, pairs):
+    row = paper[5, f"CLA L={L}"]
+    assert len(row.network.positions) == L
+    steps = [b - a for a, b in itertools.pairwise((0, *row.network.positions))]
+    assert steps == [32 // L] * L
+    assert row.params == EDSR + L * (C + 1) * C + pairs * (C + 1) * (C + 3 * 8)
+
+
+def test_every_figure_that_differs_has_its_reason_and_no_other(paper):
+    differ = {
+        (*key, kind)
+        for key, row in paper.items()
+        for kind, most in (("params", 0.01), ("macs", 0.03))
+        if abs(getattr(row, kind) / row.paper[kind] - 1) > most
+    }
+    assert differ == {(*key, kind) for key, row in paper.items() for kind in row.notes}
+    lines = tables.remarks(list(paper.values()))
+    assert len(lines) == len(differ) == 16
+    assert not [line for line in lines if line.count("\n") or not line.endswith(".")]
+    assert lines[0].startswith(
+        "- Table 4, NL, parameters: ours 41.26 M, the paper's 43.56 M (-5.3 %): 0.708 M a module"
+    )
+
+
+def linear(inputs: int, outputs: int) -> int:
+    return (inputs + 1) * outputs
+
+
+def says(row: tables.Row, kind: str, facts: dict[str, float]) -> None:
+    """Every text stands in the reason, and its number is the value, to the digits that it has."""
+    for text, value in facts.items():
+        number = re.search(r"[0-9.]+", text)[0]
+        assert text in row.notes[kind]
+        assert f"{value:.{len(number.partition('.')[2])}f}" == number, text
+
+
+def over(row: tables.Row, params: float = EDSR, macs: float = 93.97e9) -> tuple[float, float]:
+    """What the paper prints more than that, by default than EDSR."""
+    return row.paper["params"] - params, row.paper["macs"] - macs
+
+
+def test_reasons_for_non_local_attention(paper):
+    nl, clnl = paper[4, "NL"], paper[4, "CLNL"]
+    full = 4 * linear(C, C), 4 * N * C * C + HIDDEN  # θ, φ, g, h of a module
+    pair = 2 * linear(C, C), 2 * N * C * C + HIDDEN  # φ, g
+    params, _ = over(nl)
+    says(nl, "params", {"0.708 M": params / 4e6, "10.8 C²": params / 4 / C**2})
+    totals = EDSR + 4 * full[0], EDSR_MACS + 4 * full[1]
+    says(nl, "macs", {"107.14 G": totals[1] / 1e9, "41.78 M": totals[0] / 1e6})
+    params, macs = over(clnl, nl.paper["params"], nl.paper["macs"])
+    says(clnl, "params", {"0.385 M": params / 6e6, "5.9 C²": params / 6 / C**2})
+    says(clnl, "macs", {"1.51 G": pair[1] / 2e9, "3.02 G": pair[1] / 1e9})
+    says(clnl, "macs", {"2.2 G": macs / 6e9, "125.25 G": (totals[1] + 6 * pair[1]) / 1e9})
+    says(clnl, "macs", {"42.57 M": (totals[0] + 6 * pair[0]) / 1e6})
+
+
+def test_reasons_for_the_number_of_modules(paper):
+    rows = {L: paper[5, f"CLA L={L}"] for L in (8, 16, 32)}
+    pairs = {L: L * (L + 1) / 2 for L in rows}
+    each = {L: (over(row)[0] - L * linear(C, C)) / pairs[L] / 1e3 for L, row in rows.items()}
+    facts = {"85.9 k": each[8], "71.2 k": each[16], "69.0 k": each[32]}
+    facts |= {"72.0 k": linear(C, C + 3 * 8) / 1e3}
+    says(rows[32], "params", facts)
+    says(rows[8], "params", facts | {"42.14 M": five_modules(8) / 1e6})
+    # One price for a pair and one for a module, from the last two rows, miss the first by far
+    prices = np.linalg.solve(
+        [[pairs[16], 16], [pairs[32], 32]], [over(rows[L])[0] for L in (16, 32)]
+    )
+    assert over(rows[8])[0] - prices @ (pairs[8], 8) > 0.3e6
+    params, macs = over(rows[32])
+    aggregation = 3 * N * C * 8 * pairs[32]
+    says(rows[32], "macs", {"88.96 G": macs / 1e9, "2307 for": macs / params, "N = 2304": N})
+    rest = rows[32].macs - aggregation
+    says(rows[32], "macs", {"7.47 G": aggregation / 1e9, "186.19 G": rest / 1e9})
+
+
+def five_modules(keys: int, per_key: int = 3) -> int:
+    """EDSR with five modules, 15 pairs; ACLA has four outputs for a key."""
+    return EDSR + 5 * linear(C, C) + 15 * linear(C, C + per_key * keys)
+
+
+def test_reasons_for_the_number_of_keys(paper):
+    says(paper[6, "CLA-K"], "params", {"42.29 M": five_modules(16, 4) / 1e6})
+    for keys, text in {16: "42.23 M", 32: "42.42 M", 64: "42.79 M"}.items():
+        row, total = paper[7, f"CLA K={keys}"], five_modules(keys)
+        says(row, "params", {text: total / 1e6})
+        assert abs(total / row.paper["params"] - 1) < 0.0015  # "to 0.1 %"
+    last = paper[8, "ACLA K=128"]
+    counts = [(keys, paper[8, f"ACLA K={keys}"].paper["params"]) for keys in (8, 16, 32, 64, 128)]
+    steps = [(b - a) / (n - m) / 1e3 for (m, a), (n, b) in itertools.pairwise(counts)]
+    texts = ("13.8, 7.5, 8.8 and 5.2 k", "7.5, 8.8 and 5.2 k", "8.8 and 5.2 k", "5.2 k")
+    says(last, "params", dict(zip(texts, steps, strict=True)))
+    says(last, "params", {"15.4 k": 15 * linear(C, 4) / 1e3})
+    convolutions = N * (5 * C * C + 15 * (C * (C + 1) + 4 * 128 * C))
+    says(last, "macs", {"3.40 G": 15 * 3 * N * C * 128 / 1e9, "7.56 G": convolutions / 1e9})
+    says(last, "macs", {"5.20 G": over(last)[1] / 1e9})
+
+
+def test_reasons_for_other_attention(paper):
+    mha, se, both = (paper[11, f"EDSR + {name}"] for name in ("MHA", "SE", "ACLA + SE"))
+    relative = 2 * 33  # offsets −16..16 on either axis, eight heads
+    params = 3 * linear(C, C // 2) + linear(C // 2, C) + relative * C // 2 // 8
+    macs = N * (2 * C * C + relative * C // 2) + HIDDEN // 2
+    says(mha, "macs", {"1.56 G": over(mha)[1] / 4e9, "2.72 G": HIDDEN / 1e9})
+    says(mha, "macs", {"100.57 G": (EDSR_MACS + 4 * macs) / 1e9})
+    says(mha, "macs", {"41.26 M": (EDSR + 4 * params) / 1e6})
+    params, macs = (more / 4 for more in over(se))
+    squeezed = linear(C, C // 16) + linear(C // 16, C)
+    says(se, "params", {"0.265 M": params / 1e6, "4.0 C²": params / C**2, "0.54 G": macs / 1e9})
+    says(se, "params", {"8.5 k": squeezed / 1e3})
+    more = (both.paper["params"] - five_modules(16, 4)) / 5
+    says(both, "params", {"0.236 M": more / 1e6, "3.6 C²": more / C**2, "4.0 C²": params / C**2})
+
+
+# The command
+
+
+@pytest.mark.parametrize("table", tables.TABLES)
+def test_every_table_is_printed(capsys, table):
+    head, rule, *lines = cells(capsys, table, "--preset", "tiny")
+    assert head[:3] == ["", "parameters, M", "multiply-adds, G"]
+    assert set("".join(rule)) == {"-"}
+    assert [line[0] for line in lines] == [r.method for r in tables.make_rows(table, "tiny")]
+    assert ("ms (on a V100)" in head) == (table == 12)
+
+
+def test_ours_stand_beside_the_papers(capsys):
+    table = {line[0]: line[1:] for line in cells(capsys, "11", "--preset", "tiny")}
+    macs = sum(c * k for c, k in ((3 * 16, 9), (65 * 256, 9), (4 * 256, 9), (4 * 16 * 3, 9)))
+    assert table["EDSR"] == [
+        "0.16 (40.73)",
+        f"{48 * 48 * macs / 1e9:.2f} (93.97)",
+        *(f"– ({psnr})" for psnr in ("38.11", "33.92", "32.32", "32.93", "39.10")),
+    ]
+
+
+def test_times_are_medians_over_turns(monkeypatch):
+    """The machine is slow in the second round and slower still in the third."""
+    rows = tables.make_rows(12, "tiny")
+    asked = []
+
+    def turns(networks, device):
+        asked.append(list(networks))
+        return {config: [(i + 1) * t for t in (10, 20, 90)] for i, config in enumerate(networks)}
+
+    monkeypatch.setattr(tables, "in_turns", turns)
+    tables.add_times(rows, torch.device("cpu"))
+    assert {row.method: (row.ms, row.ratio) for row in rows} == {
+        "RCAN": (20, 1),
+        "HAN": (40, 2),
+        "SAN": (None, None),
+        "RCAN+ACLA": (60, 3),
+        "EDSR": (20, 1),
+        "EDSR+ACLA": (40, 2),
+    }
+    assert [[config.backbone for config in some] for some in asked] == [
+        ["rcan", "han", "rcan"],
+        ["edsr", "edsr"],
+    ]
+    assert rows[3].paper["ratio"] == pytest.approx(36.9 / 32.7)
+
+
+def test_networks_are_timed(capsys, monkeypatch):
+    monkeypatch.setattr(tables, "ROUNDS", 2)
+    monkeypatch.setattr(tables, "SECONDS", 0)
+    head, _, *lines = cells(capsys, 4, "--preset", "tiny", "--time")
+    assert head[-2:] == ["ms (on a V100)", "time over backbone's"]
+    assert lines[0][-1] == "1.00 (–)"
+    assert all(float(cell.split()[0]) > 0 for line in lines for cell in line[-2:])
+
+
+@pytest.fixture
+def data(tmp_path, make_scene):
+    """A folder with Set5 and Set14, of two small pictures each, and no other set."""
+    for number, name in enumerate(("Set5", "Set14")):
+        folder = tmp_path / "data" / "benchmark" / name / "HR"
+        folder.mkdir(parents=True)
+        for seed, shape in enumerate(((36, 30), (28, 40))):
+            Image.fromarray(make_scene(*shape, seed=seed + 7 * number)).save(folder / f"{seed}.png")
+    return tmp_path / "data"
+
+
+def write(path: Path, config: ModelConfig, task: Task = DOUBLE) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    save_model(path, Backbone(config), config, task, {})
+    return path
+
+
+def test_a_trained_network_is_scored_where_it_belongs(capsys, tmp_path, data):
+    found = {"attention": "cla", "keys": 8, "positions": (3, 12, 26, 31, 32), "ring": 6.0}
+    plain = write(tmp_path / "runs" / "plain" / "model.safetensors", TINY)
+    write(tmp_path / "runs" / "cla-i.safetensors", replace(TINY, **found))
+    flags = ["--preset", "tiny", "--checkpoints", tmp_path / "runs", "--data", data]
+    scored = {line[0]: line[3:] for line in cells(capsys, 11, *flags)[2:]}
+    capsys.readouterr()
+    given = ["--dataset", "Set5,Set14", "--checkpoint", str(plain), "--data", str(data)]
+    evaluate.main([*given, "--device", "cpu", "--json", "-"])
+    right = json.loads(capsys.readouterr().out)["results"]
+    means = [f"{result['mean']['psnr']:.2f}" for result in right]
+    rest = ["– (32.32)", "– (32.93)", "– (39.10)"]
+    assert scored.pop("EDSR") == [f"{means[0]} (38.11)", f"{means[1]} (33.92)", *rest]
+    assert all(cell.startswith("–") for line in scored.values() for cell in line)
+    scored = {line[0]: line[3] for line in cells(capsys, 6, *flags)[2:]}
+    assert [name for name, cell in scored.items() if not cell.startswith("–")] == ["CLA-I"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"width": 8},
+        {"blocks": 31},
+        {"residual_scale": 0.5},
+        {"scale": 3},
+        {"attention": "acla", "keys": 8, "positions": (3, 12, 26, 31, 32)},
+        {"attention": "acla", "keys": 16, "positions": (3, 12, 26, 31)},
+    ],
+    ids=str,
+)
+def test_other_networks_are_not(capsys, tmp_path, data, fields):
+    config = replace(TINY, **fields)
+    path = write(tmp_path / "runs" / "other.safetensors", config, Task("sr", config.scale))
+    flags = ["--preset", "tiny", "--checkpoints", path.parent, "--data", data]
+    assert all(line[3].startswith("–") for line in cells(capsys, 4, *flags)[2:])
+
+
+def test_files_left_out_are_told(capsys, tmp_path, data):
+    runs = tmp_path / "runs"
+    write(runs / "a.safetensors", TINY)
+    write(runs / "b.safetensors", replace(TINY, keys=16, ring=3.0))
+    (runs / "c.safetensors").write_bytes(b"nothing")
+    (runs / "state.safetensors").write_bytes(b"nothing")
+    flags = ["--preset", "tiny", "--checkpoints", str(runs), "--data", str(data), "--json", "-"]
+    tables.main(["11", *flags, "--device", "cpu"])
+    out, err = capsys.readouterr()
+    assert json.loads(out)["rows"][0]["checkpoint"] == str(runs / "a.safetensors")
+    assert f"{runs / 'b.safetensors'} is the same network as {runs / 'a.safetensors'}" in err
+    assert f"left out: {runs / 'c.safetensors'}: not a whole safetensors file" in err
+    assert "state.safetensors" not in err
+    assert "does not hold them: B100, Urban100, Manga109" in err
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    flags[flags.index(str(runs))] = str(empty)
+    tables.main(["11", *flags, "--device", "cpu"])
+    assert f"{empty}: no network for sr x2 is there" in capsys.readouterr().err
+
+
+def test_json_has_the_rows(capsys, tmp_path):
+    file = tmp_path / "rows.json"
+    tables.main(["12", "4", "12", "--preset", "tiny", "--device", "cpu", "--json", str(file)])
+    assert capsys.readouterr().out.count("Table 12, ×2") == 1
+    tables.main(["12", "4", "--preset", "tiny", "--device", "cpu", "--json", "-"])
+    alone = json.loads(capsys.readouterr().out)
+    read = json.loads(file.read_text(encoding="utf-8"))
+    assert read == alone
+    rows = [*tables.make_rows(12, "tiny"), *tables.make_rows(4, "tiny")]
+    assert read["rows"] == json.loads(json.dumps([asdict(row) for row in rows]))
+    assert (read["preset"], read["side"]) == ("tiny", 48)
+    assert {"commit", "device", "threads"} <= read["provenance"].keys()
+    assert from_dict(ModelConfig, read["rows"][3]["network"]) == rows[3].network
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["9"], "choose from 4, 5, 6, 7, 8, 11, 12"),
+        (["4", "--checkpoints", "nowhere", "--data", "."], "there is no such folder"),
+        (["4", "--checkpoints", "."], "give --data DIR or set ACLA_DATA"),
+        (["4", "--json", "nowhere/rows.json"], "there is no folder nowhere"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_calls_are_refused(capsys, monkeypatch, tmp_path, flags, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ACLA_DATA", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        run(tables.main, flags)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
