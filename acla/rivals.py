@@ -85,8 +85,8 @@ class MultiHeadAttention(nn.Module):
 
     r^y and r^x are learned for the offsets −RADIUS..RADIUS, shared by the heads; a larger offset
     takes the outermost one (as Shaw et al. 2018 clip them), so that a picture may have any size.
-    The heads are the most of 8, 4 and 2 that have 16 channels or more, with d = C / heads each, else
-    one. q, k, v and the output are 1×1 convolutions; the output's starts at zero.
+    The heads are the most of 8, 4 and 2 that have 16 channels or more, with d = C / heads each,
+    else one. q, k, v and the output are 1×1 convolutions; the output's starts at zero.
 
     Parameters: 4·(C² + C) + 2·(2·RADIUS + 1)·d."""
 
