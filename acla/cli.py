@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -93,6 +93,15 @@ def pick_preset(name: str | None, device: torch.device) -> str:
     preset = "paper" if device.type == "cuda" else "tiny"
     notice(f"preset {preset}: the default on {device.type}; --preset changes it")
     return preset
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table whose columns are aligned, so that it reads well as it is."""
+    table = [list(head), *map(list, rows)]
+    widths = [max(3, *map(len, column)) for column in zip(*table, strict=True)]
+    table.insert(1, ["-" * width for width in widths])
+    padded = ([c.ljust(w) for c, w in zip(line, widths, strict=True)] for line in table)
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
 def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> None:

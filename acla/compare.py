@@ -111,7 +111,7 @@ def markdown(groups: list[list[Run]]) -> str:
     varying = {n for n in fields if len({show(g[0].how.get(n)) for g in groups}) > 1}
     head = ["", "seeds", "parameters", "multiply-adds", "s/step"]
     head += [text for column in first.psnr for text in (column, "gain")]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for group in groups:
         size = describe(group[0].model)
         line = [name_group(group, varying), str(len(group)), f"{size['params']:,}"]
@@ -121,7 +121,7 @@ def markdown(groups: list[list[Run]]) -> str:
             values = [run.psnr[column] for run in group]
             line += [mean_and_spread(values), gain(group, groups[0], column)]
         lines.append(line)
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return cli.markdown(head, lines)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -54,13 +54,8 @@ def markdown(results: list[dict[str, Any]], metric: str) -> str:
         if column in row:
             raise AclaError(f"{column} of {name_row(result)} is there twice: leave out one file")
         row[column] = result["mean"][metric]
-    lines = [["", *columns], ["---"] * (len(columns) + 1)]
-    for name, row in rows.items():
-        cells = (row.get(column) for column in columns)
-        lines.append(
-            [name, *("–" if v is None else f"{v:{METRICS[metric]}}".strip() for v in cells)]
-        )
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    lines = [[name, *(cell(row.get(c), metric) for c in columns)] for name, row in rows.items()]
+    return cli.markdown(["", *columns], lines)
 
 
 def cell(figure: float | None, metric: str) -> str:

@@ -245,11 +245,7 @@ def markdown(rows: Sequence[Row], timed: bool) -> str:
         for kind, name in (("ms", "ms (on a V100)"), ("ratio", "time over backbone's")):
             ours = [getattr(row, kind) for row in rows]
             columns[name] = both(ours, [p.get(kind) for p in paper])
-    lines = []
-    for name, cells in columns.items():
-        width = max(map(len, (name, "---", *cells)))
-        lines.append([cell.ljust(width) for cell in (name, "-" * width, *cells)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in zip(*lines, strict=True))
+    return cli.markdown(list(columns), zip(*columns.values(), strict=True))
 
 
 def both(

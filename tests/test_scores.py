@@ -40,7 +40,7 @@ def test_methods_are_rows_and_sets_are_columns(capsys, write):
     three = write("c.json", result(checkpoint="runs/other.safetensors", psnr=None))
     assert table(capsys, one, two, three) == [
         ["", "LIVE1 q10", "Classic5 q10", "LIVE1 q20"],
-        ["---"] * 4,
+        ["-" * 15, "-" * 9, "-" * 12, "-" * 9],
         ["JPEG", "27.77", "27.82", "30.07"],
         ["DnCNN", "29.19", "–", "–"],
         ["ours: car-q10-a", "29.46", "29.46", "31.00"],
