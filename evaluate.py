@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from acla.checkpoint import load_model
-from acla.cli import add_common_flags, notice, pick_device, progress, run
+from acla.cli import add_common_flags, check_json, notice, pick_device, progress, run
 from acla.config import SETTING_DEFAULT, SETTING_FLAG, Task
 from acla.data import find_set, match_stems
 from acla.degrade import generator_for, pair, untouched
@@ -103,10 +103,7 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError("--save has nothing to write with --predictions")
     if args.predictions and not args.predictions.is_dir():
         raise UsageError(f"--predictions {args.predictions}: there is no such folder")
-    if args.json not in (None, "-") and not Path(args.json).parent.is_dir():
-        raise UsageError(f"--json {args.json}: there is no folder {Path(args.json).parent}")
-    if args.json not in (None, "-") and Path(args.json).is_dir():
-        raise UsageError(f"--json {args.json}: that is a folder; name a file in it")
+    check_json(args.json)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -166,7 +163,9 @@ def default_checkpoint(args: argparse.Namespace, sets: Iterable[str]) -> Path:
     else:
         task = task_from_flags(args) or TASK_OF_SET.get(next(iter(sets)), Task())
         try:
-            found = Weights(None, task, torch.device("cpu")).pick(int(task.setting))[0]
+            offered = Weights(None, task, torch.device("cpu"))
+            quality = None if task.until else int(task.setting)
+            found = offered.files.get(task) or offered.pick(quality)[0]
         except UsageError as error:
             raise UsageError(
                 f"there is no {DEFAULT_CHECKPOINT} to score and {error}; or give --baseline or "
@@ -205,7 +204,8 @@ def pick_task(args: argparse.Namespace, flags: Task | None, method: Method, name
     if flags is None or (flags.name == trained.name and unsaid):
         if not trained.until:
             return trained
-        scored = Task(trained.name, SETTING_DEFAULT[trained.name])
+        usual = Task(trained.name, SETTING_DEFAULT[trained.name])
+        scored = usual if trained.covers(usual) else Task(trained.name, trained.setting)
         notice(f"{method.label}, trained for {trained}, is scored on {scored}; --q changes it")
         return scored
     if flags.name != trained.name or flags.scale != trained.scale:

@@ -40,9 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     written = training.open_run(args.out, PLAN, args.resume)
     if written is None:
         plan = plan_from_flags(args, cli.pick_preset(args.preset, processes.device))
-        flags = {
-            name: getattr(args, name) for name in ("preset", "auto", "grid", "budget", "seeds")
-        }
+        flags = {name: getattr(args, name) for name in KEPT_FLAGS}
         cli.tell_of_sample(args)
     else:
         plan, flags = read_plan(written, args)

@@ -7,6 +7,7 @@ python train.py --task sr --preset paper --describe
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import time
@@ -17,16 +18,15 @@ import torch
 
 from acla import cli, config, flags, training
 from acla.architecture import choose_network, read_architecture
-from acla.backbone import Backbone
 from acla.checkpoint import (
-    backbone_weights,
     clear_temporary,
+    fitting_weights,
     load_model,
     load_state,
     save_model,
     save_state,
 )
-from acla.config import ModelConfig, Task, TrainConfig
+from acla.config import AT_SEARCHED, ModelConfig, Task, TrainConfig
 from acla.data import PatchSampler, Pictures, training_sets
 from acla.errors import UsageError
 from acla.learner import Learner
@@ -93,7 +93,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--init",
         metavar="FILE",
         help="begin with the weights of a trained network of the same backbone; attention modules "
-        "that it lacks are new, and change nothing at first",
+        "that it lacks are new, and change nothing at first (but for se and acla+se)",
     )
     parser.add_argument("--describe", action="store_true", help="print the network's size and stop")
     parser.add_argument(
@@ -118,7 +118,7 @@ def plan_from_flags(args: argparse.Namespace, preset: str) -> Plan:
     source = None
     if args.arch not in (None, "paper", "none"):
         source = read_architecture(Path(args.arch))
-    elif args.arch is None and SEARCHED.is_file() and "positions" not in args:
+    elif args.arch is None and SEARCHED.is_file() and asks_for_searched(args):
         found, asked = read_architecture(SEARCHED), flags.task_from_flags(args)
         same_task = asked is None or asked.name == found.task.name
         if same_task and getattr(args, "backbone", found.model.backbone) == found.model.backbone:
@@ -131,6 +131,11 @@ def plan_from_flags(args: argparse.Namespace, preset: str) -> Plan:
         raise UsageError("--inherit goes with a searched architecture: --arch FILE of search.py")
     task, model = choose_network(args, preset, source)
     return Plan(task, model, flags.override_length(config.train_preset(preset), args))
+
+
+def asks_for_searched(args: argparse.Namespace) -> bool:
+    """Whether the flags leave the positions to a search: the rivals stand at even ones."""
+    return "positions" not in args and getattr(args, "attention", "acla") in AT_SEARCHED
 
 
 def train(
@@ -157,13 +162,9 @@ def train(
         training.require_same_data(progress, data)
         learner.unpack(tensors, progress, out / STATE)
     else:
-        flags = {name: getattr(args, name) for name in ("preset", "arch", "inherit", "init")}
-        progress = {"step": 0, "seconds": 0.0, "best": None, "data": data, "flags": flags}
-        if args.inherit:
-            learner.begin_with(inherited(args, plan).state_dict())
-        elif args.init:
-            cli.notice(f"weights: {args.init}")
-            learner.begin_with(backbone_weights(Path(args.init), learner.model))
+        given = {name: getattr(args, name) for name in ("preset", "arch", "inherit", "init")}
+        progress = {"step": 0, "seconds": 0.0, "best": None, "data": data, "flags": given}
+        progress["begun_with"] = begin(learner, plan, args)
     start, before = progress["step"], progress["seconds"]
     progress["plan"] = asdict(plan)
     processes.wait()  # none may find the state that another writes
@@ -204,6 +205,7 @@ def train(
         if processes.first:
             log.add(row)
             info = {"train": asdict(how), "data": data, **made, **row}
+            info["begun_with"] = progress.get("begun_with")
             write(out, learner, plan, progress, info, better)
     psnr, best = progress["val_psnr"], progress["best"]["step"]
     cli.say(f"{plan.task}: {psnr:.2f} dB on the validation pictures after {how.steps} steps")
@@ -225,18 +227,29 @@ def write_state(out: Path, learner: Learner, progress: dict) -> None:
     save_state(out / STATE, tensors, {**progress, **values})
 
 
-def inherited(args: argparse.Namespace, plan: Plan) -> Backbone:
-    """The network that the search derived, with the supernet's weights, from beside arch.json.
-    Raises UsageError where it is another network than the plan's."""
-    path = (SEARCHED if args.arch is None else Path(args.arch)).parent / MODEL
-    found = load_model(path)
-    if found.config != plan.model:
-        raise UsageError(
-            f"--inherit: {path} holds another network than the flags ask for: leave out "
-            "--preset, --attention, --positions and --keys, or --inherit"
-        )
-    cli.notice(f"weights: {path}")
-    return found.model
+def begin(learner: Learner, plan: Plan, args: argparse.Namespace) -> dict[str, str] | None:
+    """Take over the weights that the flags name: of the search, or of a trained network. Returns
+    the file's name and digest, None without such flags. Raises UsageError, CheckpointError."""
+    if args.inherit:
+        path = (SEARCHED if args.arch is None else Path(args.arch)).parent / MODEL
+        found = load_model(path)
+        if found.config != plan.model:
+            raise UsageError(
+                f"--inherit: {path} holds another network than the flags ask for: leave out "
+                "--preset, --attention, --positions and --keys, or --inherit"
+            )
+        weights, task = found.model.state_dict(), found.task
+    elif args.init:
+        path = Path(args.init)
+        weights, task = fitting_weights(path, plan.model)
+    else:
+        return None
+    learner.begin_with(weights)
+    held = {name.split(".")[1] for name in weights if name.startswith("attention.")}
+    new = tuple(p for p in plan.model.positions if str(p) not in held)
+    told = f"; the attention behind {config.format_positions(new)} is new" if new else ""
+    cli.notice(f"weights: {path}, trained for {task}{told}")
+    return {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
 def describe_run(plan: Plan, pictures: int, val_pictures: int) -> str:

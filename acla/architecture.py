@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from acla.config import (
+    AT_SEARCHED,
     DEFAULT_KEYS,
     PAPER_POSITIONS,
-    SEARCHED,
     ModelConfig,
     Task,
     from_dict,
@@ -92,7 +92,7 @@ def paper_positions(task: Task, backbone: str) -> tuple[int, ...]:
         known = ", ".join(f"{t} on {b}" for t, b in PAPER_POSITIONS)
         raise UsageError(
             f"Table 9 has no positions for {task.name} on {backbone} (it has {known}): "
-            "give --positions, or --arch FILE from search.py"
+            "give --arch none, --positions, or --arch FILE from search.py"
         )
     return PAPER_POSITIONS[task.name, backbone]
 
@@ -111,7 +111,7 @@ def even_positions(blocks: int) -> tuple[int, ...]:
 def default_positions(attention: str, task: Task, backbone: str, blocks: int) -> tuple[int, ...]:
     """Where the paper inserts this attention: at Table 9's positions what it searched, evenly what
     it compares with (Section 4.5, A.3). Raises UsageError."""
-    if attention in SEARCHED:
+    if attention in AT_SEARCHED:
         return paper_positions(task, backbone)
     return even_positions(blocks)
 

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from acla.backbone import Backbone
-from acla.config import ModelConfig, Task, from_dict
+from acla.config import SAME_MODULE, ModelConfig, Task, from_dict
 from acla.errors import CheckpointError, UsageError
 from acla.networks import build_network
 
@@ -90,18 +90,40 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -
     model.load_state_dict(tensors)
 
 
-def backbone_weights(path: Path, model: Backbone) -> dict[str, Tensor]:
-    """What a network can begin with from the file of a trained one: the whole backbone, which must
-    be the same, and those attention modules that are. Raises CheckpointError."""
-    given, own = load_model(path).model.state_dict(), model.state_dict()
-    fit = {n for n in own.keys() & given.keys() if own[n].shape == given[n].shape}
-    others = [n for n in own.keys() ^ fit | given.keys() ^ fit if not n.startswith("attention.")]
-    if others:
-        raise CheckpointError(
-            f"{path}: another backbone than the one to begin ({min(others)} differs): give its "
-            "--backbone, --blocks, --width and --channels, or another file"
-        )
-    return {name: given[name] for name in fit}
+def fitting_weights(path: Path, config: ModelConfig) -> tuple[dict[str, Tensor], Task]:
+    """What a network can begin with from the file of a trained one, and that one's task: the whole
+    backbone, which must be the same, and every attention module that is the same as here, with the
+    same layers to refer to. Raises CheckpointError."""
+    given = load_model(path)
+    begun, wanted = (backbone_alone(one) for one in (given.config, config))
+    for name, value in dataclasses.asdict(wanted).items():
+        if getattr(begun, name) != value:
+            raise CheckpointError(
+                f"{path}: another backbone than the one to begin, its {name} is "
+                f"{getattr(begun, name)}, not {value}: give the flags of that network, or its file"
+            )
+    same = {f"attention.{p}" for p in config.positions if same_module(given.config, config, p)}
+    tensors = {
+        name: tensor
+        for name, tensor in given.model.state_dict().items()
+        if not name.startswith("attention.") or ".".join(name.split(".")[:2]) in same
+    }
+    return tensors, given.task
+
+
+def backbone_alone(config: ModelConfig) -> ModelConfig:
+    """A configuration without what says how its attention is."""
+    plain = ModelConfig(attention="none", keys=0)
+    fields = ("attention", "keys", "positions", "ring", "open_logit")
+    return dataclasses.replace(config, **{name: getattr(plain, name) for name in fields})
+
+
+def same_module(one: ModelConfig, other: ModelConfig, position: int) -> bool:
+    """Whether the module behind a position is of one kind in two networks and refers to the same
+    layers."""
+    kinds = [(SAME_MODULE.get(c.attention, c.attention), c.keys) for c in (one, other)]
+    referred = [[p for p in c.positions if p <= position] for c in (one, other)]
+    return kinds[0] == kinds[1] and referred[0] == referred[1]
 
 
 def save_state(path: Path, tensors: Mapping[str, Tensor], progress: dict[str, Any]) -> None:

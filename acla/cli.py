@@ -95,6 +95,17 @@ def pick_preset(name: str | None, device: torch.device) -> str:
     return preset
 
 
+def check_json(where: str | None) -> None:
+    """Refuse a --json that cannot be written, before any work is done; - is standard output. Raises
+    UsageError."""
+    if where in (None, "-"):
+        return
+    if not Path(where).parent.is_dir():
+        raise UsageError(f"--json {where}: there is no folder {Path(where).parent}")
+    if Path(where).is_dir():
+        raise UsageError(f"--json {where}: that is a folder; name a file in it")
+
+
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table whose columns are aligned, so that it reads well as it is."""
     table = [list(head), *map(list, rows)]

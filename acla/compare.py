@@ -43,13 +43,21 @@ def read_run(folder: Path) -> Run:
     found = load_model(folder / MODEL)
     try:
         training, done = found.info["train"], found.info["step"]
+        begun = found.info.get("begun_with")
         how = {**dataclasses.asdict(found.task), **dataclasses.asdict(found.config), **training}
+        how |= {"begun_with": begun and begun["file"], "pictures": found.info["data"]["train"]}
         seed, seconds = training["seed"], found.info["seconds"] / done
     except (KeyError, TypeError) as error:
         raise AclaError(f"{folder / MODEL}: train.py did not write it: no {error}") from error
     how = {name: value for name, value in how.items() if name not in NOT_SHOWN}
-    results = read_results(folder / SCORES)
-    psnr = {name_column(result): result["mean"]["psnr"] for result in results}
+    psnr = {}
+    for result in read_results(folder / SCORES):
+        scored = Path(result["model"].get("checkpoint", ""))
+        if (scored.parent.name, scored.name) != (folder.resolve().name, MODEL):
+            raise AclaError(f"{folder / SCORES}: the scores of {scored}, not of {folder / MODEL}")
+        psnr[name_column(result)] = result["mean"]["psnr"]
+    if None in psnr.values():
+        raise AclaError(f"{folder / SCORES}: a picture is restored exactly, PSNR has no mean")
     return Run(folder, found.config, how, seed, seconds, psnr)
 
 

@@ -15,8 +15,10 @@ BACKBONES = ("edsr", "rcan", "han", "a2n", "a2n-m")
 ATTENTIONS = ("none", "cla", "acla", "cla-i", "cla-k", "acla+se", "nl", "clnl", "se", "mha")
 DEFAULT_KEYS = {"cla": 8, "acla": 16, "cla-i": 8, "cla-k": 16, "acla+se": 16}  # others sample none
 MASKED = ("acla", "cla-k", "acla+se")  # choose among their keys by a mask
-SEARCHED = ("acla", "cla-i", "acla+se")  # stand at searched positions in the paper
+AT_SEARCHED = ("acla", "cla-i", "acla+se")  # stand at searched positions in the paper
 SEARCHABLE = ("cla", "acla")  # can be in a supernet
+SAME_MODULE = {"cla-i": "cla", "cla-k": "acla"}  # at other positions
+LATER = ("until", "ring", "open_logit", "offset_rate")  # older files mean the defaults
 PRESETS = ("paper", "small", "tiny")
 AMP_FORMATS = ("bf16", "fp16")
 
@@ -70,9 +72,11 @@ class Task:
                 raise UsageError(f"task demosaic takes no setting, not {self.setting:g}")
             flag = SETTING_FLAG[self.name]
             raise UsageError(f"--{flag} must be {ranges[self.name]}, not {self.setting:g}")
-        if self.until and not (self.name == "car" and self.setting < self.until <= 100):
+        if type(self.until) is not int or (self.until and self.name != "car"):
+            raise UsageError(f"a range is for whole qualities of car, not for {self.name}")
+        if self.until and not self.setting < self.until <= 100:
             raise UsageError(
-                f"a range is for the qualities of car and rises, up to 100: --q 5-60, not "
+                f"a range of qualities rises, up to 100: --q 5-60, not "
                 f"{self.setting:g}-{self.until}"
             )
 
@@ -348,13 +352,13 @@ def to_json(config: Any) -> str:
 
 
 def from_dict(kind: type, values: Any) -> Any:
-    """A configuration from JSON's dictionary; every field must be there and none besides. Raises
-    UsageError."""
+    """A configuration from JSON's dictionary; every field must be there, but for those that older
+    files lack, and none besides. Raises UsageError."""
     if not isinstance(values, dict):
         raise UsageError(f"{kind.__name__} must be a JSON object, not {type(values).__name__}")
     names = {item.name for item in dataclasses.fields(kind)}
-    if values.keys() != names:
-        odd = sorted(values.keys() ^ names)
+    odd = sorted((values.keys() ^ names) - (names & set(LATER)))
+    if odd:
         raise UsageError(f"{kind.__name__} has missing or unknown fields: {', '.join(odd)}")
     as_tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     return kind(**as_tuples)

@@ -180,8 +180,7 @@ def pair(
 
     c is the task's number of channels unless `channels` says otherwise. sr crops to a multiple of
     the scale; car takes Y rounded to 8 bit; noise and a range of qualities need the generator.
-    Raises DataError for a
-    picture smaller than the scale.
+    Raises DataError for a picture smaller than the scale.
     """
     target = fit_channels(clean, channels or task.channels)
     if task.name == "sr":

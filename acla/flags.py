@@ -3,6 +3,7 @@ Standard library only."""
 
 import argparse
 import dataclasses
+import re
 from typing import Any, get_origin
 
 from acla.config import SETTING_DEFAULT, SETTING_FLAG, TASKS, Task, flag_name
@@ -15,9 +16,11 @@ def parse_positions(text: str) -> tuple[int, ...]:
 
 
 def parse_quality(text: str) -> tuple[int, int]:
-    """'10' → (10, 0); '5-60' → (5, 60): a Task's setting and until. Raises ValueError."""
-    first, dash, last = text.partition("-")
-    return int(first), int(last) if dash else 0
+    """'10' → (10, 0); '5-60' → (5, 60): a Task's setting and until."""
+    found = re.fullmatch(r"(\d+)(?:-(0*[1-9]\d*))?", text, re.ASCII)
+    if not found:
+        raise argparse.ArgumentTypeError(f"wants a quality, 10, or a range, 5-60, not {text!r}")
+    return int(found[1]), int(found[2] or 0)
 
 
 def add_flags(parser: argparse.ArgumentParser, kind: type, but: tuple[str, ...] = ()) -> None:

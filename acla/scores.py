@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from acla import cli
-from acla.errors import AclaError
+from acla.config import Task
+from acla.errors import AclaError, UsageError
 
+OF_RUNS = ("model.safetensors", "best.safetensors")
 METRICS = {"psnr": ".2f", "ssim": ".4f"}
 
 
@@ -20,24 +22,26 @@ def read_results(path: Path) -> list[dict[str, Any]]:
             name_row(result), name_column(result), dict(result["mean"]), dict(result["published"])
     except FileNotFoundError as error:
         raise AclaError(f"{path}: there is no such file; evaluate.py --json writes one") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, UsageError) as error:
         raise AclaError(f"{path}: not a file of evaluate.py --json: {error!r}") from error
     return results
 
 
 def name_row(result: dict[str, Any]) -> str:
-    """What was scored: the checkpoint's file name, or the kind of what was no network."""
+    """What was scored: the checkpoint's file name, with its folder where that is a run's, or the
+    kind of what was no network."""
     model = result["model"]
     if model["kind"] != "network":
         return f"ours: {model['kind']}"
-    name = Path(model["checkpoint"]).name.removesuffix(".safetensors")
+    path = Path(model["checkpoint"])
+    name = f"{path.parent.name}/{path.stem}" if path.name in OF_RUNS else path.stem
     return f"ours: {name}" + (", ensemble of 8" if model["ensemble"] else "")
 
 
 def name_column(result: dict[str, Any]) -> str:
     """The set and the setting: LIVE1 q10."""
-    prefix = {"sr": "×", "denoise": "σ", "car": "q"}.get(result["task"], "")
-    return f"{result['dataset']} {prefix}{result['setting']:g}" if prefix else result["dataset"]
+    task = Task(result["task"], result["setting"], result.get("until", 0))
+    return f"{result['dataset']} {task.label}".strip()
 
 
 def markdown(results: list[dict[str, Any]], metric: str) -> str:
@@ -49,7 +53,14 @@ def markdown(results: list[dict[str, Any]], metric: str) -> str:
         column = name_column(result)
         for method, figures in result["published"].items():
             rows.setdefault(method, {})[column] = figures.get(metric)
+    paths: dict[str, str] = {}
     for result in results:
+        path = result["model"].get("checkpoint")
+        if paths.setdefault(name_row(result), path) != path:
+            raise AclaError(
+                f"{name_row(result)} is two networks, {paths[name_row(result)]} and {path}: leave "
+                "out one, or give the files names that differ"
+            )
         row, column = rows.setdefault(name_row(result), {}), name_column(result)
         if column in row:
             raise AclaError(f"{column} of {name_row(result)} is there twice: leave out one file")

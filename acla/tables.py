@@ -22,7 +22,7 @@ import torch
 from acla import cli
 from acla.architecture import default_positions
 from acla.checkpoint import load_model
-from acla.config import DEFAULT_KEYS, PRESETS, ModelConfig, Task, model_preset
+from acla.config import DEFAULT_KEYS, PRESETS, SAME_MODULE, ModelConfig, Task, model_preset
 from acla.data import find_set, known_sets
 from acla.degrade import generator_for, pair
 from acla.errors import CheckpointError, DataError, UsageError
@@ -39,8 +39,8 @@ SIDE = 48  # of the picture that multiply-adds and times are for, in pixels
 # Relative differences from the paper that are told
 LIMITS = {"params": 0.01, "macs": 0.03}
 SHOWN = {"params": ("parameters", "M", 1e6), "macs": ("multiply-adds", "G", 1e9)}
-SAME = {"cla-i": "cla", "cla-k": "acla"}  # the same modules at other positions
-OTHERS = ("state.safetensors", "supernet.safetensors")  # of runs; they hold no finished network
+# Of runs; they hold no finished network, or the one that the validation pictures chose
+OTHERS = ("state.safetensors", "supernet.safetensors", "best.safetensors")
 ROUNDS, SECONDS = 7, 3.0  # of timing, at least
 
 
@@ -131,10 +131,10 @@ def find_checkpoints(folder: Path) -> dict[ModelConfig, Path]:
         except CheckpointError as error:
             cli.notice(f"left out: {error}")
             continue
-        if network.task == TASK:
+        if network.task == TASK and {"train", "imported"} & network.info.keys():
             first = found.setdefault(what_counts(network.config), path)
             if first != path:
-                cli.notice(f"left out: {path} is the same network as {first}")
+                cli.notice(f"left out: {path} has the configuration of {first}")
     if not found:
         cli.notice(f"{folder}: no network for {TASK} is there")
     return found
@@ -143,7 +143,7 @@ def find_checkpoints(folder: Path) -> dict[ModelConfig, Path]:
 def what_counts(config: ModelConfig) -> ModelConfig:
     """The configuration but for what a trained network does not show: how its modules began, and
     keys that no module has."""
-    attention = SAME.get(config.attention, config.attention)
+    attention = SAME_MODULE.get(config.attention, config.attention)
     keys = config.keys if attention in DEFAULT_KEYS else 0
     starts = {"ring": ModelConfig.ring, "open_logit": ModelConfig.open_logit}
     return replace(config, attention=attention, keys=keys, **starts)
@@ -329,8 +329,7 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError(f"--checkpoints {args.checkpoints}: there is no such folder")
     if args.checkpoints and not args.data:
         raise UsageError("--checkpoints needs pictures to score: give --data DIR or set ACLA_DATA")
-    if args.json not in (None, "-") and not Path(args.json).parent.is_dir():
-        raise UsageError(f"--json {args.json}: there is no folder {Path(args.json).parent}")
+    cli.check_json(args.json)
 
 
 def main(argv: list[str] | None = None) -> None:

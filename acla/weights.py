@@ -43,13 +43,18 @@ class Weights:
             found = name.fullmatch(path.name)
             if found:
                 numbers = [int(number) for number in found.groups() if number]
-                self.files.setdefault(Task(task.name, *(numbers or [task.setting])), path)
+                try:
+                    named = Task(task.name, *(numbers or [task.setting]))
+                except UsageError as error:
+                    raise UsageError(f"{path}: its name says what no task is: {error}") from error
+                self.files.setdefault(named, path)
         if not self.files:
             flag = f"--task {task.name}"
             if task.name in SETTING_FLAG:
-                flag += f" --{SETTING_FLAG[task.name]} {task.setting:g}"
+                flag += f" --{SETTING_FLAG[task.name]} {task.label.lstrip('xsigmaq')}"
+            where = next((place for place in PLACES if place.is_dir()), PLACES[0])
             raise UsageError(
-                f"no network for {task}: {PLACES[0]} holds none; train one (python train.py {flag} "
+                f"no network for {task}: {where} holds none; train one (python train.py {flag} "
                 "--out DIR) and name it: --checkpoint DIR/model.safetensors"
             )
 

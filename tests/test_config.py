@@ -45,6 +45,7 @@ def test_flags_name_the_task(words, task):
         (["--task", "car", "--q", "0"], "--q must be a whole number of 1 to 100"),
         (["--q", "60-5"], "--q 5-60, not 60-5"),
         (["--q", "5-101"], "up to 100"),
+        (["--q", "101"], "--q must be a whole number of 1 to 100"),
         (["--sigma", "nan"], "--sigma must be above 0"),
         (["--sigma", "-1"], "--sigma must be above 0"),
     ],
@@ -98,11 +99,11 @@ def test_wrong_searches_are_refused(fields):
         SearchConfig(**fields)
 
 
-@pytest.mark.parametrize("text", ["", "10-", "-5", "a", "5-x", "5-10-20", "1.5"])
+@pytest.mark.parametrize("text", ["", "10-", "-5", "a", "5-x", "5-0", "5-10-20", "1.5"])
 def test_what_is_no_quality_is_refused(text, capsys):
     with pytest.raises(SystemExit):
         parse(f"--q={text}")
-    assert "argument --q" in capsys.readouterr().err
+    assert "argument --q: wants a quality, 10, or a range, 5-60" in capsys.readouterr().err
 
 
 def test_a_range_of_qualities_covers_its_own():
@@ -116,7 +117,7 @@ def test_a_range_of_qualities_covers_its_own():
     assert not many.covers(Task("car", 10, 61))
     assert not Task("car", 10).covers(many)
     assert not many.covers(Task("denoise", 10))
-    with pytest.raises(UsageError, match="a range is for the qualities of car"):
+    with pytest.raises(UsageError, match="a range is for whole qualities of car"):
         Task("denoise", 10, 30)
 
 
@@ -133,6 +134,17 @@ def test_json_with_missing_or_unknown_fields_is_refused():
     values.pop("width")
     with pytest.raises(UsageError, match="width"):
         config.from_dict(ModelConfig, values)
+
+
+def test_files_from_before_a_field_mean_its_default():
+    values = dataclasses.asdict(Task("car", 20)) | {"until": 60.5}
+    with pytest.raises(UsageError, match="a range is for whole qualities"):
+        config.from_dict(Task, values)
+    values.pop("until")
+    assert config.from_dict(Task, values) == Task("car", 20)
+    values = dataclasses.asdict(ModelConfig(width=24))
+    del values["ring"], values["open_logit"]
+    assert config.from_dict(ModelConfig, values) == ModelConfig(width=24)
 
 
 def test_flags_override_the_preset_and_nothing_else():

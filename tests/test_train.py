@@ -1,6 +1,7 @@
 """train.py as a user calls it."""
 
 import errno
+import hashlib
 import json
 import os
 import subprocess
@@ -66,11 +67,40 @@ def test_a_run_begins_with_the_weights_of_a_trained_backbone(small_sets, capsys)
     assert any(name.startswith("attention.") for name in after)
     # The modules are new and change nothing, so that the score is the backbone's
     assert rows("more")[-1]["val_psnr"] == pytest.approx(rows("plain")[-1]["val_psnr"], abs=1e-6)
-    again = [*begin[:-3], *SHORT, "--out", "keys"]
-    train.main([*again, "--init", "more/model.safetensors", "--positions", "1", "--rate", "1e-12"])
-    kept = load_model(Path("keys/model.safetensors")).model.state_dict()
-    name = "attention.1.points.bias"
-    torch.testing.assert_close(kept[name], after[name], rtol=0, atol=1e-9)
+    info = load_model(Path("more/model.safetensors")).info
+    digest = hashlib.sha256(Path("plain/model.safetensors").read_bytes()).hexdigest()
+    assert info["begun_with"] == {"file": "model.safetensors", "sha256": digest}
+    assert load_model(Path("plain/model.safetensors")).info["begun_with"] is None
+
+
+def test_attention_modules_are_taken_whole_or_not_at_all(small_sets, capsys):
+    train.main([*SMALL, *SHORT, *small_sets, "--rate", "1e-2", "--out", "one"])  # at 1 and 3
+    trained = load_model(Path("one/model.safetensors")).model.state_dict()
+    for flags, taken in (
+        ((), (1, 3)),
+        (("--positions", "1"), (1,)),
+        (("--positions", "1,2,3"), (1,)),  # 3 refers to 2 as well
+        (("--positions", "2,3"), ()),  # and here not to 1
+        (("--keys", "4"), ()),
+        (("--attention", "cla"), ()),
+        (("--attention", "cla-k"), (1, 3)),
+        (("--attention", "se", "--keys", "0"), ()),
+    ):
+        words = [*SMALL, *flags, *small_sets, *SHORT[:-4], "--steps", "1", "--validate", "1"]
+        words += ["--init", "one/model.safetensors", "--rate", "1e-12", "--seed", "5"]
+        out = "-".join(["to", *flags]).replace(",", "")
+        train.main([*words, "--out", out])
+        written = load_model(Path(out, "model.safetensors"))
+        begun = written.model.state_dict()
+        for name in begun.keys() & trained.keys():
+            whole = not name.startswith("attention.") or int(name.split(".")[1]) in taken
+            fits = begun[name].shape == trained[name].shape
+            near = fits and torch.allclose(begun[name], trained[name], rtol=0, atol=1e-9)
+            assert near == whole, (flags, name)
+        new = "is new" in capsys.readouterr().err
+        assert new == (
+            len(taken) < len(load_model(Path(out, "model.safetensors")).config.positions)
+        )
 
 
 def test_weights_of_another_backbone_are_refused(small_sets):
@@ -78,6 +108,8 @@ def test_weights_of_another_backbone_are_refused(small_sets):
     begin = ["--init", "one/model.safetensors", *SHORT, *small_sets, "--out", "two"]
     with pytest.raises(CheckpointError, match="another backbone than the one to begin"):
         train.main([*SMALL, *begin, "--width", "16"])
+    with pytest.raises(CheckpointError, match=r"residual_scale is 1\.0, not 0\.1"):
+        train.main([*SMALL, *begin, "--residual-scale", "0.1"])
     with pytest.raises(UsageError, match="--inherit and --init"):
         train.main([*SMALL, *begin, "--inherit"])
     with pytest.raises(CheckpointError, match="no such file"):
