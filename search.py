@@ -146,12 +146,11 @@ def read_plan(path: Path, args: argparse.Namespace) -> tuple[Plan, dict[str, Any
 def tell(plan: Plan, sets: Sets, processes: Processes) -> None:
     """What is about to happen, in one line."""
     how = plan.search
-    several = f", {processes.world} processes" if processes.world > 1 else ""
     cli.notice(
         f"{plan.task}: {plan.model.backbone} of {plan.model.blocks} blocks × {plan.model.width}; "
         f"{how.steps} steps of {how.batch} patches of {how.patch}², the first {how.first_stage} "
         f"for the weights alone; {len(sets.weights)} pictures of {how.train_set} for the weights, "
-        f"{len(sets.alpha)} for α; on {processes.device}{several}"
+        f"{len(sets.alpha)} for α; on {processes}"
     )
 
 

@@ -13,6 +13,7 @@ import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -138,6 +139,33 @@ def asks_for_searched(args: argparse.Namespace) -> bool:
     return "positions" not in args and getattr(args, "attention", "acla") in AT_SEARCHED
 
 
+class Data(NamedTuple):
+    """What a run reads: patches, and the pictures of every set to validate on, one set's after the
+    other's; digests tell whether they are the same again."""
+
+    sampler: PatchSampler
+    loader: Loader
+    validation: Pictures
+    val_sets: dict[str, list[Path]]
+    digests: dict[str, str]
+
+
+def prepare(plan: Plan, args: argparse.Namespace, processes: Processes) -> Data:
+    """The pictures of a run, those to validate on tried. Raises DataError, PictureError."""
+    how, channels = plan.train, plan.model.channels
+    paths, val_sets = training_sets(how.train_set, how.val_set or None, args.data)
+    val_paths = list(itertools.chain(*val_sets.values()))
+    share = how.batch, how.seed, processes.rank, processes.world
+    sampler = PatchSampler(Pictures(paths), plan.task, how.patch, *share, channels=channels)
+    return Data(
+        sampler,
+        Loader(sampler, processes.device, args.workers),
+        training.validation_set(val_paths, plan.task, channels),
+        val_sets,
+        {"train": training.digest(paths), "val": training.digest(val_paths)},
+    )
+
+
 def train(
     plan: Plan,
     args: argparse.Namespace,
@@ -149,21 +177,15 @@ def train(
     the log, the model, the best one so far, and the state."""
     how, out = plan.train, args.out
     processes.require_share(how.batch)
-    paths, val_sets = training_sets(how.train_set, how.val_set or None, args.data)
-    val_paths = list(itertools.chain(*val_sets.values()))
-    data = {"train": training.digest(paths), "val": training.digest(val_paths)}
-    share = how.batch, how.seed, processes.rank, processes.world
-    channels = plan.model.channels
-    sampler = PatchSampler(Pictures(paths), plan.task, how.patch, *share, channels=channels)
-    loader = Loader(sampler, processes.device, args.workers)
-    validation = training.validation_set(val_paths, plan.task, channels)
+    data = prepare(plan, args, processes)
     learner = Learner(plan.model, how, processes)
     if progress:
-        training.require_same_data(progress, data)
+        training.require_same_data(progress, data.digests)
         learner.unpack(tensors, progress, out / STATE)
     else:
         given = {name: getattr(args, name) for name in ("preset", "arch", "inherit", "init")}
-        progress = {"step": 0, "seconds": 0.0, "best": None, "data": data, "flags": given}
+        progress = {"step": 0, "seconds": 0.0, "best": None, "flags": given}
+        progress["data"] = data.digests
         progress["begun_with"] = begin(learner, plan, args)
     start, before = progress["step"], progress["seconds"]
     progress["plan"] = asdict(plan)
@@ -174,27 +196,22 @@ def train(
         log = training.Log(out / LOG, start, out / "tensorboard" if args.log else None)
         if not start:
             write_state(out, learner, progress)
-    several = f", {processes.world} processes" if processes.world > 1 else ""
-    cli.notice(
-        f"{plan.task}: {describe_run(plan, len(paths), len(val_paths))}; "
-        f"on {processes.device}{several}"
-    )
-
+    cli.notice(f"{plan.task}: {describe_run(plan, data)}; on {processes}")
     made, begun = provenance(processes.device), time.monotonic()
     bar = cli.progress(
         range(start, how.steps), initial=start, total=how.steps, unit="step", desc="train"
     )
     for step in bar:
-        learner.step(step, sampler.indices, *loader.batch(step))
+        learner.step(step, data.sampler.indices, *data.loader.batch(step))
         done = step + 1
         if done % how.validate and done < how.steps:
             continue
         losses, norms = learner.met()
-        each = training.each_psnr(learner.result, validation, plan.task, processes.device)
-        found = training.by_set(each, val_sets)
+        each = training.each_psnr(learner.result, data.validation, plan.task, processes.device)
+        found = training.by_set(each, data.val_sets)
         psnr = found["val_psnr"]
         kept = f"{out / STATE} of step {progress['step']}"
-        training.require_finite_steps(losses, psnr, done, sampler, kept)
+        training.require_finite_steps(losses, psnr, done, data.sampler, kept)
         row = {"step": done, "loss": sum(losses) / len(losses), "rate": learner.rate(step)}
         row |= {"norm": sum(norms) / len(norms)} if norms else {}
         row |= found | {"seconds": round(before + time.monotonic() - begun, 2)}
@@ -204,7 +221,7 @@ def train(
         progress |= row | {"best": best}
         if processes.first:
             log.add(row)
-            info = {"train": asdict(how), "data": data, **made, **row}
+            info = {"train": asdict(how), "data": data.digests, **made, **row}
             info["begun_with"] = progress.get("begun_with")
             write(out, learner, plan, progress, info, better)
     psnr, best = progress["val_psnr"], progress["best"]["step"]
@@ -252,7 +269,7 @@ def begin(learner: Learner, plan: Plan, args: argparse.Namespace) -> dict[str, s
     return {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
-def describe_run(plan: Plan, pictures: int, val_pictures: int) -> str:
+def describe_run(plan: Plan, data: Data) -> str:
     """The run in one line, for the notice at its start."""
     size = describe(plan.model)
     where = config.format_positions(plan.model.positions)
@@ -260,7 +277,8 @@ def describe_run(plan: Plan, pictures: int, val_pictures: int) -> str:
         f"{plan.model.backbone} of {plan.model.blocks} blocks × {plan.model.width}, "
         f"{plan.model.attention} at {where} ({size['params']:,} parameters); "
         f"{plan.train.steps} steps of {plan.train.batch} patches of {plan.train.patch}² from "
-        f"{pictures} pictures of {plan.train.train_set}, {val_pictures} for validation"
+        f"{len(data.sampler.pictures)} pictures of {plan.train.train_set}, "
+        f"{len(data.validation)} for validation"
     )
 
 

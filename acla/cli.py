@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -93,6 +94,18 @@ def pick_preset(name: str | None, device: torch.device) -> str:
     preset = "paper" if device.type == "cuda" else "tiny"
     notice(f"preset {preset}: the default on {device.type}; --preset changes it")
     return preset
+
+
+def require_pyplot() -> Any:
+    """matplotlib.pyplot, drawing to files. Raises UsageError without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UsageError("figures need matplotlib: pip install '.[report]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
 
 
 def check_json(where: str | None) -> None:

@@ -30,7 +30,7 @@ from acla.colour import network_input
 from acla.config import Task
 from acla.degrade import draw_quality, generator_for, pair
 from acla.errors import AclaError, CheckpointError, DataError, PictureError, UsageError
-from acla.figures import FIGURES, require_pyplot, write_figures
+from acla.figures import FIGURES, write_figures
 from acla.image import load
 from acla.jobs import printable
 from acla.protocol import finite
@@ -277,7 +277,7 @@ def check(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     check(args)
-    pyplot = require_pyplot() if args.out else None
+    pyplot = cli.require_pyplot() if args.out else None
     device = cli.pick_device(args.device)
     network = load_model(args.checkpoint)
     scene = find_scene(args, network)

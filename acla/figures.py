@@ -9,23 +9,10 @@ from torch import Tensor
 
 from acla import cli
 from acla.attribution import Attribution, Keys, Observed, Scene
-from acla.errors import UsageError
 from acla.jobs import printable
 
 FIGURES = ("attribution.png", "kept.png", "keys.png", "branches.png")
 DRAWN = 6  # insert positions in keys.png; more would be too small to read
-
-
-def require_pyplot() -> Any:
-    """matplotlib.pyplot, drawing to files. Raises UsageError without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UsageError("figures (--out) need matplotlib: pip install '.[report]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 def shown(picture: Tensor) -> np.ndarray:

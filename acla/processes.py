@@ -24,6 +24,10 @@ class Processes:
     rank: int = 0
     world: int = 1
 
+    def __str__(self) -> str:
+        several = f", {self.world} processes" if self.world > 1 else ""
+        return f"{self.device}{several}"
+
     @property
     def first(self) -> bool:
         return self.rank == 0

@@ -27,13 +27,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 def draw(folders: list[Path], out: Path) -> None:
     """A column for each search: α over steps, a line a position; expected cost, keys kept and τ
     over steps. In a last column, validation PSNR over cost, a curve for each search."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UsageError("drawing needs matplotlib: pip install '.[report]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = cli.require_pyplot()
     logs = [read_log(folder) for folder in folders]
     figure, axes = pyplot.subplots(
         2, len(logs) + 1, figsize=(5 * len(logs) + 5, 8), squeeze=False, layout="constrained"

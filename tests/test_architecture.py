@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -78,6 +79,29 @@ def test_the_default_is_jpeg_10_at_table_9s_positions():
 def test_what_was_found_decides_task_size_and_positions():
     task, network = choose_network(flags("--arch", "x"), "tiny", FOUND)
     assert (task, network) == (FOUND.task, FOUND.model)
+
+
+def test_rivals_do_not_stand_where_a_search_put_acla(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train.SEARCHED.parent.mkdir(parents=True)
+    train.SEARCHED.write_text(FOUND.to_json())
+    for words, positions in (
+        ((), (1, 4)),
+        (("--attention", "acla+se"), (1, 4)),
+        (("--attention", "cla-i"), (1, 4)),
+        (("--attention", "cla"), (4, 8, 12, 16)),
+        (("--attention", "nl"), (4, 8, 12, 16)),
+        (("--attention", "none"), ()),
+        (("--attention", "nl", "--arch", str(train.SEARCHED)), (1, 4)),  # asked for by name
+    ):
+        plan = train.plan_from_flags(flags(*words), "tiny")
+        assert plan.model.positions == positions, words
+
+
+def test_what_was_recorded_can_still_be_read():
+    recorded = Path(train.__file__).parent / "results" / "search-car-q10"
+    found = [read_architecture(path) for path in sorted(recorded.glob("seed-*/arch.json"))]
+    assert [one.model.positions for one in found] == [(3, 4, 5), (3, 8), ()]
 
 
 def test_flags_decide_before_what_was_found():
@@ -178,5 +202,5 @@ def test_keys_are_refused_where_none_are_sampled(attention):
 
 
 def test_positions_that_the_paper_lacks_are_refused_with_the_fix():
-    with pytest.raises(UsageError, match="give --positions"):
+    with pytest.raises(UsageError, match="give --arch none, --positions"):
         paper_positions(Task("denoise", 30), "rcan")

@@ -8,6 +8,7 @@ from acla import compare
 from acla.checkpoint import save_model
 from acla.cli import run
 from acla.config import ModelConfig, Task, TrainConfig
+from acla.errors import AclaError
 from acla.networks import build_network, describe
 
 SIZE = {"blocks": 2, "width": 4, "channels": 1}
@@ -17,17 +18,17 @@ SIZE = {"blocks": 2, "width": 4, "channels": 1}
 def write(tmp_path):
     """A function that writes the folder of a run with given scores."""
 
-    def write(name, seed, psnr, step=10, seconds=5.0, task=None, sets=("LIVE1",), **fields):
+    def write(name, seed, psnr, seconds=5.0, sets=("LIVE1",), begun=None, data="a", **fields):
         fields = SIZE | {"attention": "none", "keys": 0} | fields
         config, folder = ModelConfig(**fields), tmp_path / name
         folder.mkdir()
         train = vars(TrainConfig(seed=seed))
-        info = {"train": train, "step": step, "seconds": seconds}
-        save_model(
-            folder / "model.safetensors", build_network(config), config, task or Task(), info
-        )
+        info = {"train": train, "step": 10, "seconds": seconds, "data": {"train": data}}
+        info["begun_with"] = begun and {"file": begun, "sha256": "0"}
+        file = folder / "model.safetensors"
+        save_model(file, build_network(config), config, Task(), info)
         common = {"task": "car", "setting": 10, "published": {}}
-        model = {"kind": "network", "checkpoint": "x", "ensemble": False}
+        model = {"kind": "network", "checkpoint": str(file), "ensemble": False}
         results = [
             {"dataset": s, "model": model, "mean": {"psnr": psnr, "ssim": 0.8}, **common}
             for s in sets
@@ -78,6 +79,32 @@ def test_a_gain_from_one_seed_has_no_spread(capsys, write):
     runs = write("a", 0, 29.0), write("b", 0, 29.5, width=8)
     assert table(capsys, *runs)[3][-2:] == ["29.500", "+0.500"]
     assert table(capsys, *runs)[3][0] == "width 8"
+
+
+def test_runs_that_began_otherwise_are_no_seeds_of_one(capsys, write):
+    runs = (
+        write("a", 0, 29.0),
+        write("b", 1, 29.5, begun="plain.safetensors"),
+        write("c", 0, 30.0, data="b"),
+    )
+    rows = table(capsys, *runs)[2:]
+    assert [row[1] for row in rows] == ["1", "1", "1"]
+    assert rows[1][0] == "begun_with plain.safetensors, pictures a"
+
+
+def test_scores_must_be_the_runs_own(capsys, write, tmp_path):
+    one, two = write("a", 0, 29.0), write("b", 1, None)
+    other = (tmp_path / "b" / "scores.json").read_text()
+    with pytest.raises(AclaError, match="PSNR has no mean"):
+        compare.main([two])
+    (tmp_path / "a" / "scores.json").write_text(other)
+    with pytest.raises(AclaError, match=r"the scores of .*b/model.safetensors, not of"):
+        compare.main([one])
+    found = json.loads(other)
+    found["results"][0]["model"] = {"kind": "baseline"}
+    (tmp_path / "a" / "scores.json").write_text(json.dumps(found))
+    with pytest.raises(AclaError, match="not of"):
+        compare.main([one])
 
 
 def test_the_same_run_twice_or_other_sets_are_refused(capsys, write, tmp_path):

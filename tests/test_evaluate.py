@@ -301,6 +301,9 @@ def test_a_network_for_many_qualities_is_scored_on_one(capsys, root, tmp_path):
     assert "grayscale JPEG, quality 5-60" in capsys.readouterr().out
     evaluate.main([*flags, "--q", "70"])
     assert "was trained for car q5-60 and is scored on car q70" in capsys.readouterr().err
+    high = write_network(tmp_path / "high.safetensors", Task("car", 30, 60))
+    evaluate.main(["--dataset", "Mine", "--data", str(root), "--checkpoint", str(high)])
+    assert "trained for car q30-60, is scored on car q30" in capsys.readouterr().err
 
 
 def test_default_checkpoint(capsys, root, tmp_path, monkeypatch):
@@ -312,7 +315,7 @@ def test_default_checkpoint(capsys, root, tmp_path, monkeypatch):
     assert "give --baseline or --predictions DIR" in err
     write_network(tmp_path / "weights" / "car-q10-a.safetensors", Task("car", 10))
     write_network(tmp_path / "weights" / "car-q5-60-a.safetensors", Task("car", 5, 60))
-    for flags, name in ((), "q10"), (("--q", "30"), "q5-60"):
+    for flags, name in ((), "q10"), (("--q", "30"), "q5-60"), (("--q", "5-60"), "q5-60"):
         evaluate.main(["--dataset", "Mine", "--data", str(root), *flags])
         err = capsys.readouterr().err
         assert f"weights/car-{name}-a.safetensors: the default; --checkpoint changes it" in err

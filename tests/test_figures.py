@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from acla import cli
 from acla import figures as room
 from acla.attribution import Attribution, Keys, Scene
 from acla.config import Task
@@ -10,7 +11,7 @@ from acla.config import Task
 
 @pytest.fixture
 def pyplot():
-    module = room.require_pyplot()
+    module = cli.require_pyplot()
     yield module
     module.close("all")
 

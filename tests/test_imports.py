@@ -103,7 +103,7 @@ ALLOWED = {
         "restore",
         "tiles",
     },
-    "scores": {"cli"},
+    "scores": {"cli", "config"},
     "tables": {
         "architecture",
         "checkpoint",

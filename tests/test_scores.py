@@ -6,6 +6,7 @@ import pytest
 
 from acla import scores
 from acla.cli import run
+from acla.errors import AclaError
 
 
 def result(dataset="LIVE1", q=10, checkpoint="weights/car-q10-a.safetensors", psnr=29.4567, **more):
@@ -53,9 +54,26 @@ def test_methods_are_rows_and_sets_are_columns(capsys, write):
 
 
 def test_what_is_no_network_is_named_by_its_kind(capsys, write):
-    plain = result(model={"kind": "baseline"}, task="demosaic", published={})
+    plain = result(model={"kind": "baseline"}, task="demosaic", setting=0, published={})
     assert table(capsys, write("a.json", plain))[0] == ["", "LIVE1"]
     assert table(capsys, write("a.json", plain))[2][0] == "ours: baseline"
+
+
+def test_runs_are_told_apart_by_their_folders(capsys, write):
+    runs = [
+        result(dataset, checkpoint=f"runs/{run}/model.safetensors")
+        for run, dataset in (("plain", "LIVE1"), ("warm", "LIVE1"), ("warm", "Classic5"))
+    ]
+    rows = table(capsys, write("a.json", *runs))[-2:]
+    assert [row[0] for row in rows] == ["ours: plain/model", "ours: warm/model"]
+    alike = write("b.json", runs[0], result(q=20, checkpoint="old/plain/model.safetensors"))
+    with pytest.raises(AclaError, match="ours: plain/model is two networks"):
+        scores.main([alike])
+
+
+def test_a_range_of_qualities_is_no_single_one(capsys, write):
+    many = write("a.json", result(q=5, until=60), result(q=5))
+    assert table(capsys, many)[0] == ["", "LIVE1 q5-60", "LIVE1 q5"]
 
 
 @pytest.mark.parametrize(
@@ -65,6 +83,7 @@ def test_what_is_no_network_is_named_by_its_kind(capsys, write):
         ("{}", "not a file of evaluate.py"),
         ('{"results": [{"dataset": "LIVE1"}]}', "not a file of evaluate.py"),
         ('{"results": 5}', "not a file of evaluate.py"),
+        (json.dumps({"results": [result(q=0)]}), "not a file of evaluate.py"),
         (None, "there is no such file"),
         (json.dumps({"results": [result(), result()]}), "LIVE1 q10 of ours: car-q10-a is there"),
     ],

@@ -269,7 +269,7 @@ def data(tmp_path, make_scene):
 def write(path: Path, config: ModelConfig, task: Task = DOUBLE) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    save_model(path, Backbone(config), config, task, {})
+    save_model(path, Backbone(config), config, task, {"train": {}})
     return path
 
 
@@ -314,15 +314,17 @@ def test_files_left_out_are_told(capsys, tmp_path, data):
     runs = tmp_path / "runs"
     write(runs / "a.safetensors", TINY)
     write(runs / "b.safetensors", replace(TINY, keys=16, ring=3.0))
+    write(runs / "best.safetensors", replace(TINY, attention="none", positions=(), keys=0))
     (runs / "c.safetensors").write_bytes(b"nothing")
     (runs / "state.safetensors").write_bytes(b"nothing")
     flags = ["--preset", "tiny", "--checkpoints", str(runs), "--data", str(data), "--json", "-"]
     tables.main(["11", *flags, "--device", "cpu"])
     out, err = capsys.readouterr()
     assert json.loads(out)["rows"][0]["checkpoint"] == str(runs / "a.safetensors")
-    assert f"{runs / 'b.safetensors'} is the same network as {runs / 'a.safetensors'}" in err
+    assert f"{runs / 'b.safetensors'} has the configuration of {runs / 'a.safetensors'}" in err
     assert f"left out: {runs / 'c.safetensors'}: not a whole safetensors file" in err
     assert "state.safetensors" not in err
+    assert "best.safetensors" not in out + err
     assert "does not hold them: B100, Urban100, Manga109" in err
     empty = tmp_path / "empty"
     empty.mkdir()

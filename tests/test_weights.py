@@ -89,6 +89,15 @@ def test_quality_is_nothing_to_other_networks(tmp_path, capsys, make_scene):
     assert capsys.readouterr().err == ""
 
 
+def test_a_name_that_is_no_task_is_named(tmp_path, capsys, monkeypatch):
+    write_network(tmp_path / "car-q60-5-a.safetensors", Task("car", 10))
+    monkeypatch.setattr(weights, "PLACES", (tmp_path,))
+    (tmp_path / "in.png").touch()
+    status, err = failure(capsys, tmp_path / "in.png", tmp_path / "out.png")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "car-q60-5-a.safetensors: its name says what no task is" in err
+
+
 @pytest.mark.parametrize(
     ("flags", "advice"),
     [
