@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import json
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from acla.networks import build_network, describe
 from acla.protocol import finite, score
 from acla.provenance import provenance
 from acla.restore import restore
+from kernels.timing import paired
 
 TABLES = (4, 5, 6, 7, 8, 11, 12)
 TASK = Task("sr", 2)
@@ -205,27 +205,13 @@ def add_times(rows: Sequence[Row], device: torch.device) -> None:
 def in_turns(
     networks: Sequence[ModelConfig], device: torch.device
 ) -> dict[ModelConfig, list[float]]:
-    """Milliseconds of each network on one picture, once a round, after one call that is not
-    counted."""
+    """Milliseconds of each network on one picture, once a round."""
     picture = torch.rand(1, TASK.channels, SIDE, SIDE, device=device)
-    models = {config: build_network(config).eval().to(device) for config in networks}
-    taken: dict[ModelConfig, list[float]] = {config: [] for config in networks}
-
-    def milliseconds(model: torch.nn.Module) -> float:
-        start = time.perf_counter()
-        model(picture)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return 1e3 * (time.perf_counter() - start)
-
+    models = [build_network(config).eval().to(device) for config in networks]
+    calls = [functools.partial(model, picture) for model in models]
     with torch.no_grad():
-        for model in models.values():
-            milliseconds(model)
-        begun = time.monotonic()
-        while len(taken[networks[0]]) < ROUNDS or time.monotonic() - begun < SECONDS:
-            for config, model in models.items():
-                taken[config].append(milliseconds(model))
-    return taken
+        taken = paired(calls, device.type, SECONDS, ROUNDS)
+    return dict(zip(networks, taken, strict=True))
 
 
 # What comes out
