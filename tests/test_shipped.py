@@ -1,0 +1,52 @@
+"""The networks that come along: they load, are for what their names say, are in the model card, and
+are worth their place."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from acla import weights
+from acla.checkpoint import load_model
+from acla.data import find_set
+from acla.degrade import generator_for, pair
+from acla.image import load
+from acla.protocol import score
+from acla.restore import restore
+from acla.training import middle
+
+PLACE = weights.PLACES[0]
+FILES = sorted(PLACE.glob("*.safetensors"))
+
+
+def test_a_network_for_quality_10_and_one_for_many_come_along():
+    offered = weights.Weights(None, None, torch.device("cpu"))
+    assert {task.label for task in offered.files} == {"q10", "q5-60"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_file_is_what_its_name_and_the_card_say(path):
+    network = load_model(path)
+    assert path.name.startswith(f"car-{network.task.label}-{network.config.attention}")
+    assert path.stat().st_size < 8 * 2**20
+    card = (PLACE / "README.md").read_text(encoding="utf-8")
+    assert f"`{path.name}`" in card
+    assert f"{sum(p.numel() for p in network.model.parameters()):,}" in card
+    assert network.info["commit"] in card
+
+
+def cleaner(path, q: int) -> float:
+    """What the network gains in dB over JPEG on the middle of a picture that comes along."""
+    (picture, *_) = find_set("sample", None, "val")
+    network = load_model(path)
+    clean: Tensor = middle(load(picture))[:, :96, :96]
+    task = type(network.task)("car", q)
+    low, target = pair(clean, task, generator_for(picture.stem))
+    restored = restore(network.model, low).cpu()
+    return score(restored, target, task)[0] - score(low, target, task)[0]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_pictures_become_better(path):
+    task = load_model(path).task
+    for q in {int(task.setting), task.until or int(task.setting)}:
+        assert cleaner(path, q) > 0.3
