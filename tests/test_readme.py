@@ -52,6 +52,13 @@ def test_the_two_commands_are_there():
     assert second.endswith("pip install -e '.[test]' && pytest")
 
 
+def test_scores_are_those_of_the_results(capsys, monkeypatch):
+    (words,) = [w for w in commands() if w[1] == "acla.scores" and w[2].startswith("results/")]
+    monkeypatch.chdir(Path(__file__).parents[1])
+    scores.main(words[2:])
+    assert capsys.readouterr().out in TEXT
+
+
 def test_sizes_are_those_of_the_commands(capsys):
     described = [w for w in commands() if "--describe" in w]
     rows = [row for row in TEXT.splitlines() if row.startswith(("| EDSR", "| RCAN"))]
