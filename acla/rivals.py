@@ -9,7 +9,8 @@ position may refer to [B,H+2,W+2,C], the query's own last, gates [L] (the own la
 and temperature. They return what is added to the query [B,C,H,W], and the keys read of each layer
 [B,L], summed over the queries: N² of a layer that is attended to as a whole, 0 of others.
 
-Attention over all positions needs memory that grows with N, not N²."""
+Attention over all positions needs memory that grows with N, or N·(H + W) for multi-head attention,
+never with N²."""
 
 from collections.abc import Sequence
 
@@ -17,12 +18,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from acla.attention import CrossLayerAttention
 from acla.cost import RADIUS, embedded_width, head_count, squeezed_width
-
-LOGITS = 2**24  # of multi-head attention that are held at once, over batch and heads
 
 
 class NonLocal(nn.Module):
@@ -112,31 +110,22 @@ class MultiHeadAttention(nn.Module):
         """See the room's first lines."""
         B, _, H, W = query.shape
         projected = self.project(query.permute(0, 2, 3, 1))
-        pattern = "b y x (qkv h d) -> qkv b h (y x) d"
+        pattern = "b y x (qkv h d) -> qkv b h y x d"
         q, k, v = rearrange(projected, pattern, qkv=3, h=self.heads)
         q = q * q.shape[-1] ** -0.5
-        count = max(1, LOGITS // (B * self.heads * H * W))
-        parts = []
-        for first in range(0, H * W, count):
-            given = q[:, :, first : first + count], k, v, first, W
-            if torch.is_grad_enabled() and count < H * W:  # logits are computed again, never kept
-                part = checkpoint(self.part, *given, use_reentrant=False, preserve_rng_state=False)
-            else:
-                part = self.part(*given)
-            parts.append(part)
-        y = rearrange(torch.cat(parts, 2), "b h n d -> b n (h d)")
+        # A relative logit depends on the query and on the key's row or column alone: it is the
+        # product of the query's logits for all rows with the key's row as a one-hot vector. So with
+        # H + W channels more, a kernel that never holds N × N logits takes them.
+        of_rows = relative_logits(q.transpose(-2, -3), self.vertical).transpose(-2, -3)
+        of_columns = relative_logits(q, self.horizontal)
+        row = torch.eye(H, device=q.device).to(q.dtype)[:, None].expand(*k.shape[:3], W, H)
+        column = torch.eye(W, device=q.device).to(q.dtype).expand(*k.shape[:4], W)
+        parts = (q, of_rows, of_columns), (k, row, column), (v,)
+        grown = q.shape[-1] + H + W
+        y = F.scaled_dot_product_attention(*(widened(part, grown) for part in parts), scale=1.0)
+        y = rearrange(y[..., : v.shape[-1]], "b h n d -> b n (h d)")
         z = self.output(y).unflatten(1, (H, W)).permute(0, 3, 1, 2)
         return z, keys_read(query, len(rows), [len(rows) - 1])
-
-    def part(self, q: Tensor, k: Tensor, v: Tensor, first: int, W: int) -> Tensor:
-        """Some queries of pictures W wide, from `first` on, scaled, q [B,h,n,d], over the keys and
-        values [B,h,N,d] → [B,h,n,d]."""
-        place = torch.arange(first, first + q.shape[2], device=q.device)
-        dy, dx = relative(place // W, k.shape[2] // W), relative(place % W, W)  # [n,H], [n,W]
-        logits_y = (q @ self.vertical.T).gather(-1, dy.expand(*q.shape[:2], -1, -1))
-        logits_x = (q @ self.horizontal.T).gather(-1, dx.expand(*q.shape[:2], -1, -1))
-        logits = (logits_y[..., None] + logits_x[..., None, :]).flatten(3)  # [B,h,n,N]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=logits, scale=1.0)
 
 
 class SqueezeExcitation(nn.Module):
@@ -207,11 +196,20 @@ def gated_attention(query: Tensor, keys: Tensor, values: Tensor, gates: Tensor) 
     return y[..., :-1] / y[..., -1:].clamp_min(torch.finfo(y.dtype).tiny)
 
 
-def relative(place: Tensor, length: int) -> Tensor:
-    """Which embedding stands for the offset from each place [n] of an axis to each of its positions
-    0..length − 1: [n,length], 0 for −RADIUS or less."""
-    offset = torch.arange(length, device=place.device) - place[:, None]
-    return offset.clamp(-RADIUS, RADIUS) + RADIUS
+def relative_logits(query: Tensor, embedding: Tensor) -> Tensor:
+    """q·r of queries [...,n,d] along an axis with all its n positions [...,n,n], for embeddings r
+    [2·RADIUS + 1,d] of the offsets −RADIUS..RADIUS; larger offsets take the outermost one."""
+    place = torch.arange(query.shape[-2], device=query.device)
+    offset = (place - place[:, None]).clamp(-RADIUS, RADIUS) + RADIUS
+    logits = query @ embedding.T
+    return logits.gather(-1, offset.expand(*query.shape[:-1], -1))
+
+
+def widened(parts: Sequence[Tensor], channels: int) -> Tensor:
+    """Parts [B,h,H,W,·] beside each other, then zeros: [B,h,N,·], with as many channels as queries,
+    keys and values all need, the next multiple of 8 (what GPU kernels ask for)."""
+    joined = torch.cat(parts, -1).flatten(2, 3)
+    return F.pad(joined, (0, -(-channels // 8) * 8 - joined.shape[-1]))
 
 
 def keys_read(query: Tensor, layers: int, read: Sequence[int]) -> Tensor:
