@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts are modules too
@@ -72,3 +73,31 @@ def make_picture() -> Callable[..., torch.Tensor]:
         return torch.from_numpy(levels.astype(np.float32)).permute(2, 0, 1).contiguous() / 255
 
     return picture
+
+
+@pytest.fixture
+def small_sets(tmp_path: Path, make_scene: Callable[..., np.ndarray]) -> list[str]:
+    """Flags for pictures so small that training is mostly training."""
+    for name in ("T/a", "T/b", "T/c", "V/v"):
+        path = tmp_path / f"{name}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(make_scene(40, 33, seed=ord(path.stem))).save(path)
+    return ["--train-set", "T", "--val-set", "V", "--data", str(tmp_path)]
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run in a folder of its own, where runs/ begins empty."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ACLA_DATA", raising=False)
+
+
+@pytest.fixture
+def root(tmp_path: Path, make_scene: Callable[..., np.ndarray]) -> Path:
+    """A folder with the set Mine: colour of odd size, gray, RGBA."""
+    folder = tmp_path / "data" / "Mine"
+    folder.mkdir(parents=True)
+    Image.fromarray(make_scene(37, 30)).save(folder / "colour.png")
+    Image.fromarray(make_scene(32, 41, 1, 1)).save(folder / "gray.bmp")
+    Image.fromarray(make_scene(26, 28, 3, 2)).convert("RGBA").save(folder / "withalpha.png")
+    return tmp_path / "data"

@@ -9,57 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from evaluating import failure, results
 from PIL import Image
 
 import evaluate
-from acla import weights
-from acla.backbone import Backbone
-from acla.checkpoint import load_model, save_model
-from acla.cli import run
-from acla.config import ModelConfig, Task
-from acla.degrade import generator_for, pair
+from acla.config import Task
+from acla.degrade import pair
 from acla.image import load, save
 
 ROOT = Path(evaluate.__file__).parent
-
-
-def results(capsys: pytest.CaptureFixture, *argv: object) -> list[dict]:
-    """The results of evaluate.py, called in this process."""
-    evaluate.main([*map(str, argv), "--device", "cpu", "--json", "-"])
-    return json.loads(capsys.readouterr().out)["results"]
-
-
-def failure(capsys: pytest.CaptureFixture, *argv: object) -> tuple[int, str]:
-    """The exit status and the message of a call that must fail."""
-    with pytest.raises(SystemExit) as stop:
-        run(evaluate.main, [*map(str, argv)])
-    return stop.value.code, capsys.readouterr().err
-
-
-@pytest.fixture
-def root(tmp_path, make_scene):
-    """A folder with the set Mine: colour of odd size, gray, RGBA."""
-    folder = tmp_path / "data" / "Mine"
-    folder.mkdir(parents=True)
-    Image.fromarray(make_scene(37, 30)).save(folder / "colour.png")
-    Image.fromarray(make_scene(32, 41, 1, 1)).save(folder / "gray.bmp")
-    Image.fromarray(make_scene(26, 28, 3, 2)).convert("RGBA").save(folder / "withalpha.png")
-    return tmp_path / "data"
-
-
-def write_network(path: Path, task: Task, **fields: object) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(0)
-    size = {
-        "blocks": 1,
-        "width": 8,
-        "attention": "none",
-        "channels": task.channels,
-        "scale": task.scale,
-    }
-    config = ModelConfig(**{**size, **fields})
-    save_model(path, Backbone(config), config, task, {})
-    return path
 
 
 # The untouched inputs must score what the papers print
@@ -168,163 +126,6 @@ def test_tiny_pictures_are_scored(capsys, tmp_path):
     assert "2 of 2 pictures are too small for SSIM" in err
     message = "error: line.png: a picture of 40×1 pixels is smaller than the scale 2\n"
     assert failure(capsys, *flags, "--scale", "2") == (1, message)
-
-
-# A network
-
-
-@pytest.mark.parametrize(
-    "task", [Task("sr", 3), Task("denoise", 30), Task("car", 10), Task("demosaic", 0)], ids=str
-)
-def test_network_brings_its_task(capsys, root, tmp_path, task):
-    file = write_network(tmp_path / "m.safetensors", task)
-    flags = ["--dataset", "Mine", "--checkpoint", file, "--data", root]
-    (row,) = results(capsys, *flags, "--save", tmp_path / "out", "--save-inputs", tmp_path / "in")
-    assert (row["task"], row["setting"]) == (task.name, task.setting)
-    assert row["model"]["checkpoint"] == str(file)
-    assert row["model"]["width"] == 8
-    names = {"colour.png", "gray.png", "withalpha.png"}
-    assert {f.name for f in (tmp_path / "out").iterdir()} == names
-    assert {f.name for f in (tmp_path / "in").iterdir()} == names
-    clean = load(root / "Mine" / "colour.png")
-    low, target = pair(clean, task, generator_for("colour"))
-    assert load(tmp_path / "out" / "colour.png").shape == target.shape
-    saved = load(tmp_path / "in" / "colour.png")
-    assert (saved - low.clamp(0, 1)).abs().max() <= 0.5001 / 255
-    flags = ["--dataset", "Mine", "--data", root, "--predictions", tmp_path / "out"]
-    scale = ["--scale", 3] if task.name == "sr" else []
-    (again,) = results(capsys, *flags, "--task", task.name, *scale)
-    assert [i["psnr"] for i in again["images"]] == pytest.approx([i["psnr"] for i in row["images"]])
-
-
-def test_ensemble_averages_eight_and_is_told(capsys, root, tmp_path):
-    file = write_network(tmp_path / "m.safetensors", Task("sr", 2))
-    flags = ["--dataset", "Mine", "--checkpoint", file, "--data", root]
-    (row,) = results(capsys, *flags, "--ensemble", "--save", tmp_path / "out")
-    assert row["model"]["ensemble"] is True
-    low, _ = pair(load(root / "Mine" / "colour.png"), Task("sr", 2))
-    model = load_model(file).model
-    with torch.no_grad():
-        answers = [
-            undo(model(turn(low)[None])[0])
-            for k in range(4)
-            for turn, undo in (
-                (lambda x, k=k: x.rot90(k, (1, 2)), lambda x, k=k: x.rot90(-k, (1, 2))),
-                (lambda x, k=k: x.mT.rot90(k, (1, 2)), lambda x, k=k: x.rot90(-k, (1, 2)).mT),
-            )
-        ]
-    mean = sum(answers) / 8
-    assert (answers[0] - mean).abs().max() > 1e-3
-    saved = load(tmp_path / "out" / "colour.png")
-    assert (saved - mean.clamp(0, 1)).abs().max() <= 0.5001 / 255
-    evaluate.main([*map(str, flags), "--device", "cpu", "--ensemble"])
-    assert f"network {file}, ensemble of 8 " in capsys.readouterr().out
-
-
-def test_ensemble_is_refused_where_it_means_nothing(capsys, root, tmp_path):
-    mosaics = write_network(tmp_path / "m.safetensors", Task("demosaic", 0))
-    for flags in (["--baseline"], ["--checkpoint", mosaics]):
-        status, message = failure(
-            capsys, "--dataset", "Mine", "--data", root, "--ensemble", *flags, "--task", "demosaic"
-        )
-        assert (status, message.count("\n")) == (2, 1)
-        assert message.startswith("error: --ensemble ")
-
-
-def test_evaluation_goes_on_in_tiles_when_memory_runs_out(capsys, root, tmp_path, monkeypatch):
-    Image.open(root / "Mine" / "colour.png").resize((150, 120)).save(root / "Mine" / "large.png")
-    file = write_network(tmp_path / "m.safetensors", Task("denoise", 30))
-    flags = ["--dataset", "Mine", "--checkpoint", file, "--data", root]
-    (whole,) = results(capsys, *flags)
-    forward = Backbone.forward
-
-    def short(self, pictures):
-        if pictures[0, 0].numel() > 10_000:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(self, pictures)
-
-    monkeypatch.setattr(Backbone, "forward", short)
-    evaluate.main([*map(str, flags), "--device", "cpu", "--json", str(tmp_path / "r.json")])
-    assert "again with tiles of 96" in capsys.readouterr().err
-    (tiled,) = json.loads((tmp_path / "r.json").read_text())["results"]
-    assert tiled["mean"]["psnr"] == pytest.approx(whole["mean"]["psnr"])
-
-
-def test_gray_network_scores_y(capsys, root, tmp_path):
-    file = write_network(tmp_path / "m.safetensors", Task("sr", 2), channels=1)
-    (row,) = results(capsys, "--dataset", "Mine", "--checkpoint", file, "--data", root)
-    assert row["protocol"].startswith("sr x2: Y, range")
-
-
-def test_other_setting_is_noted_and_other_task_refused(capsys, root, tmp_path):
-    file = write_network(tmp_path / "m.safetensors", Task("car", 20))
-    flags = ["--dataset", "Mine", "--checkpoint", file, "--data", root]
-    evaluate.main([*map(str, flags), "--q", "10"])
-    assert "was trained for car q20 and is scored on car q10" in capsys.readouterr().err
-    (row,) = results(capsys, *flags, "--task", "car")
-    assert row["setting"] == 20
-    code, err = failure(capsys, *flags, "--task", "denoise")
-    assert code == 2
-    assert "was trained for car q20, not for denoise sigma30" in err
-
-
-def test_other_scale_is_refused(capsys, root, tmp_path):
-    file = write_network(tmp_path / "m.safetensors", Task("sr", 2))
-    code, err = failure(
-        capsys, "--dataset", "Mine", "--checkpoint", file, "--data", root, "--scale", 4
-    )
-    assert (code, "trained for sr x2, not for sr x4" in err) == (2, True)
-
-
-def test_network_that_breaks_down_is_told(capsys, root, tmp_path):
-    config = ModelConfig(blocks=1, width=8, attention="none", channels=1)
-    model = Backbone(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(torch.nan)
-    save_model(tmp_path / "nan.safetensors", model, config, Task("car", 10), {})
-    code, err = failure(
-        capsys, "--dataset", "Mine", "--checkpoint", tmp_path / "nan.safetensors", "--data", root
-    )
-    assert code == 1
-    assert "output for colour.png is not finite" in err
-
-
-def test_a_network_for_many_qualities_is_scored_on_one(capsys, root, tmp_path):
-    file = write_network(tmp_path / "many.safetensors", Task("car", 5, 60))
-    evaluate.main(["--dataset", "Mine", "--data", str(root), "--checkpoint", str(file)])
-    out, err = capsys.readouterr()
-    assert "trained for car q5-60, is scored on car q10; --q changes it" in err
-    assert "grayscale JPEG, quality 10" in out
-    flags = ["--dataset", "Mine", "--data", str(root), "--checkpoint", str(file)]
-    evaluate.main([*flags, "--q", "5-60"])
-    assert "grayscale JPEG, quality 5-60" in capsys.readouterr().out
-    evaluate.main([*flags, "--q", "70"])
-    assert "was trained for car q5-60 and is scored on car q70" in capsys.readouterr().err
-    high = write_network(tmp_path / "high.safetensors", Task("car", 30, 60))
-    evaluate.main(["--dataset", "Mine", "--data", str(root), "--checkpoint", str(high)])
-    assert "trained for car q30-60, is scored on car q30" in capsys.readouterr().err
-
-
-def test_default_checkpoint(capsys, root, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(weights, "PLACES", (tmp_path / "weights",))
-    code, err = failure(capsys, "--dataset", "Mine", "--data", root)
-    assert code == 2
-    assert err.startswith("error: there is no runs/train/model.safetensors to score and no network")
-    assert "give --baseline or --predictions DIR" in err
-    write_network(tmp_path / "weights" / "car-q10-a.safetensors", Task("car", 10))
-    write_network(tmp_path / "weights" / "car-q5-60-a.safetensors", Task("car", 5, 60))
-    for flags, name in ((), "q10"), (("--q", "30"), "q5-60"), (("--q", "5-60"), "q5-60"):
-        evaluate.main(["--dataset", "Mine", "--data", str(root), *flags])
-        err = capsys.readouterr().err
-        assert f"weights/car-{name}-a.safetensors: the default; --checkpoint changes it" in err
-        assert "is scored on" not in err
-    code, err = failure(capsys, "--dataset", "Mine", "--data", root, "--task", "sr")
-    assert (code, "python train.py --task sr" in err) == (2, True)
-    write_network(tmp_path / "runs" / "train" / "model.safetensors", Task("car", 10))
-    evaluate.main(["--dataset", "Mine", "--data", str(root)])
-    assert "runs/train/model.safetensors: the default" in capsys.readouterr().err
 
 
 # Somebody else's pictures

@@ -1,7 +1,6 @@
 """train.py as a user calls it."""
 
 import errno
-import hashlib
 import json
 import os
 import subprocess
@@ -12,108 +11,23 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from running import SHORT, SMALL, rows
 
-import search
 import train
 from acla import checkpoint, cli, training
 from acla.checkpoint import load_model, load_state, save_state
 from acla.config import Task
 from acla.data import PatchSampler, Pictures
-from acla.errors import CheckpointError, DataError, UsageError
+from acla.errors import DataError, UsageError
 from acla.learner import Learner
 
 ROOT = Path(__file__).parents[1]
-SMALL = ["--preset", "tiny", "--blocks", "3", "--width", "8", "--keys", "3", "--positions", "1,3"]
-SHORT = ["--batch", "2", "--patch", "16", "--steps", "6", "--validate", "2"]
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    """Run in a folder of its own, where runs/ begins empty."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("ACLA_DATA", raising=False)
-
-
-@pytest.fixture
-def small_sets(tmp_path, make_scene) -> list[str]:
-    """Flags for pictures so small that training is mostly training."""
-    for name in ("T/a", "T/b", "T/c", "V/v"):
-        path = tmp_path / f"{name}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(make_scene(40, 33, seed=ord(path.stem))).save(path)
-    return ["--train-set", "T", "--val-set", "V", "--data", str(tmp_path)]
-
-
-def rows(folder: str) -> list[dict]:
-    return [json.loads(line) for line in Path(folder, "train.jsonl").read_text().splitlines()]
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 def same_state(one: str, other: str) -> bool:
     (a, _), (b, _) = (load_state(Path(folder, "state.safetensors")) for folder in (one, other))
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def test_a_run_begins_with_the_weights_of_a_trained_backbone(small_sets, capsys):
-    plain = [*SMALL[:6], "--arch", "none"]
-    train.main([*plain, *SHORT, *small_sets, "--out", "plain"])
-    begin = [*SMALL, *small_sets, "--init", "plain/model.safetensors", "--rate", "1e-12", "--ema"]
-    train.main([*begin, *SHORT, "--out", "more"])
-    assert "weights: plain/model.safetensors" in capsys.readouterr().err
-    before, after = (
-        load_model(Path(out, "model.safetensors")).model.state_dict() for out in ("plain", "more")
-    )
-    for name, tensor in before.items():
-        torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-9)
-    assert any(name.startswith("attention.") for name in after)
-    # The modules are new and change nothing, so that the score is the backbone's
-    assert rows("more")[-1]["val_psnr"] == pytest.approx(rows("plain")[-1]["val_psnr"], abs=1e-6)
-    info = load_model(Path("more/model.safetensors")).info
-    digest = hashlib.sha256(Path("plain/model.safetensors").read_bytes()).hexdigest()
-    assert info["begun_with"] == {"file": "model.safetensors", "sha256": digest}
-    assert load_model(Path("plain/model.safetensors")).info["begun_with"] is None
-
-
-def test_attention_modules_are_taken_whole_or_not_at_all(small_sets, capsys):
-    train.main([*SMALL, *SHORT, *small_sets, "--rate", "1e-2", "--out", "one"])  # at 1 and 3
-    trained = load_model(Path("one/model.safetensors")).model.state_dict()
-    for flags, taken in (
-        ((), (1, 3)),
-        (("--positions", "1"), (1,)),
-        (("--positions", "1,2,3"), (1,)),  # 3 refers to 2 as well
-        (("--positions", "2,3"), ()),  # and here not to 1
-        (("--keys", "4"), ()),
-        (("--attention", "cla"), ()),
-        (("--attention", "cla-k"), (1, 3)),
-        (("--attention", "se", "--keys", "0"), ()),
-    ):
-        words = [*SMALL, *flags, *small_sets, *SHORT[:-4], "--steps", "1", "--validate", "1"]
-        words += ["--init", "one/model.safetensors", "--rate", "1e-12", "--seed", "5"]
-        out = "-".join(["to", *flags]).replace(",", "")
-        train.main([*words, "--out", out])
-        written = load_model(Path(out, "model.safetensors"))
-        begun = written.model.state_dict()
-        for name in begun.keys() & trained.keys():
-            whole = not name.startswith("attention.") or int(name.split(".")[1]) in taken
-            fits = begun[name].shape == trained[name].shape
-            near = fits and torch.allclose(begun[name], trained[name], rtol=0, atol=1e-9)
-            assert near == whole, (flags, name)
-        new = "is new" in capsys.readouterr().err
-        assert new == (
-            len(taken) < len(load_model(Path(out, "model.safetensors")).config.positions)
-        )
-
-
-def test_weights_of_another_backbone_are_refused(small_sets):
-    train.main([*SMALL, *SHORT, *small_sets, "--out", "one"])
-    begin = ["--init", "one/model.safetensors", *SHORT, *small_sets, "--out", "two"]
-    with pytest.raises(CheckpointError, match="another backbone than the one to begin"):
-        train.main([*SMALL, *begin, "--width", "16"])
-    with pytest.raises(CheckpointError, match=r"residual_scale is 1\.0, not 0\.1"):
-        train.main([*SMALL, *begin, "--residual-scale", "0.1"])
-    with pytest.raises(UsageError, match="--inherit and --init"):
-        train.main([*SMALL, *begin, "--inherit"])
-    with pytest.raises(CheckpointError, match="no such file"):
-        train.main([*SMALL, *begin, "--init", "none.safetensors"])
 
 
 @pytest.mark.parametrize(
@@ -291,24 +205,6 @@ def test_wrong_calls_say_what_to_do_and_leave_nothing(words, error, message):
     with pytest.raises(error, match=message):
         train.main([*words, "--preset", "tiny"])
     assert not Path("runs").exists()
-
-
-def test_inheriting_begins_with_the_supernets_weights():
-    search.main([*SMALL[:-2], "--batch", "2", "--patch", "16", "--steps", "4", "--lambda", "0"])
-    found = load_model(Path("runs/search/model.safetensors"))
-    still = ["--rate", "1e-30", "--batch", "2", "--patch", "16", "--steps", "1", "--ema"]
-    train.main(["--inherit", *still])
-    trained = load_model(Path("runs/train/model.safetensors"))
-    assert trained.config == found.config
-    ours, theirs = trained.model.state_dict(), found.model.state_dict()
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    for words, message in (
-        (["--inherit", "--arch", "paper"], "--inherit goes with a searched architecture"),
-        (["--inherit", "--keys", "5"], "holds another network"),
-    ):
-        with pytest.raises(UsageError, match=message):
-            train.main([*words, *still, "--out", "other"])
-    assert not Path("other").exists()
 
 
 def test_unknown_backends_are_refused(monkeypatch):

@@ -1,0 +1,11 @@
+"""Flags of runs that cost next to nothing, and what they leave behind."""
+
+import json
+from pathlib import Path
+
+SMALL = ["--preset", "tiny", "--blocks", "3", "--width", "8", "--keys", "3", "--positions", "1,3"]
+SHORT = ["--batch", "2", "--patch", "16", "--steps", "6", "--validate", "2"]
+
+
+def rows(folder: str) -> list[dict]:
+    return [json.loads(line) for line in Path(folder, "train.jsonl").read_text().splitlines()]
