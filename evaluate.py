@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from acla.checkpoint import load_model
-from acla.cli import add_common_flags, check_json, notice, pick_device, progress, run
+from acla.cli import add_common_flags, check_json, notice, pick_device, progress, publish, run
 from acla.config import SETTING_DEFAULT, SETTING_FLAG, Task
 from acla.data import find_set, match_stems
 from acla.degrade import generator_for, pair, untouched
@@ -21,7 +20,7 @@ from acla.errors import CheckpointError, DataError, UsageError
 from acla.flags import add_task_flags, task_from_flags
 from acla.image import fit_channels, load, save
 from acla.processes import Processes, join
-from acla.protocol import TASK_OF_SET, finite, line, published, score, table, task_of_set
+from acla.protocol import TASK_OF_SET, line, published, score, table, task_of_set
 from acla.restore import check_ensemble, restore
 from acla.tiles import check_tile
 from acla.weights import Weights
@@ -125,7 +124,8 @@ def main(argv: list[str] | None = None) -> None:
     }
     if processes.first:
         results = [report(name, tasks[name], method, images[name]) for name in sets]
-        publish(results, method, args.json)
+        tables = "\n".join(table(method.label, result) for result in results)
+        publish(tables, {"results": results}, args.json)
     processes.leave()
 
 
@@ -318,18 +318,6 @@ def report(name: str, task: Task, method: Method, images: list[dict[str, Any]]) 
         "mean": {key: mean([row[key] for row in images]) for key in ("psnr", "ssim")},
         "published": published(name, task),
     }
-
-
-def publish(results: list[dict[str, Any]], method: Method, where: str | None) -> None:
-    """Tables to standard output and JSON to a file, or the JSON alone to standard output (`-`)."""
-    text = json.dumps({"results": finite(results)}, indent=1, ensure_ascii=False, allow_nan=False)
-    if where == "-":
-        print(text)
-        return
-    for result in results:
-        print(table(method.label, result))
-    if where:
-        Path(where).write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -184,8 +184,7 @@ def train(
         learner.unpack(tensors, progress, out / STATE)
     else:
         given = {name: getattr(args, name) for name in ("preset", "arch", "inherit", "init")}
-        progress = {"step": 0, "seconds": 0.0, "best": None, "flags": given}
-        progress["data"] = data.digests
+        progress = {"step": 0, "seconds": 0.0, "best": None, "flags": given, "data": data.digests}
         progress["begun_with"] = begin(learner, plan, args)
     start, before = progress["step"], progress["seconds"]
     progress["plan"] = asdict(plan)

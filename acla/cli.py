@@ -1,6 +1,8 @@
 """What every script does the same way: common flags, the device, notices, exit status."""
 
 import argparse
+import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -108,15 +110,37 @@ def require_pyplot() -> Any:
     return pyplot
 
 
-def check_json(where: str | None) -> None:
-    """Refuse a --json that cannot be written, before any work is done; - is standard output. Raises
-    UsageError."""
+def check_json(where: str | None, made: Path | None = None) -> None:
+    """Refuse a --json that cannot be written, before any work is done; - is standard output, and
+    `made` a folder that is made in time. Raises UsageError."""
     if where in (None, "-"):
         return
-    if not Path(where).parent.is_dir():
+    if not (Path(where).parent.is_dir() or Path(where).parent == made):
         raise UsageError(f"--json {where}: there is no folder {Path(where).parent}")
     if Path(where).is_dir():
         raise UsageError(f"--json {where}: that is a folder; name a file in it")
+
+
+def publish(told: str | None, result: Any, where: str | None) -> None:
+    """What a command found: as text (None: it is printed already) to standard output and as JSON to
+    a file, --json FILE, or as JSON alone to standard output, --json -."""
+    text = json.dumps(finite(result), indent=1, ensure_ascii=False, allow_nan=False)
+    if where == "-":
+        say(text)
+        return
+    if told is not None:
+        say(told)
+    if where:
+        Path(where).write_text(text + "\n", encoding="utf-8")
+
+
+def finite(value: Any) -> Any:
+    """The value with null for what JSON cannot hold: the infinite PSNR of equal pictures."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -5,7 +5,6 @@ Numbers go to standard output and to --json, figures to --out (extra `report`).
 """
 
 import argparse
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,6 @@ from acla.errors import AclaError, CheckpointError, DataError, PictureError, Usa
 from acla.figures import FIGURES, write_figures
 from acla.image import load
 from acla.jobs import printable
-from acla.protocol import finite
 from acla.restore import check_mosaic
 from acla.tiles import out_of_memory
 
@@ -259,13 +257,9 @@ def check(args: argparse.Namespace) -> None:
     if args.out and args.out.exists() and not args.out.is_dir():
         raise UsageError(f"--out {args.out}: a file; name a folder")
     written = [args.out / name for name in FIGURES] if args.out else []
+    cli.check_json(args.json, args.out)
     if args.json not in (None, "-"):
-        file = Path(args.json)
-        if file.is_dir():
-            raise UsageError(f"--json {file}: that is a folder; name a file in it")
-        if not (file.parent.is_dir() or file.parent == args.out):
-            raise UsageError(f"--json {file}: there is no folder {file.parent}")
-        written.append(file)
+        written.append(Path(args.json))
     read = {os.path.realpath(path) for path in (args.picture, args.checkpoint)}
     for path in written:
         if os.path.realpath(path) in read:
@@ -286,14 +280,12 @@ def main(argv: list[str] | None = None) -> None:
         where = network.config.attention if network.config.positions else "none"
         cli.notice(f"attention {where}: samples no keys, so that there are none to show")
     told = numbers(args, scene, found, observed)
-    text = json.dumps(finite(told), indent=1, allow_nan=False)
-    cli.say(text if args.json == "-" else summary(told))
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
+    cli.publish(summary(told), told, args.json)
+    if args.out:
         index = told["attribution"]["diffusion_index"]
         write_figures(pyplot, args.out, scene, found, observed, index)
-    if args.json not in (None, "-"):
-        Path(args.json).write_text(text + "\n", encoding="utf-8")
 
 
 def look(

@@ -2,7 +2,6 @@
 
 import csv
 import functools
-import math
 from pathlib import Path
 from typing import Any
 
@@ -128,12 +127,3 @@ def table(label: str, result: dict[str, Any]) -> str:
         ssim = "     -" if row.get("ssim") is None else f"{row['ssim']:.4f}"
         lines.append(f"{name:{width}}  {row['psnr']:7.2f}  {ssim}  {row.get('note', '')}".rstrip())
     return "\n".join([*lines, ""])
-
-
-def finite(value: Any) -> Any:
-    """The value with null for what JSON cannot hold: the infinite PSNR of equal pictures."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -108,7 +108,7 @@ class MultiHeadAttention(nn.Module):
         temperature: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
         """See the room's first lines."""
-        B, _, H, W = query.shape
+        H, W = query.shape[2:]
         projected = self.project(query.permute(0, 2, 3, 1))
         pattern = "b y x (qkv h d) -> qkv b h y x d"
         q, k, v = rearrange(projected, pattern, qkv=3, h=self.heads)

@@ -9,7 +9,6 @@ import argparse
 import csv
 import dataclasses
 import functools
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ from acla.degrade import generator_for, pair
 from acla.errors import CheckpointError, DataError, UsageError
 from acla.image import load
 from acla.networks import build_network, describe
-from acla.protocol import finite, score
+from acla.protocol import score
 from acla.provenance import provenance
 from acla.restore import restore
 from kernels.timing import paired
@@ -337,11 +336,7 @@ def main(argv: list[str] | None = None) -> None:
         done += rows
     result = {"preset": args.preset, "rows": [dataclasses.asdict(row) for row in done]}
     result |= {"side": SIDE, "provenance": made_on}
-    text = json.dumps(finite(result), indent=1, ensure_ascii=False, allow_nan=False)
-    if args.json == "-":
-        cli.say(text)
-    elif args.json:
-        Path(args.json).write_text(text + "\n", encoding="utf-8")
+    cli.publish(None, result, args.json)
 
 
 if __name__ == "__main__":

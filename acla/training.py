@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from acla.backbone import Backbone
 from acla.checkpoint import load_strictly, write_atomically
+from acla.cli import finite
 from acla.config import (
     Task,
     TrainConfig,
@@ -28,7 +29,7 @@ from acla.degrade import generator_for, pair
 from acla.errors import AclaError, CheckpointError, DataError, UsageError
 from acla.flags import override, override_length, task_from_flags
 from acla.image import from_levels
-from acla.protocol import finite, score
+from acla.protocol import score
 from acla.restore import restore
 
 VALIDATION_SIDE = 256  # pixels
