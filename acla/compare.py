@@ -1,10 +1,12 @@
 """Runs of train.py side by side, seeds together: `python -m acla.compare RUN [RUN…]`, one Markdown
-row for all runs that differ by their seed alone."""
+row for all runs that differ by their seed alone; with --pictures also what each picture gains."""
 
 import argparse
 import dataclasses
 import json
+import operator
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,8 @@ NOT_SHOWN = {"seed", "epoch_steps", "validate"}  # decide nothing about the netw
 @dataclass(frozen=True)
 class Run:
     """A run that was trained and scored. how: every field of its configurations but the seed's;
-    psnr: {set and setting: dB}; seconds: of training, per step, validation included."""
+    psnr: {set and setting: dB}, pictures: {set and setting: {file name: dB}}; seconds: of training,
+    per step, validation included."""
 
     folder: Path
     model: ModelConfig
@@ -31,6 +34,7 @@ class Run:
     seed: int
     seconds: float
     psnr: dict[str, float]
+    pictures: dict[str, dict[str, float]]
 
 
 def read_run(folder: Path) -> Run:
@@ -50,15 +54,17 @@ def read_run(folder: Path) -> Run:
     except (KeyError, TypeError) as error:
         raise AclaError(f"{folder / MODEL}: train.py did not write it: no {error}") from error
     how = {name: value for name, value in how.items() if name not in NOT_SHOWN}
-    psnr = {}
+    psnr, pictures = {}, {}
     for result in read_results(folder / SCORES):
         scored = Path(result["model"].get("checkpoint", ""))
         if (scored.parent.name, scored.name) != (folder.resolve().name, MODEL):
             raise AclaError(f"{folder / SCORES}: the scores of {scored}, not of {folder / MODEL}")
-        psnr[name_column(result)] = result["mean"]["psnr"]
+        column = name_column(result)
+        psnr[column] = result["mean"]["psnr"]
+        pictures[column] = {image["name"]: image["psnr"] for image in result["images"]}
     if None in psnr.values():
         raise AclaError(f"{folder / SCORES}: a picture is restored exactly, PSNR has no mean")
-    return Run(folder, found.config, how, seed, seconds, psnr)
+    return Run(folder, found.config, how, seed, seconds, psnr, pictures)
 
 
 def by_seed(runs: list[Run]) -> list[list[Run]]:
@@ -72,6 +78,23 @@ def by_seed(runs: list[Run]) -> list[list[Run]]:
                 raise AclaError(f"{run.folder} and {other.folder} are the same run: leave out one")
         group.append(run)
     return list(groups.values())
+
+
+def require_same_pictures(groups: list[list[Run]]) -> None:
+    """Raises AclaError if a run was scored on other pictures than the first one."""
+    first = groups[0][0]
+    for run in (run for group in groups for run in group):
+        if {c: p.keys() for c, p in run.pictures.items()} != {
+            c: p.keys() for c, p in first.pictures.items()
+        }:
+            raise AclaError(f"{run.folder} was scored on other pictures than {first.folder}")
+
+
+def name_groups(groups: list[list[Run]]) -> list[str]:
+    """A name for each group, of what they have not in common."""
+    fields = {name for group in groups for name in group[0].how}
+    varying = {n for n in fields if len({show(g[0].how.get(n)) for g in groups}) > 1}
+    return [name_group(group, varying) for group in groups]
 
 
 def name_group(group: list[Run], varying: set[str]) -> str:
@@ -95,41 +118,59 @@ def mean_and_spread(values: list[float], digits: int = 3) -> str:
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def gain(group: list[Run], base: list[Run], column: str) -> str:
-    """Mean difference in dB to the runs of the first row with the same seeds, and its standard
-    error."""
-    of_seed = {run.seed: run.psnr[column] for run in base}
-    apart = [run.psnr[column] - of_seed[run.seed] for run in group if run.seed in of_seed]
-    if group is base or not apart:
+def gains(group: list[Run], base: list[Run], psnr: Callable[[Run], float]) -> list[float]:
+    """Differences in dB to the runs of the first row with the same seeds; none of that row."""
+    of_seed = {run.seed: psnr(run) for run in base}
+    return [psnr(run) - of_seed[run.seed] for run in group if run.seed in of_seed and group != base]
+
+
+def mean_and_error(gains: list[float]) -> str:
+    """The mean, and its standard error where there is more than one value."""
+    if not gains:
         return "–"
-    if len(apart) < 2:
-        return f"{apart[0]:+.3f}"
-    return f"{statistics.mean(apart):+.3f} ± {statistics.stdev(apart) / len(apart) ** 0.5:.3f}"
+    mean = f"{statistics.mean(gains):+.3f}"
+    if len(gains) < 2:
+        return mean
+    return f"{mean} ± {statistics.stdev(gains) / len(gains) ** 0.5:.3f}"
 
 
 def markdown(groups: list[list[Run]]) -> str:
     """The table: what differs, parameters, multiply-adds for a 48×48 input, seconds per step
     (median), and for each set PSNR in dB (mean ± standard deviation over seeds) and the gain over
-    the first row, paired by seed (mean ± standard error). Raises AclaError for other sets."""
-    first = groups[0][0]
-    for run in (run for group in groups for run in group):
-        if run.psnr.keys() != first.psnr.keys():
-            raise AclaError(f"{run.folder} was scored on other sets than {first.folder}")
-    fields = {name for group in groups for name in group[0].how}
-    varying = {n for n in fields if len({show(g[0].how.get(n)) for g in groups}) > 1}
+    the first row, paired by seed (mean ± standard error)."""
+    first, names = groups[0][0], name_groups(groups)
     head = ["", "seeds", "parameters", "multiply-adds", "s/step"]
     head += [text for column in first.psnr for text in (column, "gain")]
     lines = []
-    for group in groups:
+    for name, group in zip(names, groups, strict=True):
         size = describe(group[0].model)
-        line = [name_group(group, varying), str(len(group)), f"{size['params']:,}"]
+        line = [name, str(len(group)), f"{size['params']:,}"]
         line += [f"{size['macs_48x48'] / 1e9:.3f} G"]
         line += [f"{statistics.median(run.seconds for run in group):.3f}"]
         for column in first.psnr:
             values = [run.psnr[column] for run in group]
-            line += [mean_and_spread(values), gain(group, groups[0], column)]
+            apart = gains(group, groups[0], lambda run, column=column: run.psnr[column])
+            line += [mean_and_spread(values), mean_and_error(apart)]
         lines.append(line)
     return cli.markdown(head, lines)
+
+
+def markdown_of_pictures(groups: list[list[Run]]) -> str:
+    """What each picture gains over the first row, as `markdown` gives it, the best of the last row
+    first."""
+    base, *others = groups
+    rows = []
+    for column, of_picture in base[0].pictures.items():
+        for name in of_picture:
+
+            def psnr(run: Run, column: str = column, name: str = name) -> float:
+                return run.pictures[column][name]
+
+            apart = [gains(group, base, psnr) for group in others]
+            best = statistics.mean(apart[-1]) if apart and apart[-1] else 0.0
+            rows.append((best, [column, name, *map(mean_and_error, apart)]))
+    rows.sort(key=operator.itemgetter(0), reverse=True)
+    return cli.markdown(["", "picture", *name_groups(groups)[1:]], [line for _, line in rows])
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -142,12 +183,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help=f"a folder of train.py, with evaluate.py's --json RUN/{SCORES}; gains are over the "
         "first one's row",
     )
+    parser.add_argument(
+        "--pictures",
+        action="store_true",
+        help="a second table: the gain of every picture, the best of the last row first",
+    )
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    cli.say(markdown(by_seed([read_run(folder) for folder in args.runs])))
+    groups = by_seed([read_run(folder) for folder in args.runs])
+    require_same_pictures(groups)
+    cli.say(markdown(groups))
+    if args.pictures:
+        cli.say("\n" + markdown_of_pictures(groups))
 
 
 if __name__ == "__main__":

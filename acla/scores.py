@@ -20,6 +20,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         results = json.loads(path.read_text(encoding="utf-8"))["results"]
         for result in results:
             name_row(result), name_column(result), dict(result["mean"]), dict(result["published"])
+            [(image["name"], image["psnr"]) for image in result["images"]]
     except FileNotFoundError as error:
         raise AclaError(f"{path}: there is no such file; evaluate.py --json writes one") from error
     except (ValueError, KeyError, TypeError, UsageError) as error:

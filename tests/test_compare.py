@@ -18,7 +18,18 @@ SIZE = {"blocks": 2, "width": 4, "channels": 1}
 def write(tmp_path):
     """A function that writes the folder of a run with given scores."""
 
-    def write(name, seed, psnr, seconds=5.0, sets=("LIVE1",), begun=None, data="a", **fields):
+    def write(
+        name,
+        seed,
+        psnr,
+        seconds=5.0,
+        sets=("LIVE1",),
+        begun=None,
+        data="a",
+        pictures=None,
+        **fields,
+    ):
+        pictures = pictures or {}
         fields = SIZE | {"attention": "none", "keys": 0} | fields
         config, folder = ModelConfig(**fields), tmp_path / name
         folder.mkdir()
@@ -30,7 +41,13 @@ def write(tmp_path):
         common = {"task": "car", "setting": 10, "published": {}}
         model = {"kind": "network", "checkpoint": str(file), "ensemble": False}
         results = [
-            {"dataset": s, "model": model, "mean": {"psnr": psnr, "ssim": 0.8}, **common}
+            {
+                "dataset": s,
+                "model": model,
+                "mean": {"psnr": psnr, "ssim": 0.8},
+                "images": [{"name": name, "psnr": value} for name, value in pictures.items()],
+                **common,
+            }
             for s in sets
         ]
         (folder / "scores.json").write_text(json.dumps({"results": results}))
@@ -81,6 +98,24 @@ def test_a_gain_from_one_seed_has_no_spread(capsys, write):
     assert table(capsys, *runs)[3][0] == "width 8"
 
 
+def test_pictures_are_sorted_by_what_they_gain(capsys, write):
+    plain = [write(f"a{seed}", seed, 29.0, pictures={"x": 28.0, "y": 30.0}) for seed in (0, 1)]
+    more = [
+        write(f"b{seed}", seed, 29.1, pictures={"x": 27.9, "y": 30.1 + 0.1 * seed}, width=8)
+        for seed in (0, 1)
+    ]
+    lines = table(capsys, *plain, *more, "--pictures")
+    assert lines[5:] == [
+        ["", "picture", "width 8"],
+        lines[6],
+        ["LIVE1 q10", "y", "+0.150 ± 0.050"],
+        ["LIVE1 q10", "x", "-0.100 ± 0.000"],
+    ]
+    other = write("c", 0, 29.0, pictures={"x": 28.0, "z": 30.0}, width=8)
+    with pytest.raises(AclaError, match="other pictures"):
+        compare.main([plain[0], other])
+
+
 def test_runs_that_began_otherwise_are_no_seeds_of_one(capsys, write):
     runs = (
         write("a", 0, 29.0),
@@ -114,7 +149,7 @@ def test_the_same_run_twice_or_other_sets_are_refused(capsys, write, tmp_path):
     bare.mkdir()
     for argv, message in (
         ((one, two), "are the same run"),
-        ((one, other), "scored on other sets"),
+        ((one, other), "scored on other pictures"),
         ((str(bare),), "holds no scores.json: python evaluate.py"),
     ):
         with pytest.raises(SystemExit) as stop:

@@ -16,6 +16,7 @@ def result(dataset="LIVE1", q=10, checkpoint="weights/car-q10-a.safetensors", ps
         "setting": q,
         "model": {"kind": "network", "checkpoint": checkpoint, "ensemble": False},
         "mean": {"psnr": psnr, "ssim": 0.81234},
+        "images": [{"name": "a.png", "psnr": psnr}],
         "published": {"JPEG": {"psnr": 27.77}, "DnCNN": {"psnr": 29.19, "ssim": 0.8123}},
     } | more
 
