@@ -9,8 +9,8 @@ position may refer to [B,H+2,W+2,C], the query's own last, gates [L] (the own la
 and temperature. They return what is added to the query [B,C,H,W], and the keys read of each layer
 [B,L], summed over the queries: N² of a layer that is attended to as a whole, 0 of others.
 
-Attention over all positions needs memory that grows with N, or N·(H + W) for multi-head attention,
-never with N²."""
+Attention over all positions needs memory that grows with N, or with N·(H + W) where multi-head
+attention is trained, never with N²."""
 
 from collections.abc import Sequence
 
@@ -21,6 +21,8 @@ from torch.nn import functional as F
 
 from acla.attention import CrossLayerAttention
 from acla.cost import RADIUS, embedded_width, head_count, squeezed_width
+
+LOGITS = 2**24  # of multi-head attention that are held at once without gradients
 
 
 class NonLocal(nn.Module):
@@ -110,22 +112,50 @@ class MultiHeadAttention(nn.Module):
         """See the room's first lines."""
         H, W = query.shape[2:]
         projected = self.project(query.permute(0, 2, 3, 1))
-        pattern = "b y x (qkv h d) -> qkv b h y x d"
+        pattern = "b y x (qkv h d) -> qkv b h (y x) d"
         q, k, v = rearrange(projected, pattern, qkv=3, h=self.heads)
         q = q * q.shape[-1] ** -0.5
-        # A relative logit depends on the query and on the key's row or column alone: it is the
-        # product of the query's logits for all rows with the key's row as a one-hot vector. So with
-        # H + W channels more, a kernel that never holds N × N logits takes them.
-        of_rows = relative_logits(q.transpose(-2, -3), self.vertical).transpose(-2, -3)
-        of_columns = relative_logits(q, self.horizontal)
-        row = torch.eye(H, device=q.device).to(q.dtype)[:, None].expand(*k.shape[:3], W, H)
-        column = torch.eye(W, device=q.device).to(q.dtype).expand(*k.shape[:4], W)
-        parts = (q, of_rows, of_columns), (k, row, column), (v,)
-        grown = q.shape[-1] + H + W
-        y = F.scaled_dot_product_attention(*(widened(part, grown) for part in parts), scale=1.0)
-        y = rearrange(y[..., : v.shape[-1]], "b h n d -> b n (h d)")
+        attend = self.at_once if torch.is_grad_enabled() else self.part_by_part
+        y = rearrange(attend(q, k, v, H, W), "b h n d -> b n (h d)")
         z = self.output(y).unflatten(1, (H, W)).permute(0, 3, 1, 2)
         return z, keys_read(query, len(rows), [len(rows) - 1])
+
+    def at_once(self, q: Tensor, k: Tensor, v: Tensor, H: int, W: int) -> Tensor:
+        """Attention of q to k and v [B,h,N,d], with gradients.
+
+        A relative logit depends on the query and on the key's row or column alone: it is the
+        product of the query's logits for all rows with the key's row as a one-hot vector. So with
+        H + W channels more, a kernel that never holds N × N logits takes them. GPU kernels want
+        multiples of 8 channels, and all want as many in queries, keys and values."""
+        place = torch.arange(H * W, device=q.device)
+        places = torch.cat([F.one_hot(place // W, H), F.one_hot(place % W, W)], -1).to(k.dtype)
+        grown_q = torch.cat([q, *self.relative_logits(q, place, H, W)], -1)
+        grown_k = torch.cat([k, places.expand(*k.shape[:2], -1, -1)], -1)
+        channels = -(-grown_q.shape[-1] // 8) * 8
+        q, k, v = (F.pad(x, (0, channels - x.shape[-1])) for x in (grown_q, grown_k, v))
+        return F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., : self.vertical.shape[1]]
+
+    def part_by_part(self, q: Tensor, k: Tensor, v: Tensor, H: int, W: int) -> Tensor:
+        """The same without gradients, faster in large pictures: at most LOGITS at a time."""
+        B, heads, N, _ = q.shape
+        count, parts = max(1, LOGITS // (B * heads * N)), []
+        for place in torch.arange(N, device=q.device).split(count):
+            some = q[:, :, len(parts) * count :][:, :, :count]
+            of_rows, of_columns = self.relative_logits(some, place, H, W)
+            logits = (of_rows[..., None] + of_columns[..., None, :]).flatten(3)  # [B,h,n,N]
+            parts.append(F.scaled_dot_product_attention(some, k, v, attn_mask=logits, scale=1.0))
+        return torch.cat(parts, 2)
+
+    def relative_logits(self, q: Tensor, place: Tensor, H: int, W: int) -> tuple[Tensor, Tensor]:
+        """q·r^y for all rows [B,h,n,H] and q·r^x for all columns [B,h,n,W], of queries [B,h,n,d] at
+        the given places [n] in 0..N−1."""
+
+        def along(embedding: Tensor, start: Tensor, length: int) -> Tensor:
+            offset = torch.arange(length, device=q.device) - start[:, None]
+            chosen = offset.clamp(-RADIUS, RADIUS) + RADIUS
+            return (q @ embedding.T).gather(-1, chosen.expand(*q.shape[:2], -1, -1))
+
+        return along(self.vertical, place // W, H), along(self.horizontal, place % W, W)
 
 
 class SqueezeExcitation(nn.Module):
@@ -194,22 +224,6 @@ def gated_attention(query: Tensor, keys: Tensor, values: Tensor, gates: Tensor) 
     query, keys = F.pad(query, (0, 1)), F.pad(keys, (0, 1))
     y = F.scaled_dot_product_attention(query, keys, weighted, scale=1.0)
     return y[..., :-1] / y[..., -1:].clamp_min(torch.finfo(y.dtype).tiny)
-
-
-def relative_logits(query: Tensor, embedding: Tensor) -> Tensor:
-    """q·r of queries [...,n,d] along an axis with all its n positions [...,n,n], for embeddings r
-    [2·RADIUS + 1,d] of the offsets −RADIUS..RADIUS; larger offsets take the outermost one."""
-    place = torch.arange(query.shape[-2], device=query.device)
-    offset = (place - place[:, None]).clamp(-RADIUS, RADIUS) + RADIUS
-    logits = query @ embedding.T
-    return logits.gather(-1, offset.expand(*query.shape[:-1], -1))
-
-
-def widened(parts: Sequence[Tensor], channels: int) -> Tensor:
-    """Parts [B,h,H,W,·] beside each other, then zeros: [B,h,N,·], with as many channels as queries,
-    keys and values all need, the next multiple of 8 (what GPU kernels ask for)."""
-    joined = torch.cat(parts, -1).flatten(2, 3)
-    return F.pad(joined, (0, -(-channels // 8) * 8 - joined.shape[-1]))
 
 
 def keys_read(query: Tensor, layers: int, read: Sequence[int]) -> Tensor:

@@ -236,6 +236,16 @@ def test_mha_with_positions_is_bello_et_al(H, W, monkeypatch):
 # Memory and numbers
 
 
+@pytest.mark.parametrize("limit", [2**24, 13 * 2 * 2 * 35, 1])  # all queries, thirteen, and one
+def test_multi_head_attention_is_the_same_without_gradients(limit, monkeypatch):
+    monkeypatch.setattr(rivals, "LOGITS", limit)
+    module = random_module(MultiHeadAttention(32))
+    (x,) = random_maps(1, (2, 32, 7, 5))
+    expected = module(x, [to_rows(x)])[0]
+    with torch.no_grad():
+        torch.testing.assert_close(module(x, [to_rows(x)])[0], expected)
+
+
 @pytest.mark.parametrize(
     ("name", "factor"), [("nl", 4), ("clnl", 4), ("clnl-learned", 4), ("mha", 8)]
 )
