@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import hashlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from acla.flags import add_task_flags, task_from_flags
 from acla.image import fit_channels, load, save
 from acla.processes import Processes, join
 from acla.protocol import TASK_OF_SET, line, published, score, table, task_of_set
+from acla.provenance import provenance
 from acla.restore import check_ensemble, restore
 from acla.tiles import check_tile
 from acla.weights import Weights
@@ -125,7 +127,8 @@ def main(argv: list[str] | None = None) -> None:
     if processes.first:
         results = [report(name, tasks[name], method, images[name]) for name in sets]
         tables = "\n".join(table(method.label, result) for result in results)
-        publish(tables, {"results": results}, args.json)
+        made_on = {"seed": args.seed, "provenance": provenance(device)}
+        publish(tables, {"results": results, **made_on}, args.json)
     processes.leave()
 
 
@@ -189,7 +192,8 @@ def network(file: Path, device: torch.device, args: argparse.Namespace) -> Metho
         return prediction, target
 
     describe = {"kind": "network", "checkpoint": str(file), **dataclasses.asdict(config)}
-    describe |= {"trained_for": str(checkpoint.task), "ensemble": args.ensemble}
+    describe |= {"sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    describe |= {"trained_for": str(checkpoint.task), "ensemble": args.ensemble, "tile": args.tile}
     label = f"network {file}" + (", ensemble of 8" if args.ensemble else "")
     return Method(label, describe, restored, checkpoint.task, config.channels)
 

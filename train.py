@@ -265,7 +265,10 @@ def begin(learner: Learner, plan: Plan, args: argparse.Namespace) -> dict[str, s
     new = tuple(p for p in plan.model.positions if str(p) not in held)
     told = f"; the attention behind {config.format_positions(new)} is new" if new else ""
     cli.notice(f"weights: {path}, trained for {task}{told}")
-    return {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    return {
+        "file": f"{path.resolve().parent.name}/{path.name}",
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }
 
 
 def describe_run(plan: Plan, data: Data) -> str:

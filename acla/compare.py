@@ -3,6 +3,7 @@ row for all runs that differ by their seed alone; with --pictures also what each
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import operator
 import statistics
@@ -49,16 +50,22 @@ def read_run(folder: Path) -> Run:
         training, done = found.info["train"], found.info["step"]
         begun = found.info.get("begun_with")
         how = {**dataclasses.asdict(found.task), **dataclasses.asdict(found.config), **training}
-        how |= {"begun_with": begun and begun["file"], "pictures": found.info["data"]["train"]}
+        begun = begun and f"{begun['file']} {begun['sha256'][:8]}"
+        how |= {"begun_with": begun, "pictures": found.info["data"]["train"]}
         seed, seconds = training["seed"], found.info["seconds"] / done
     except (KeyError, TypeError) as error:
         raise AclaError(f"{folder / MODEL}: train.py did not write it: no {error}") from error
     how = {name: value for name, value in how.items() if name not in NOT_SHOWN}
+    digest = hashlib.sha256((folder / MODEL).read_bytes()).hexdigest()
     psnr, pictures = {}, {}
     for result in read_results(folder / SCORES):
         scored = Path(result["model"].get("checkpoint", ""))
         if (scored.parent.name, scored.name) != (folder.resolve().name, MODEL):
             raise AclaError(f"{folder / SCORES}: the scores of {scored}, not of {folder / MODEL}")
+        if result["model"].get("sha256", digest) != digest:
+            raise AclaError(
+                f"{folder / SCORES}: {folder / MODEL} was written anew since: score it again"
+            )
         column = name_column(result)
         psnr[column] = result["mean"]["psnr"]
         pictures[column] = {image["name"]: image["psnr"] for image in result["images"]}

@@ -11,7 +11,8 @@ value's bias, which every query weights anew, so that what is predicted is what 
 
 Of the rivals, convolutions and matrix products are counted, the small layers of
 squeeze-and-excitation and relative positions included. Softmax, sigmoid, means and sums are not, as
-they are not in a network's count."""
+they are not in a network's count, nor are the one-hot channels that stand for sums where multi-head
+attention is trained."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -231,11 +231,6 @@ class Pictures:
         return levels
 
 
-def load_set(name: str, root: str | Path | None, split: str = "test") -> Pictures:
-    """The pictures of a set by name (see find_set)."""
-    return Pictures(find_set(name, root, split))
-
-
 # Patches
 
 

@@ -29,11 +29,13 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 
 def name_row(result: dict[str, Any]) -> str:
-    """What was scored: the checkpoint's file name, with its folder where that is a run's, or the
-    kind of what was no network."""
+    """What was scored: the checkpoint's file name, with its folder where that is a run's, the
+    folder of pictures that were made elsewhere, or the untouched input."""
     model = result["model"]
-    if model["kind"] != "network":
-        return f"ours: {model['kind']}"
+    if model["kind"] == "predictions":
+        return f"predictions: {Path(model['folder']).name}"
+    if model["kind"] == "baseline":
+        return "untouched input"
     path = Path(model["checkpoint"])
     name = f"{path.parent.name}/{path.stem}" if path.name in OF_RUNS else path.stem
     return f"ours: {name}" + (", ensemble of 8" if model["ensemble"] else "")
@@ -56,10 +58,10 @@ def markdown(results: list[dict[str, Any]], metric: str) -> str:
             rows.setdefault(method, {})[column] = figures.get(metric)
     paths: dict[str, str] = {}
     for result in results:
-        path = result["model"].get("checkpoint")
+        path = result["model"].get("checkpoint") or result["model"].get("folder")
         if paths.setdefault(name_row(result), path) != path:
             raise AclaError(
-                f"{name_row(result)} is two networks, {paths[name_row(result)]} and {path}: leave "
+                f"{name_row(result)} is two, {paths[name_row(result)]} and {path}: leave "
                 "out one, or give the files names that differ"
             )
         row, column = rows.setdefault(name_row(result), {}), name_column(result)

@@ -306,6 +306,8 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError
     except ValueError:
         refuse(f"--sizes {args.sizes}: sizes are BxHxWxC, for instance {SIZES[0]}")
+    if args.json not in (None, "-") and not Path(args.json).parent.is_dir():
+        refuse(f"--json {args.json}: there is no folder {Path(args.json).parent}")
     from acla.provenance import commit
 
     torch.set_num_threads(args.threads)

@@ -222,6 +222,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", metavar="FILE", help="write the rows here too; - is the output")
     options = parser.parse_args(arguments)
+    if options.json not in (None, "-") and not Path(options.json).parent.is_dir():
+        parser.error(f"--json {options.json}: there is no folder {Path(options.json).parent}")
     options.target = options.target.split(",")
     unknown = set(options.target) - TARGETS.keys()
     if unknown:

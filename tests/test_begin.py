@@ -31,7 +31,7 @@ def test_a_run_begins_with_the_weights_of_a_trained_backbone(small_sets, capsys)
     assert rows("more")[-1]["val_psnr"] == pytest.approx(rows("plain")[-1]["val_psnr"], abs=1e-6)
     info = load_model(Path("more/model.safetensors")).info
     digest = hashlib.sha256(Path("plain/model.safetensors").read_bytes()).hexdigest()
-    assert info["begun_with"] == {"file": "model.safetensors", "sha256": digest}
+    assert info["begun_with"] == {"file": "plain/model.safetensors", "sha256": digest}
     assert load_model(Path("plain/model.safetensors")).info["begun_with"] is None
 
 

@@ -84,6 +84,14 @@ def test_impossible_sizes_are_refused(sizes, capsys):
     assert "BxHxWxC" in capsys.readouterr().err
 
 
+def test_rows_that_could_not_be_written_are_told_of_first(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "operator_rows", lambda *_: pytest.fail("measured"))
+    with pytest.raises(SystemExit) as stopped:
+        bench.main([*TINY, "--json", str(tmp_path / "none" / "rows.jsonl")])
+    assert stopped.value.code == 2
+    assert "there is no folder" in capsys.readouterr().err
+
+
 def test_a_device_that_is_not_there_is_refused(capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")

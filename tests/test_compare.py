@@ -1,5 +1,6 @@
 """Runs side by side: what is grouped, what is said to differ, means, spreads and gains."""
 
+import hashlib
 import json
 
 import pytest
@@ -35,7 +36,7 @@ def write(tmp_path):
         folder.mkdir()
         train = vars(TrainConfig(seed=seed))
         info = {"train": train, "step": 10, "seconds": seconds, "data": {"train": data}}
-        info["begun_with"] = begun and {"file": begun, "sha256": "0"}
+        info["begun_with"] = begun and {"file": "plain.safetensors", "sha256": begun}
         file = folder / "model.safetensors"
         save_model(file, build_network(config), config, Task(), info)
         common = {"task": "car", "setting": 10, "published": {}}
@@ -119,12 +120,27 @@ def test_pictures_are_sorted_by_what_they_gain(capsys, write):
 def test_runs_that_began_otherwise_are_no_seeds_of_one(capsys, write):
     runs = (
         write("a", 0, 29.0),
-        write("b", 1, 29.5, begun="plain.safetensors"),
-        write("c", 0, 30.0, data="b"),
+        write("b", 1, 29.5, begun="52ee06d27a"),
+        write("c", 1, 29.5, begun="8194871dc8"),
+        write("d", 0, 30.0, data="b"),
     )
     rows = table(capsys, *runs)[2:]
-    assert [row[1] for row in rows] == ["1", "1", "1"]
-    assert rows[1][0] == "begun_with plain.safetensors, pictures a"
+    assert [row[1] for row in rows] == ["1", "1", "1", "1"]
+    assert rows[1][0] == "begun_with plain.safetensors 52ee06d2, pictures a"
+
+
+def test_scores_of_an_older_network_are_refused(capsys, write, tmp_path):
+    folder = write("a", 0, 29.0)
+    file = tmp_path / "a" / "scores.json"
+    found = json.loads(file.read_text())
+    network = (tmp_path / "a" / "model.safetensors").read_bytes()
+    found["results"][0]["model"]["sha256"] = hashlib.sha256(network).hexdigest()
+    file.write_text(json.dumps(found))
+    assert len(table(capsys, folder)) == 3
+    found["results"][0]["model"]["sha256"] = "0"
+    file.write_text(json.dumps(found))
+    with pytest.raises(AclaError, match="written anew since: score it again"):
+        compare.main([folder])
 
 
 def test_scores_must_be_the_runs_own(capsys, write, tmp_path):

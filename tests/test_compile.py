@@ -73,6 +73,13 @@ def test_a_problem_is_named_and_fails(monkeypatch, capsys):
     assert len(shown.out.splitlines()) == 3
 
 
+def test_rows_that_could_not_be_written_are_told_of_first(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        compile.main(["--json", str(tmp_path / "none" / "rows.json")])
+    assert stopped.value.code == 2
+    assert "there is no folder" in capsys.readouterr().err
+
+
 def test_unknown_targets_are_refused(capsys):
     with pytest.raises(SystemExit) as stopped:
         compile.main(["--target", "sm_80,voodoo"])

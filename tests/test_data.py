@@ -17,7 +17,6 @@ from acla.data import (
     augment,
     cut_window,
     find_set,
-    load_set,
     match_stems,
     split_for_search,
     split_validation,
@@ -89,7 +88,7 @@ def test_sample_is_natural_disjoint_and_offline(monkeypatch):
     assert len(set(files)) == len(files)
     assert all(path.parent == Path(skimage.data_dir) for path in files)
     assert find_set("sample", None) == splits["test"]
-    assert len(load_set("sample", None, "val")[0]) == 1  # coins are gray
+    assert len(Pictures(splits["val"])[0]) == 1  # coins are gray
     with pytest.raises(UsageError, match="known: train, val, test"):
         find_set("sample", None, "training")
     holders = [n for n, paths in splits.items() if any("motorcycle" in p.name for p in paths)]

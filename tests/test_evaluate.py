@@ -16,6 +16,7 @@ import evaluate
 from acla.config import Task
 from acla.degrade import pair
 from acla.image import load, save
+from acla.provenance import provenance
 
 ROOT = Path(evaluate.__file__).parent
 
@@ -71,7 +72,12 @@ def test_mosaic_rows(capsys, shared_data):
 
 
 def test_json_has_every_field(capsys, root):
-    (row,) = results(capsys, "--dataset", "Mine", "--q", "20", "--baseline", "--data", root)
+    flags = ["--dataset", "Mine", "--q", "20", "--baseline", "--data", str(root)]
+    evaluate.main([*flags, "--device", "cpu", "--seed", "3", "--json", "-"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["seed"] == 3
+    assert found["provenance"] == provenance(torch.device("cpu"))
+    (row,) = found["results"]
     assert (row["dataset"], row["task"], row["setting"]) == ("Mine", "car", 20)
     assert "quality 20" in row["protocol"]
     assert row["model"] == {"kind": "baseline"}

@@ -1,5 +1,6 @@
 """evaluate.py with a network: its task, tiles, the ensemble, and which one is scored."""
 
+import hashlib
 import json
 
 import pytest
@@ -26,6 +27,7 @@ def test_network_brings_its_task(capsys, root, tmp_path, task):
     assert (row["task"], row["setting"]) == (task.name, task.setting)
     assert row["model"]["checkpoint"] == str(file)
     assert row["model"]["width"] == 8
+    assert row["model"]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
     names = {"colour.png", "gray.png", "withalpha.png"}
     assert {f.name for f in (tmp_path / "out").iterdir()} == names
     assert {f.name for f in (tmp_path / "in").iterdir()} == names

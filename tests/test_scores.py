@@ -57,7 +57,14 @@ def test_methods_are_rows_and_sets_are_columns(capsys, write):
 def test_what_is_no_network_is_named_by_its_kind(capsys, write):
     plain = result(model={"kind": "baseline"}, task="demosaic", setting=0, published={})
     assert table(capsys, write("a.json", plain))[0] == ["", "LIVE1"]
-    assert table(capsys, write("a.json", plain))[2][0] == "ours: baseline"
+    assert table(capsys, write("a.json", plain))[2][0] == "untouched input"
+    theirs = [
+        result(dataset, model={"kind": "predictions", "folder": f"elsewhere/{folder}"})
+        for folder, dataset in (("swinir", "LIVE1"), ("fbcnn", "Classic5"))
+    ]
+    rows = table(capsys, write("b.json", *theirs))[-2:]
+    assert [row[0] for row in rows] == ["predictions: swinir", "predictions: fbcnn"]
+    assert [row[1:] for row in rows] == [["29.46", "–"], ["–", "29.46"]]
 
 
 def test_runs_are_told_apart_by_their_folders(capsys, write):
@@ -68,7 +75,7 @@ def test_runs_are_told_apart_by_their_folders(capsys, write):
     rows = table(capsys, write("a.json", *runs))[-2:]
     assert [row[0] for row in rows] == ["ours: plain/model", "ours: warm/model"]
     alike = write("b.json", runs[0], result(q=20, checkpoint="old/plain/model.safetensors"))
-    with pytest.raises(AclaError, match="ours: plain/model is two networks"):
+    with pytest.raises(AclaError, match="ours: plain/model is two, "):
         scores.main([alike])
 
 
