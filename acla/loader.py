@@ -30,7 +30,7 @@ class Loader:
 
     A batch is a function of its step alone, so the number of workers changes no bit of it; 0 makes
     a batch when it is asked for. Decoding, JPEG and array arithmetic leave Python's lock to
-    others. For a GPU the batches lie in pinned memory and are copied while it computes.
+    others. For a GPU the batches lie in pinned memory, so that nobody waits for the copy.
     """
 
     def __init__(self, sampler: PatchSampler, device: torch.device, workers: int | None = None):
