@@ -39,8 +39,10 @@ def main(argv: list[str] | None = None) -> None:
     processes = join(cli.pick_device(args.device))
     written = training.open_run(args.out, PLAN, args.resume)
     if written is None:
-        plan = plan_from_flags(args, cli.pick_preset(args.preset, processes.device))
+        preset = cli.pick_preset(args.preset, processes.device)
+        plan = plan_from_flags(args, preset)
         flags = {name: getattr(args, name) for name in KEPT_FLAGS}
+        flags |= {"preset": preset, "seeds": args.seeds or 1}  # as --resume may repeat them
         cli.tell_of_sample(args)
     else:
         plan, flags = read_plan(written, args)
@@ -138,7 +140,8 @@ def read_plan(path: Path, args: argparse.Namespace) -> tuple[Plan, dict[str, Any
     """The plan and the flags of the search to go on with. Raises CheckpointError, UsageError."""
     try:
         begun = json.loads(path.read_text(encoding="utf-8"))
-        return training.resumed_plan(Plan, begun, args), begun["flags"]
+        flags = {name: begun["flags"][name] for name in KEPT_FLAGS}
+        return training.resumed_plan(Plan, begun, args, path), flags
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a plan of search.py: {error!r}") from error
 

@@ -24,6 +24,7 @@ from acla.checkpoint import (
     fitting_weights,
     load_model,
     load_state,
+    require_network,
     save_model,
     save_state,
 )
@@ -60,7 +61,9 @@ def main(argv: list[str] | None = None) -> None:
     if not args.describe:
         state = training.open_run(args.out, STATE, args.resume)
     if state is None:
-        plan = plan_from_flags(args, cli.pick_preset(args.preset, processes.device))
+        preset = cli.pick_preset(args.preset, processes.device)
+        plan = plan_from_flags(args, preset)
+        args.preset = preset  # as --resume may repeat it
         if args.describe:
             cli.say(json.dumps(describe(plan.model)))
             return
@@ -68,7 +71,8 @@ def main(argv: list[str] | None = None) -> None:
         train(plan, args, processes)
     else:
         tensors, progress = load_state(state)
-        plan = training.resumed_plan(Plan, progress, args)
+        plan = training.resumed_plan(Plan, progress, args, state)
+        require_network(plan.model, tensors, state)
         train(plan, args, processes, tensors, progress)
     processes.leave()
 
@@ -130,6 +134,7 @@ def plan_from_flags(args: argparse.Namespace, preset: str) -> Plan:
         raise UsageError("--inherit and --init both say which weights to begin with: give one")
     if args.inherit and source is None:
         raise UsageError("--inherit goes with a searched architecture: --arch FILE of search.py")
+    args.arch = args.arch or (str(SEARCHED) if source else "paper")  # as --resume may repeat it
     task, model = choose_network(args, preset, source)
     return Plan(task, model, flags.override_length(config.train_preset(preset), args))
 
@@ -247,7 +252,7 @@ def begin(learner: Learner, plan: Plan, args: argparse.Namespace) -> dict[str, s
     """Take over the weights that the flags name: of the search, or of a trained network. Returns
     the file's name and digest, None without such flags. Raises UsageError, CheckpointError."""
     if args.inherit:
-        path = (SEARCHED if args.arch is None else Path(args.arch)).parent / MODEL
+        path = Path(args.arch).parent / MODEL
         found = load_model(path)
         if found.config != plan.model:
             raise UsageError(

@@ -25,6 +25,8 @@ from acla.networks import build_network
 
 FORMAT = "acla-1"
 STATES = "state.safetensors of train.py or supernet.safetensors of search.py"
+ANEW = "; begin anew with --out DIR"  # the end of what is said of a state
+NOT_VALID = (KeyError, ValueError, TypeError, OverflowError, RecursionError)  # JSON of any kind
 
 
 @dataclass(frozen=True)
@@ -55,15 +57,16 @@ def load_model(path: Path) -> Checkpoint:
     kind, another shape."""
     tensors, header = read_tensors(path, "model")
     try:
-        config = from_dict(ModelConfig, json.loads(header["model"]))
-        task = from_dict(Task, json.loads(header["task"]))
-        info = json.loads(header["info"])
-    except (KeyError, ValueError, TypeError, RecursionError, UsageError) as error:
-        raise CheckpointError(f"{path}: the configuration inside is not valid: {error}") from error
+        config = from_dict(ModelConfig, from_json(header["model"]))
+        task = from_dict(Task, from_json(header["task"]))
+        info = from_json(header["info"])
+        require_types("the notes", info, {})
+    except (*NOT_VALID, UsageError) as error:
+        reason = in_one_line(error)
+        raise CheckpointError(f"{path}: the configuration inside is not valid: {reason}") from error
     if task.scale != config.scale:
         raise CheckpointError(f"{path}: a network for ×{config.scale} with the task {task}")
-    with torch.device("meta"):  # no memory before names and shapes are known to fit
-        model = build_network(config)
+    model = without_memory(config, tensors, path)
     load_strictly(model, tensors, path)
     return Checkpoint(model.eval(), config, task, info)
 
@@ -72,22 +75,52 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -
     """Take over tensors whose names, shapes and types are the network's, all of them. Raises
     CheckpointError."""
     wanted = model.state_dict()
+    require_fitting(wanted, tensors, path)
+    if any(tensor.is_meta for tensor in wanted.values()):
+        model.to_empty(device="cpu")
+    model.load_state_dict(tensors)
+
+
+def require_network(config: ModelConfig, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse a training's state whose network, 'model.<name>', is not the plan's, before memory is
+    taken for it. Raises CheckpointError."""
+    own = {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
+    wanted = without_memory(config, own, path, ANEW).state_dict()
+    require_fitting({f"model.{name}": tensor for name, tensor in wanted.items()}, own, path, ANEW)
+
+
+def without_memory(
+    config: ModelConfig, tensors: Mapping[str, Tensor], path: Path, fix: str = ""
+) -> Backbone:
+    """The network on the device meta, to compare names and shapes with. Raises CheckpointError
+    where it has more blocks than there are tensors, for even so a large one takes minutes."""
+    blocks = config.blocks * (config.group_blocks if config.backbone in ("rcan", "han") else 1)
+    if blocks > len(tensors):
+        raise CheckpointError(
+            f"{path}: does not fit its network: {len(tensors)} tensors for {blocks} blocks{fix}"
+        )
+    with torch.device("meta"):
+        return build_network(config)
+
+
+def require_fitting(
+    wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path, fix: str = ""
+) -> None:
+    """Refuse tensors of other names, shapes or types than the wanted ones. fix: the end of the
+    message. Raises CheckpointError."""
     odd = sorted(wanted.keys() ^ tensors.keys())
     if odd:
         missing = sum(name in wanted for name in odd)
         raise CheckpointError(
             f"{path}: does not fit its network: {missing} tensors are missing and "
-            f"{len(odd) - missing} are unknown, for instance {odd[0]}"
+            f"{len(odd) - missing} are unknown, for instance {in_one_line(odd[0])}{fix}"
         )
     for name, tensor in tensors.items():
         if tensor.shape != wanted[name].shape or tensor.dtype != wanted[name].dtype:
             raise CheckpointError(
                 f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}, "
-                f"but the network's is {wanted[name].dtype} {list(wanted[name].shape)}"
+                f"but the network's is {wanted[name].dtype} {list(wanted[name].shape)}{fix}"
             )
-    if any(tensor.is_meta for tensor in wanted.values()):
-        model.to_empty(device="cpu")
-    model.load_state_dict(tensors)
 
 
 def fitting_weights(path: Path, config: ModelConfig) -> tuple[dict[str, Tensor], Task]:
@@ -132,12 +165,62 @@ def save_state(path: Path, tensors: Mapping[str, Tensor], progress: dict[str, An
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `save_state` wrote. Raises CheckpointError."""
+    """Read what `save_state` wrote in a run. Raises CheckpointError."""
     tensors, header = read_tensors(path, "state")
     try:
-        return tensors, json.loads(header["progress"])
-    except (KeyError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: the progress inside is not valid: {error}") from error
+        progress = from_json(header["progress"])
+        require_progress(progress)
+    except NOT_VALID as error:
+        raise CheckpointError(f"{path}: the progress inside is not valid: {error}{ANEW}") from error
+    return tensors, progress
+
+
+def require_progress(progress: Any) -> None:
+    """Refuse what neither train.py nor search.py writes as its progress. Raises ValueError."""
+    kinds, noted = {"step": int, "seconds": float, "plan": dict, "data": dict}, ""
+    require_types("the progress", progress, kinds)
+    if progress["step"] < 0:
+        raise ValueError(f"step must be 0 or more, not {progress['step']}")
+    if "train" in progress["plan"]:
+        kinds |= {"flags": dict, "scaler": dict, "best": type(None)}
+        noted = r"begun_with|loss|rate|norm|val_psnr(_.+)?"  # the last row of the log
+        if progress["step"]:
+            kinds |= {"best": dict, "val_psnr": float}
+        require_types("the progress", progress, kinds)
+        if progress["step"]:
+            require_types("best", progress["best"], {"step": int, "val_psnr": float})
+    odd = [name for name in progress if name not in kinds and not re.fullmatch(noted, name)]
+    if odd:
+        raise ValueError(f"{odd[0]!r} is unknown")
+
+
+def from_json(text: str) -> Any:
+    """What a header holds. Raises RecursionError, and ValueError, also for whole numbers of more
+    than 64 bits, on which arithmetic fails."""
+
+    def whole(digits: str) -> int:
+        if not -(2**63) <= int(digits) < 2**63:
+            raise ValueError(f"a number of {len(digits)} digits")
+        return int(digits)
+
+    return json.loads(text, parse_int=whole)
+
+
+def in_one_line(text: object) -> str:
+    """A message that may hold names from a file, without their line breaks."""
+    return " ".join(str(text).split())
+
+
+def require_types(what: str, values: Any, kinds: Mapping[str, type]) -> None:
+    """Refuse what is no JSON object or holds no value of its type under a name. Raises
+    ValueError."""
+    if type(values) is not dict:
+        raise ValueError(f"{what} must be a JSON object, not {type(values).__name__}")
+    for name, kind in kinds.items():
+        if name not in values:
+            raise ValueError(f"{what} has no {name}")
+        if type(values[name]) is not kind:
+            raise ValueError(f"{name} must be {kind.__name__}, not {type(values[name]).__name__}")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:

@@ -12,8 +12,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from acla import training
 from acla.backbone import Backbone
+from acla.checkpoint import ANEW
 from acla.config import ModelConfig, TrainConfig
-from acla.errors import AclaError, UsageError
+from acla.errors import AclaError, CheckpointError, UsageError
 from acla.networks import build_network
 from acla.processes import Processes
 
@@ -64,7 +65,10 @@ class Learner:
     def unpack(self, tensors: dict[str, Tensor], values: dict[str, Any], path: Path) -> None:
         """Take over what `pack` gave, read from `path`. Raises CheckpointError."""
         training.unpack(self.parts, tensors, path)
-        self.scaler.load_state_dict(values["scaler"])
+        own, given = self.scaler.state_dict(), values["scaler"]
+        if given.keys() != own.keys() or not all(same_kind(given[name], own[name]) for name in own):
+            raise CheckpointError(f"{path}: holds the gradient scaler of another run{ANEW}")
+        self.scaler.load_state_dict(given)
 
     @property
     def result(self) -> Backbone:
@@ -116,6 +120,12 @@ def parameter_groups(model: Backbone, how: TrainConfig) -> list[dict[str, Any]]:
         return [{"params": [p for _, p in named]}]
     others = [p for n, p in named if ".points." not in n]
     return [{"params": others}, {"params": points, "factor": how.offset_rate}]
+
+
+def same_kind(given: Any, own: float) -> bool:
+    """Whether a value can stand for one of a scaler: of its type, and not below 0."""
+    most = 2**31 if type(own) is int else math.inf
+    return type(given) is type(own) and 0 <= given < most
 
 
 def require_amp(how: TrainConfig, device: torch.device) -> None:

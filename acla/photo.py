@@ -16,10 +16,12 @@ from acla.checkpoint import write_atomically
 from acla.errors import PictureError
 from acla.image import (
     BROKEN,
+    EXIF,
     FORMATS,
     GRAY_MODES,
     ORIENTATION,
     SUFFIXES,
+    descriptive,
     is_deep_colour,
     opened,
     read_deep,
@@ -30,18 +32,6 @@ from acla.image import (
 
 # What photos come in; others of Pillow's readers start programs (EPS) or draw (WMF)
 READABLE = ("PNG", "BMP", "DIB", "TIFF", "JPEG", "GIF", "WEBP", "PPM")
-# What a TIFF's own table says about the photo and not about how the file stores it
-DESCRIPTIVE = (
-    ExifTags.Base.ImageDescription,
-    ExifTags.Base.Make,
-    ExifTags.Base.Model,
-    ExifTags.Base.Software,
-    ExifTags.Base.DateTime,
-    ExifTags.Base.Artist,
-    ExifTags.Base.Copyright,
-)
-EXIF = b"Exif\0\0"  # what EXIF begins with in a JPEG
-PARTS = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
 JPEG_OUTPUT = {"quality": 95, "subsampling": 0}  # 4:4:4: no second loss of colour
 
 
@@ -153,8 +143,7 @@ def read_exif(picture: Image.Image, notices: list[str]) -> tuple[bytes, int]:
         orientation = orientation if orientation in range(2, 9) else 1
         if picture.format == "TIFF":
             kept = Image.Exif()
-            kept.update({tag: found[tag] for tag in DESCRIPTIVE if tag in found})
-            kept.update({part: dict(found.get_ifd(part)) for part in PARTS if part in found})
+            kept.update(descriptive(found))
             return (kept.tobytes() if len(kept) else b""), orientation
         raw = picture.info.get("exif") or (found.tobytes() if len(found) else b"")
         if orientation > 1:
@@ -255,19 +244,17 @@ def save(photo: Photo, path: Path) -> None:
         if levels.dtype == np.uint16:
             photo.notices.append(f"{kind} holds 8 bits: the other 8 are rounded away")
             levels = ((levels.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    deep = levels.dtype == np.uint16 and (levels.shape[2] == 3 or alpha is not None)
-    carries = kind != "BMP" and not (deep and kind == "TIFF")
-    if (photo.exif or photo.icc) and not carries:
-        photo.notices.append(f"{kind} is written without EXIF and ICC profile here")
-    if deep:
+    if levels.dtype == np.uint16 and (levels.shape[2] == 3 or alpha is not None):
         try:
-            data = write_deep(levels, alpha, path.suffix.lower(), photo.exif, photo.icc)
-            write_atomically(path, data)
+            carried = photo.exif, photo.icc, photo.dpi
+            write_atomically(path, write_deep(levels, alpha, path.suffix.lower(), *carried))
         except (PictureError, OSError) as error:
             raise PictureError(f"{path}: {error}") from error
         return
     options: dict[str, object] = {"dpi": photo.dpi} if photo.dpi else {}
-    if carries:
+    if kind == "BMP" and (photo.exif or photo.icc):
+        photo.notices.append("BMP is written without EXIF and ICC profile here")
+    elif kind != "BMP":
         options |= {"exif": photo.exif} if photo.exif else {}
         options |= {"icc_profile": photo.icc} if photo.icc else {}
     options |= JPEG_OUTPUT if kind == "JPEG" else {}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from acla.backbone import Backbone
-from acla.checkpoint import load_strictly, write_atomically
+from acla.checkpoint import ANEW, NOT_VALID, in_one_line, require_fitting, write_atomically
 from acla.cli import finite
 from acla.config import (
     Task,
@@ -116,25 +116,27 @@ def digest(paths: Iterable[Path]) -> str:
     return hashlib.sha256(json.dumps(sorted(listed)).encode()).hexdigest()[:16]
 
 
-def resumed_plan(kind: type, progress: dict, args: argparse.Namespace) -> Any:
-    """The plan [a dataclass of configurations] of an interrupted run, from its state. Flags may
-    repeat it, and make it longer where the schedule allows that; any other change is refused.
-    Raises CheckpointError, UsageError."""
+def resumed_plan(kind: type, progress: dict, args: argparse.Namespace, path: Path) -> Any:
+    """The plan [a dataclass of configurations] of an interrupted run, from its state in `path`.
+    Flags may repeat it, and make it longer where the schedule allows that; any other change is
+    refused. Raises CheckpointError, UsageError."""
     parts = {item.name: item.type for item in dataclasses.fields(kind)}
     try:
         plan = kind(
-            **{name: from_dict(part, progress["plan"][name]) for name, part in parts.items()}
+            **{name: from_dict(parts[name], part) for name, part in progress["plan"].items()}
         )
-    except (KeyError, TypeError, UsageError) as error:
+    except (*NOT_VALID, AttributeError, UsageError) as error:
+        reason = in_one_line(error)
         raise CheckpointError(
-            f"the plan inside the state is not valid or of another version: {error}; begin anew "
-            "with --out DIR"
+            f"{path}: the plan inside is not valid or of another version: {reason}{ANEW}"
         ) from error
     for name, begun in progress["flags"].items():
         given = getattr(args, name, None)
         if given not in (None, begun):
-            flag = flag_name(name)
-            raise UsageError(f"--resume: the run was begun with --{flag} {begun}, not {given}")
+            flag = f"--{flag_name(name)}"
+            if begun is None:
+                raise UsageError(f"--resume: the run was begun without {flag}: leave it out")
+            raise UsageError(f"--resume: the run was begun with {flag} {begun}, not {given}")
     asked = task_from_flags(args)
     if asked not in (None, plan.task):
         raise UsageError(f"--resume: the run is for {plan.task}, not for {asked}")
@@ -184,7 +186,8 @@ def unpack(
     tensors: dict[str, Tensor],
     path: Path,
 ) -> None:
-    """Give modules and optimisers back what `pack` took. Raises CheckpointError."""
+    """Give modules and optimisers back what `pack` took, all of it. Raises CheckpointError."""
+    require_fitting(like_packed(parts, tensors), tensors, path, ANEW)
     for prefix, part in parts.items():
         own = {
             n.removeprefix(f"{prefix}."): t
@@ -194,11 +197,30 @@ def unpack(
         if isinstance(part, torch.optim.Optimizer):
             entries: dict[int, dict[str, Tensor]] = {}
             for name, tensor in own.items():
-                i, field = name.split(".", 1)
+                i, field = name.split(".")
                 entries.setdefault(int(i), {})[field] = tensor
+            if not all(entry["step"] >= 1 for entry in entries.values()):
+                raise CheckpointError(f"{path}: {prefix} counts steps from below 1{ANEW}")
             part.load_state_dict({**part.state_dict(), "state": entries})
         elif part is not None:
-            load_strictly(part, own, path)
+            part.load_state_dict(own)
+
+
+def like_packed(
+    parts: dict[str, nn.Module | torch.optim.Optimizer | None], tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Names, shapes and types that `pack` gives the parts: of Adam, for those parameters that
+    `tensors` names, for it keeps nothing of one that it has not stepped."""
+    optimizers = {k: part for k, part in parts.items() if isinstance(part, torch.optim.Optimizer)}
+    like = pack({prefix: part for prefix, part in parts.items() if prefix not in optimizers})
+    named = {name.rpartition(".")[0] for name in tensors}
+    for prefix, optimizer in optimizers.items():
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for i, parameter in enumerate(parameters):
+            if f"{prefix}.{i}" in named:
+                own = {"step": torch.tensor(0.0), "exp_avg": parameter, "exp_avg_sq": parameter}
+                like |= {f"{prefix}.{i}.{name}": tensor for name, tensor in own.items()}
+    return like
 
 
 # Seeds and rates

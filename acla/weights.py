@@ -11,7 +11,7 @@ from acla.errors import UsageError
 
 # In a clone of the repository, or in the installed package
 PLACES = (Path(__file__).parents[1] / "weights", Path(__file__).parent / "trained")
-REACH = 5  # a network serves qualities this near to its own: the papers train at 10, 20, 30, 40
+REACH = 5  # networks are picked for qualities this near to theirs: papers train at 10, 20, 30, 40
 
 
 class Weights:
@@ -77,7 +77,7 @@ class Weights:
             return self.files[task], self.load(self.files[task]), None
         task = min(self.files, key=lambda task: fitness(task, quality))
         notice = None
-        if task.name == "car" and fitness(task, quality)[0]:
+        if task.name == "car" and away(task, quality) > (0 if task.until else REACH):
             notice = f"JPEG quality {quality} is outside what the network was trained for ({task})"
         return self.files[task], self.load(self.files[task]), notice
 
@@ -86,5 +86,10 @@ def fitness(task: Task, quality: int) -> tuple[float, bool, float]:
     """What to sort networks by for a JPEG quality: how far it lies outside of what the network
     serves, whether the network is for many qualities, and how far it lies from those it was trained
     for."""
-    away = max(task.setting - quality, quality - (task.until or task.setting), 0)
-    return max(away - REACH, 0), task.until > 0, away
+    far = away(task, quality)
+    return max(far - REACH, 0), task.until > 0, far
+
+
+def away(task: Task, quality: int) -> float:
+    """How far a JPEG quality lies from those that a network was trained for; 0 for its own."""
+    return max(task.setting - quality, quality - (task.until or task.setting), 0)

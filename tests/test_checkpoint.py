@@ -2,9 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ from acla.errors import CheckpointError
 from acla.networks import build_network
 
 ROOT = Path(__file__).parents[1]
+RUN = {"step": 3, "seconds": 0.5, "plan": {}, "data": {}}  # the progress of a search
+TRAINED = {"flags": {}, "scaler": {}, "val_psnr": 30.0, "best": {"step": 3, "val_psnr": 30.0}}
 SMALL = ModelConfig(blocks=3, width=8, group_blocks=1, reduction=2, keys=3, positions=(1, 3))
 
 
@@ -50,9 +53,9 @@ def test_a_network_comes_back_to_the_bit(tmp_path, backbone, scale):
 
 def test_a_state_comes_back_to_the_bit(tmp_path):
     tensors = {"a": torch.randn(3, 2), "b.step": torch.tensor(3.0), "c": torch.arange(4)}
-    save_state(tmp_path / "state.safetensors", tensors, {"step": 3})
+    save_state(tmp_path / "state.safetensors", tensors, RUN)
     found, progress = load_state(tmp_path / "state.safetensors")
-    assert progress == {"step": 3}
+    assert progress == RUN
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
 
@@ -103,7 +106,12 @@ def rewrite(path, tensors=None, **header):
 
 @pytest.mark.parametrize(
     "model",
-    ["{}", "[]", "{", json.dumps({"width": 10**12}), "null"],
+    [
+        *("{}", "[]", "{", "null"),
+        json.dumps({"width": 10**12}),
+        json.dumps(asdict(SMALL) | {"residual_scale": 10**400}),
+    ],
+    ids=["empty", "list", "broken", "null", "width-alone", "400-digits"],
 )
 def test_a_configuration_that_is_not_valid_is_refused(written, model):
     rewrite(written, model=model)
@@ -131,6 +139,71 @@ def test_tensors_must_be_the_networks(written):
     rewrite(written, lambda t: {**t, "head.0.bias": torch.ones(8, dtype=torch.float16)})
     with pytest.raises(CheckpointError, match=r"head\.0\.bias is torch\.float16"):
         load_model(written)
+
+
+@pytest.mark.parametrize("info", ["[1]", "null", "3", '"text"'])
+def test_notes_that_are_no_object_are_refused(written, info):
+    rewrite(written, info=info)
+    with pytest.raises(CheckpointError, match="not valid: the notes must be a JSON object, not "):
+        load_model(written)
+
+
+def test_more_blocks_than_tensors_are_refused_before_they_are_built(written, monkeypatch):
+    monkeypatch.setattr(checkpoint, "build_network", lambda *_: pytest.fail("built"))
+    config = replace(SMALL, backbone="rcan", blocks=256, group_blocks=256)
+    rewrite(written, model=json.dumps(asdict(config)))
+    with pytest.raises(CheckpointError, match=r"does not fit its network: \d+ tensors for 65536 "):
+        load_model(written)
+    with pytest.raises(CheckpointError, match=r"1 tensors for 65536 blocks; begin anew with --out"):
+        checkpoint.require_network(config, {"model.a": torch.ones(1), "b": torch.ones(1)}, written)
+
+
+def test_a_state_s_network_is_compared_before_memory_is_taken_for_it(tmp_path):
+    tensors = {f"model.{name}": t for name, t in random_network().state_dict().items()}
+    checkpoint.require_network(SMALL, {**tensors, "averaged.x": torch.ones(1)}, tmp_path)
+    wide = replace(SMALL, width=4096, keys=1024)
+    with pytest.raises(CheckpointError, match=r"model\.\S+ is torch\.float32 .*; begin anew with"):
+        checkpoint.require_network(wide, tensors, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"step": None}, "step must be int, not NoneType"),
+        ({"step": True}, "step must be int, not bool"),
+        ({"step": -1}, "step must be 0 or more, not -1"),
+        ({"step": 2**63}, "a number of 19 digits"),
+        ({"data": {"deep": [-(10**400)]}}, "a number of 402 digits"),
+        ({"seconds": "1"}, "seconds must be float, not str"),
+        ({"data": []}, "data must be dict, not list"),
+        ({"plan": 3}, "plan must be dict, not int"),
+        ({"more": 3}, "'more' is unknown"),
+        ({"plan": {"train": 0}}, "the progress has no flags"),
+        ({"plan": {"train": 0}, **TRAINED, "flags": []}, "flags must be dict, not list"),
+        ({"plan": {"train": 0}, **TRAINED, "scaler": 1}, "scaler must be dict, not int"),
+        ({"plan": {"train": 0}, **TRAINED, "best": None}, "best must be dict, not NoneType"),
+        ({"plan": {"train": 0}, **TRAINED, "best": {"step": 3}}, "best has no val_psnr"),
+        ({"plan": {"train": 0}, **TRAINED, "val_psnr": "inf"}, "val_psnr must be float, not str"),
+        ({"plan": {"train": 0}, **TRAINED, "step": 0}, "best must be NoneType, not dict"),
+        ({"plan": {"train": 0}, **TRAINED, "more": 1}, "'more' is unknown"),
+    ],
+)
+def test_progress_of_another_kind_is_refused(tmp_path, change, reason):
+    path = tmp_path / "state.safetensors"
+    save_state(path, {}, {**RUN, **change})
+    said = f"{path}: the progress inside is not valid: {reason}"
+    with pytest.raises(CheckpointError, match=f"^{re.escape(said)}.*; begin anew with --out DIR$"):
+        load_state(path)
+
+
+def test_progress_of_a_training_is_read(tmp_path):
+    path = tmp_path / "state.safetensors"
+    row = {"loss": 1.0, "rate": 0.1, "norm": 2.0, "val_psnr_Set5": 29.0, "begun_with": None}
+    begun = {"step": 0, "best": None}
+    for change in ({}, begun):
+        progress = {**RUN, "plan": {"train": {}}, **TRAINED, **row, **change}
+        save_state(path, {}, progress)
+        assert load_state(path)[1] == progress
 
 
 def test_what_killed_writes_left_is_removed_and_nothing_else(written):

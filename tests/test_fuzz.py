@@ -238,6 +238,8 @@ CONFIGS = {
     "unknown": {"colour": 3},
     "scale": {"scale": 7},
     "other-scale": {"scale": 2},
+    "many": {"backbone": "rcan", "blocks": 256, "group_blocks": 256},
+    "long": {"residual_scale": 10**400, "setting": -(10**400)},
 }
 
 

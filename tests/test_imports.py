@@ -58,6 +58,7 @@ ALLOWED = {
     "training": {
         "backbone",
         "checkpoint",
+        "cli",
         "config",
         "data",
         "degrade",
@@ -66,7 +67,7 @@ ALLOWED = {
         "protocol",
         "restore",
     },
-    "learner": {"backbone", "config", "networks", "processes", "training"},
+    "learner": {"backbone", "checkpoint", "config", "networks", "processes", "training"},
     "loader": {"cli", "config", "data", "flags", "learner", "processes"},
     "cli": {"config", "flags", "kernels"},
     "processes": set(),

@@ -8,7 +8,7 @@ import torch
 
 from acla import learner, training
 from acla.config import ModelConfig, TrainConfig
-from acla.errors import AclaError, UsageError
+from acla.errors import AclaError, CheckpointError, UsageError
 from acla.learner import Learner
 from acla.processes import Processes
 
@@ -113,6 +113,30 @@ def test_a_scaler_leaves_out_steps_and_is_resumed(monkeypatch):
         step(one, 3)
     assert same(straight, resumed)
     assert not torch.equal(straight.model.head[0].weight, before)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"scale": "2"},
+        {"scale": float("nan")},
+        {"scale": -1.0},
+        {"scale": True},
+        {"growth_interval": 2.5},
+        {"_growth_tracker": 2**40},
+        {"more": 1},
+        None,
+    ],
+    ids=str,
+)
+def test_a_scaler_of_another_kind_is_refused(monkeypatch, change):
+    monkeypatch.setattr(learner, "require_amp", lambda how, device: None)
+    one = Learner(PLAIN, replace(HOW, amp=True, amp_dtype="fp16"), ALONE)
+    tensors, values = one.pack()
+    one.unpack(tensors, values, Path("state"))
+    values["scaler"] = {} if change is None else values["scaler"] | change
+    with pytest.raises(CheckpointError, match=r"^state: .* gradient scaler of another run; begin"):
+        one.unpack(tensors, values, Path("state"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")

@@ -5,13 +5,12 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image, ImageCms, ImageOps
 from test_image import png_16bit
 
 from acla import photo
 from acla.errors import PictureError
-from acla.image import from_levels, to_levels, ycc_to_rgb
+from acla.image import from_levels, load, to_levels, ycc_to_rgb
 
 ORIENTATION, EXIF_PART, WIDTH, HEIGHT = 0x0112, 0x8769, 0xA002, 0xA003
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -273,21 +272,86 @@ def test_16bit_colour_is_read_in_order(tmp_path, colour, samples):
         assert np.array_equal(own.alpha, stored[:, :, -1])
 
 
+def deep_photo(alpha: bool, orientation: int) -> photo.Photo:
+    """Noise of 16 bits with all that a photo can carry."""
+    levels = np.random.default_rng(0).integers(0, 65536, (5, 7, 4), np.uint16)
+    own = photo.Photo(levels[:, :, :3], alpha=levels[:, :, 3] if alpha else None)
+    own.exif, own.icc, own.dpi = exif(orientation).tobytes(), SRGB, (300, 72)
+    return own
+
+
 @pytest.mark.parametrize("alpha", [False, True])
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
 def test_16bit_colour_survives(tmp_path, suffix, alpha):
     pytest.importorskip("cv2", reason="needs the extra io16")
-    levels = torch.randint(0, 65536, (5, 7, 4), generator=torch.Generator().manual_seed(0))
-    levels = levels.numpy().astype(np.uint16)
-    own = photo.Photo(levels[:, :, :3], alpha=levels[:, :, 3] if alpha else None)
-    own.exif, own.icc = exif(6 if suffix == ".png" else 1).tobytes(), SRGB
+    own = deep_photo(alpha, 6 if suffix == ".png" else 1)
     photo.save(own, tmp_path / f"a{suffix}")
-    assert bool(own.notices) == (suffix == ".tif")
+    assert own.notices == []
     again = photo.read(tmp_path / f"a{suffix}")
-    turned = np.rot90(levels, -1) if suffix == ".png" else levels
-    assert np.array_equal(again.levels, turned[:, :, :3])
+    turns = -1 if suffix == ".png" else 0
+    assert np.array_equal(again.levels, np.rot90(own.levels, turns))
     assert (again.alpha is not None) == alpha
-    assert not alpha or np.array_equal(again.alpha, turned[:, :, 3])
+    assert not alpha or np.array_equal(again.alpha, np.rot90(own.alpha, turns))
+    assert again.icc == SRGB
+    assert again.dpi == pytest.approx((300, 72), abs=0.02)
+    told = Image.Exif()
+    told.load(again.exif)
+    assert told[0x010F] == "Maker"
+    assert told.get_ifd(EXIF_PART)[0x829A] == pytest.approx(0.01)
     if suffix == ".png":
-        assert again.icc == SRGB
         assert again.exif == exif(1).tobytes()
+
+
+@pytest.mark.parametrize("alpha", [False, True])
+def test_a_16bit_tiff_is_what_others_read(tmp_path, alpha):
+    tifffile = pytest.importorskip("tifffile", reason="comes with scikit-image")
+    own = deep_photo(alpha, 1)
+    photo.save(own, tmp_path / "a.tif")
+    assert own.notices == []
+    with tifffile.TiffFile(tmp_path / "a.tif") as file:
+        (page,) = file.pages
+        planes = own.levels if not alpha else np.dstack([own.levels, own.alpha])
+        assert np.array_equal(page.asarray(), planes)
+        assert page.photometric.name == "RGB"
+        assert [one.name for one in page.extrasamples] == ["UNASSALPHA"] * alpha
+        assert page.get_resolution("INCH") == (300, 72)
+        assert page.tags["InterColorProfile"].value == SRGB
+        assert page.tags["Make"].value == "Maker"
+    with Image.open(tmp_path / "a.tif") as picture:
+        assert (picture.size, picture.mode) == ((7, 5), "RGBA" if alpha else "RGB")
+        assert picture.info["icc_profile"] == SRGB
+        assert picture.info["dpi"] == (300, 72)
+        assert picture.getexif().get_ifd(EXIF_PART)[0x829A] == pytest.approx(0.01)
+
+
+def test_16bit_gray_with_alpha_becomes_rgb_in_a_tiff(tmp_path):
+    tifffile = pytest.importorskip("tifffile", reason="comes with scikit-image")
+    own = deep_photo(True, 1)
+    own.levels = own.levels[:, :, :1]
+    photo.save(own, tmp_path / "a.tif")
+    read = tifffile.imread(tmp_path / "a.tif")
+    assert np.array_equal(read, np.dstack([*[own.levels[:, :, 0]] * 3, own.alpha]))
+
+
+def test_what_no_tiff_holds_is_told_of(tmp_path):
+    own = photo.Photo(np.zeros((2, 2, 3), np.uint16), exif=b"Exif\0\0no table")
+    with pytest.raises(PictureError, match=r"a\.tif: cannot be written"):
+        photo.save(own, tmp_path / "a.tif")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_of_a_16bit_tiff_is_applied_once(tmp_path, orientation, order):
+    pytest.importorskip("cv2", reason="needs the extra io16")
+    tifffile = pytest.importorskip("tifffile", reason="comes with scikit-image")
+    path, planes = tmp_path / "a.tif", deep_photo(True, 1).levels
+    tag = [(ORIENTATION, "H", 1, orientation, True)]
+    tifffile.imwrite(path, planes, byteorder=order, photometric="rgb", extratags=tag)
+    own = photo.read(path)
+    turned = [photo.turned(planes[:, :, k], orientation) for k in range(3)]
+    assert np.array_equal(own.levels, np.dstack(turned))
+    assert np.array_equal(load(path), from_levels(planes.transpose(2, 0, 1)))  # as it is stored
+    photo.save(own, tmp_path / "b.tif")
+    assert np.array_equal(photo.read(tmp_path / "b.tif").levels, own.levels)
+    assert reopened(tmp_path / "b.tif").getexif().get(ORIENTATION, 1) == 1

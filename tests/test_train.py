@@ -227,8 +227,10 @@ def test_a_resumed_run_goes_on_as_it_was_begun():
         train.main(["--resume", "--width", "9"])
     with pytest.raises(UsageError, match="begun with --preset tiny, not small"):
         train.main(["--resume", "--preset", "small"])
-    with pytest.raises(UsageError, match="begun with --arch None, not none"):
+    with pytest.raises(UsageError, match="begun with --arch paper, not none"):
         train.main(["--resume", "--arch", "none"])
+    with pytest.raises(UsageError, match="begun without --init: leave it out"):
+        train.main(["--resume", "--init", "some.safetensors"])
     train.main(["--resume", "--epochs", "1"])  # an epoch of this preset is longer than the run was
     assert rows("runs/train")[-1]["step"] == 20
     with pytest.raises(UsageError, match="is for car q10"):
@@ -239,6 +241,23 @@ def test_a_resumed_run_goes_on_as_it_was_begun():
     save_state(state, tensors, progress)
     with pytest.raises(DataError, match="pictures for train are not those"):
         train.main(["--resume", "--steps", "30"])
+
+
+def test_flags_may_repeat_what_a_run_does_already(small_sets):
+    train.main([*SMALL[2:], *SHORT, *small_sets, "--device", "cpu"])  # the device's preset
+    words = ["--resume", *small_sets, "--steps", "8"]
+    repeated = ["--preset", "tiny", "--arch", "paper", "--width", "8", "--task", "car", "--q", "10"]
+    train.main([*words, *repeated])
+    assert rows("runs/train")[-1]["step"] == 8
+    with pytest.raises(UsageError, match="begun with --preset tiny, not small"):
+        train.main([*words, "--preset", "small"])
+    state = Path("runs/train/state.safetensors")
+    tensors, progress = load_state(state)
+    progress["flags"]["preset"] = None  # as older runs noted it
+    save_state(state, tensors, progress)
+    with pytest.raises(UsageError, match="begun without --preset: leave it out"):
+        train.main([*words, "--preset", "tiny"])
+    train.main(words)
 
 
 @pytest.mark.parametrize(
@@ -289,7 +308,7 @@ def test_a_state_that_is_cut_short_or_of_another_version_is_refused(small_sets, 
     del progress["plan"]["train"]["clip"]
     save_state(state, tensors, progress)
     line = failing(["--resume", *small_sets], capsys)
-    assert "not valid or of another version" in line
+    assert line.startswith(f"error: {state}: the plan inside is not valid or of another version")
     assert line.endswith("missing or unknown fields: clip; begin anew with --out DIR")
     state.write_bytes(state.read_bytes()[:-100])
     before = {path.name: path.read_bytes() for path in Path("runs/train").iterdir()}

@@ -1,7 +1,9 @@
 """What training and searching share: schedules, seeds, folders, logs, states."""
 
 import json
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from acla import training
 from acla.checkpoint import load_state, save_state
 from acla.config import Task
 from acla.data import PatchSampler, Pictures
-from acla.errors import AclaError, DataError, PictureError, UsageError
+from acla.errors import AclaError, CheckpointError, DataError, PictureError, UsageError
 from acla.image import save
 
 
@@ -166,20 +168,62 @@ def test_a_digest_notices_another_set(tmp_path):
     assert both != training.digest([tmp_path / "a", tmp_path / "b"])
 
 
-def test_packed_parts_come_back_to_the_bit(tmp_path):
-    def build():
-        model = torch.nn.Linear(3, 2)
-        return {"model": model, "optimizer": training.adam(model.parameters(), 0.1), "none": None}
+def parts_of_a_run() -> dict:
+    """A module, its optimiser, and a part that is not there; one parameter learns nothing."""
+    model = torch.nn.Linear(3, 2)
+    model.bias.requires_grad_(False)
+    parameters = [model.bias, model.weight]
+    return {"model": model, "optimizer": training.adam(parameters, 0.1), "none": None}
 
-    first, second = build(), build()
+
+def test_packed_parts_come_back_to_the_bit(tmp_path):
+    first, second = parts_of_a_run(), parts_of_a_run()
     for _ in range(3):
         first["model"](torch.ones(1, 3)).square().sum().backward()
         first["optimizer"].step()
+    tensors = training.pack(first)
+    assert sorted(name for name in tensors if name.startswith("o")) == [
+        f"optimizer.1.{name}" for name in ("exp_avg", "exp_avg_sq", "step")
+    ]
     path = tmp_path / "state.safetensors"
-    save_state(path, training.pack(first), {})
+    save_state(path, tensors, {"step": 3, "seconds": 0.0, "plan": {}, "data": {}})
     training.unpack(second, load_state(path)[0], path)
     for parts in (first, second):
         parts["optimizer"].zero_grad()
         parts["model"](torch.ones(1, 3)).square().sum().backward()
         parts["optimizer"].step()
     assert torch.equal(first["model"].weight, second["model"].weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "reason"),
+    [
+        ("model.weight", torch.ones(2), "model.weight is torch.float32 [2], but the network's is "),
+        ("model.more", torch.ones(2), "0 tensors are missing and 1 are unknown, for instance mode"),
+        ("model.bias", None, "1 tensors are missing and 0 are unknown, for instance model.bias"),
+        ("none.x", torch.ones(1), "1 are unknown, for instance none.x"),
+        ("alone", torch.ones(1), "1 are unknown, for instance alone"),
+        ("optimizer.1.exp_avg", torch.ones(3), "optimizer.1.exp_avg is torch.float32 [3], but "),
+        ("optimizer.1.exp_avg", torch.ones(2, 3).half(), "optimizer.1.exp_avg is torch.float16 "),
+        ("optimizer.1.exp_avg_sq", None, "1 tensors are missing and 0 are unknown, for instance o"),
+        ("optimizer.1.step", torch.ones(2), "optimizer.1.step is torch.float32 [2], but"),
+        ("optimizer.1.step", torch.tensor(0.0), "optimizer counts steps from below 1"),
+        ("optimizer.1.step", torch.tensor(torch.nan), "optimizer counts steps from below 1"),
+        ("optimizer.1.more", torch.ones(2, 3), "1 are unknown, for instance optimizer.1.more"),
+        ("optimizer.1.step.x", torch.ones(2, 3), "for instance optimizer.1.step.x"),
+        ("optimizer.2.step", torch.tensor(1.0), "1 are unknown, for instance optimizer.2.step"),
+        ("optimizer.01.step", torch.tensor(1.0), "1 are unknown, for instance optimizer.01.step"),
+        ("optimizer.x.step", torch.tensor(1.0), "1 are unknown, for instance optimizer.x.step"),
+        ("optimizer.1", torch.tensor(1.0), "1 are unknown, for instance optimizer.1"),
+    ],
+)
+def test_tensors_that_are_not_the_run_s_are_refused(name, tensor, reason):
+    parts = parts_of_a_run()
+    parts["model"](torch.ones(1, 3)).square().sum().backward()
+    parts["optimizer"].step()
+    tensors = {k: t.clone() for k, t in training.pack(parts).items()} | {name: tensor}
+    if tensor is None:
+        del tensors[name]
+    said = f"^x/state: .*{re.escape(reason)}.*; begin anew with --out DIR$"
+    with pytest.raises(CheckpointError, match=said):
+        training.unpack(parts_of_a_run(), tensors, Path("x/state"))

@@ -45,7 +45,16 @@ def test_the_quality_of_the_file_picks_the_network(
 
 @pytest.mark.parametrize(
     ("quality", "chosen", "outside"),
-    [(13, "q10", False), (28, "q5-60", False), (65, "q5-60", False), (80, "q5-60", True)],
+    [
+        (4, "q5-60", True),
+        (5, "q10", False),
+        (13, "q10", False),
+        (28, "q5-60", False),
+        (60, "q5-60", False),
+        (61, "q5-60", True),
+        (65, "q5-60", True),
+        (80, "q5-60", True),
+    ],
 )
 def test_a_network_for_many_qualities_takes_what_no_other_serves(
     tmp_path, capsys, monkeypatch, make_scene, quality, chosen, outside
