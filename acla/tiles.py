@@ -10,16 +10,22 @@ from acla.backbone import Backbone
 from acla.cli import notice
 from acla.errors import AclaError, UsageError
 
-OVERLAP = 32  # low-quality pixels that neighbouring tiles share
+OVERLAP = 32  # low-quality pixels that neighbouring tiles share, of smaller tiles a third
+LEAST = 32  # side of the smallest tile, for attention to whole patches of a training's size
 SMALLEST = 96  # side of the smallest tile that is tried when memory runs out
 NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
 Result = TypeVar("Result")
 
 
 def check_tile(tile: int | None) -> None:
-    """Refuse tiles that would be all overlap. Raises UsageError."""
-    if tile is not None and tile <= 2 * OVERLAP:
-        raise UsageError(f"--tile must be more than {2 * OVERLAP} pixels, not {tile}")
+    """Refuse tiles that would be all border. Raises UsageError."""
+    if tile is not None and tile < LEAST:
+        raise UsageError(f"--tile must be {LEAST} pixels or more, not {tile}")
+
+
+def overlap(tile: int) -> int:
+    """Low-quality pixels that neighbouring tiles of this side share."""
+    return min(OVERLAP, tile // 3)
 
 
 @torch.no_grad()
@@ -42,8 +48,8 @@ def strips(model: Backbone, picture: Tensor, tile: int | None, ensemble: bool) -
         weights = torch.cat([weights, room[:1]], 1)
         for left in starts(w, tile):
             part = picture[:, top : top + tile, left : left + tile]
-            ramp = window(part.shape[1], scale, top > 0, top + tile < h, picture)[:, None]
-            ramp = ramp * window(part.shape[2], scale, left > 0, left + tile < w, picture)
+            ramp = window(part.shape[1], tile, scale, top > 0, top + tile < h, picture)[:, None]
+            ramp = ramp * window(part.shape[2], tile, scale, left > 0, left + tile < w, picture)
             columns = slice(left * scale, left * scale + ramp.shape[1])
             total[:, : len(ramp), columns] += ramp * predict(model, part, ensemble)
             weights[:, : len(ramp), columns] += ramp
@@ -67,18 +73,19 @@ def predict(model: Backbone, part: Tensor, ensemble: bool) -> Tensor:
 
 
 def starts(length: int, tile: int) -> list[int]:
-    """Where tiles begin: OVERLAP apart from the end of the one before, the last one flush with the
-    border."""
+    """Where tiles begin: before the end of the one before, which they share `overlap` with, the
+    last one flush with the border."""
     last = max(0, length - tile)
-    return [*range(0, last, tile - OVERLAP), last]
+    return [*range(0, last, tile - overlap(tile)), last]
 
 
-def window(length: int, scale: int, before: bool, after: bool, like: Tensor) -> Tensor:
+def window(length: int, tile: int, scale: int, before: bool, after: bool, like: Tensor) -> Tensor:
     """Blending weights along one side of a tile [length·scale]. Where a tile lies before, or after,
     the outer quarter of what they share has weight 0, for there the cut shows; the middle half is a
     ramp. Two neighbours' weights add to 1."""
-    at = (torch.arange(OVERLAP * scale, dtype=like.dtype, device=like.device) + 0.5) / scale
-    ramp = ((at / OVERLAP - 0.25) / 0.5).clamp(0, 1)
+    shared = overlap(tile)
+    at = (torch.arange(shared * scale, dtype=like.dtype, device=like.device) + 0.5) / scale
+    ramp = ((at / shared - 0.25) / 0.5).clamp(0, 1)
     weight = like.new_ones(length * scale)
     if before:
         weight[: len(ramp)] *= ramp

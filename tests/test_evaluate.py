@@ -178,7 +178,7 @@ def test_wrong_prediction_size_is_named(capsys, root, tmp_path):
         (["--dataset", "Mine", "--sigma", "-1"], 2, "--sigma must be above 0"),
         (["--dataset", "Mine", "--scale", "5"], 2, "--scale must be 2, 3 or 4"),
         (["--dataset", "Mine", "--q", "10", "--task", "sr"], 2, "--q belongs to --task car"),
-        (["--dataset", "Mine", "--q", "10", "--tile", "0"], 2, "--tile must be more than 64"),
+        (["--dataset", "Mine", "--q", "10", "--tile", "0"], 2, "--tile must be 32 pixels or more"),
         (["--dataset", "Mine", "--task", "blur"], 2, "invalid choice: 'blur'"),
         (["--dataset", "Mine", "--q", "10", "--json", "none/r.json"], 2, "there is no folder none"),
         (["--dataset", "Mine", "--predictions", "none"], 2, "not allowed with argument"),

@@ -10,7 +10,7 @@ from acla.backbone import Backbone
 from acla.config import ModelConfig
 from acla.errors import AclaError, UsageError
 from acla.restore import restore
-from acla.tiles import OVERLAP, starts
+from acla.tiles import overlap, starts
 
 NO_CUDA_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 NO_CPU_MEMORY = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
@@ -46,16 +46,25 @@ def test_a_picture_no_larger_than_a_tile_is_taken_whole():
 
 
 @pytest.mark.parametrize("length", [1, 80, 81, 128, 129, 399])
-def test_neighbouring_tiles_share_enough(length):
-    begin = starts(length, 80)
+@pytest.mark.parametrize(("tile", "shared"), [(32, 10), (80, 26), (96, 32), (256, 32)])
+def test_neighbouring_tiles_share_enough(length, tile, shared):
+    assert overlap(tile) == shared
+    begin = starts(length, tile)
     assert begin[0] == 0
-    assert begin[-1] == max(0, length - 80)
-    assert all(0 < b - a <= 80 - OVERLAP for a, b in pairwise(begin))
+    assert begin[-1] == max(0, length - tile)
+    assert all(0 < b - a <= tile - shared for a, b in pairwise(begin))
 
 
-def test_a_tile_that_is_all_overlap_is_refused():
-    with pytest.raises(UsageError, match="--tile must be more than 64"):
-        restore(shallow(1), torch.rand(3, 50, 50), tile=64)
+def test_small_tiles_blend():
+    """No network sees less than the quarter of ten pixels, so that a cut may show, but little."""
+    net, picture = shallow(2), torch.rand(3, 70, 45)
+    apart = restore(net, picture, tile=32) - restore(net, picture)
+    assert apart.abs().mean() < 0.02 * picture.std()
+
+
+def test_a_tile_that_is_all_border_is_refused():
+    with pytest.raises(UsageError, match="--tile must be 32 pixels or more, not 31"):
+        restore(shallow(1), torch.rand(3, 50, 50), tile=31)
 
 
 # Turned
