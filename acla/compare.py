@@ -7,7 +7,6 @@ import hashlib
 import json
 import operator
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,11 +88,10 @@ def by_seed(runs: list[Run]) -> list[list[Run]]:
 
 def require_same_pictures(groups: list[list[Run]]) -> None:
     """Raises AclaError if a run was scored on other pictures than the first one."""
-    first = groups[0][0]
-    for run in (run for group in groups for run in group):
-        if {c: p.keys() for c, p in run.pictures.items()} != {
-            c: p.keys() for c, p in first.pictures.items()
-        }:
+    first, *others = (run for group in groups for run in group)
+    scored = {column: names.keys() for column, names in first.pictures.items()}
+    for run in others:
+        if {column: names.keys() for column, names in run.pictures.items()} != scored:
             raise AclaError(f"{run.folder} was scored on other pictures than {first.folder}")
 
 
@@ -125,8 +123,15 @@ def mean_and_spread(values: list[float], digits: int = 3) -> str:
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def gains(group: list[Run], base: list[Run], psnr: Callable[[Run], float]) -> list[float]:
-    """Differences in dB to the runs of the first row with the same seeds; none of that row."""
+def gains(
+    group: list[Run], base: list[Run], column: str, picture: str | None = None
+) -> list[float]:
+    """Differences in dB, on a set or on one picture of it, to the runs of the first row with the
+    same seeds; none of that row."""
+
+    def psnr(run: Run) -> float:
+        return run.psnr[column] if picture is None else run.pictures[column][picture]
+
     of_seed = {run.seed: psnr(run) for run in base}
     return [psnr(run) - of_seed[run.seed] for run in group if run.seed in of_seed and group != base]
 
@@ -156,8 +161,7 @@ def markdown(groups: list[list[Run]]) -> str:
         line += [f"{statistics.median(run.seconds for run in group):.3f}"]
         for column in first.psnr:
             values = [run.psnr[column] for run in group]
-            apart = gains(group, groups[0], lambda run, column=column: run.psnr[column])
-            line += [mean_and_spread(values), mean_and_error(apart)]
+            line += [mean_and_spread(values), mean_and_error(gains(group, groups[0], column))]
         lines.append(line)
     return cli.markdown(head, lines)
 
@@ -169,11 +173,7 @@ def markdown_of_pictures(groups: list[list[Run]]) -> str:
     rows = []
     for column, of_picture in base[0].pictures.items():
         for name in of_picture:
-
-            def psnr(run: Run, column: str = column, name: str = name) -> float:
-                return run.pictures[column][name]
-
-            apart = [gains(group, base, psnr) for group in others]
+            apart = [gains(group, base, column, name) for group in others]
             best = statistics.mean(apart[-1]) if apart and apart[-1] else 0.0
             rows.append((best, [column, name, *map(mean_and_error, apart)]))
     rows.sort(key=operator.itemgetter(0), reverse=True)
