@@ -4,6 +4,7 @@ row for all runs that differ by their seed alone; with --pictures also what each
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import json
 import operator
 import statistics
@@ -68,7 +69,7 @@ def read_run(folder: Path) -> Run:
         column = name_column(result)
         psnr[column] = result["mean"]["psnr"]
         pictures[column] = {image["name"]: image["psnr"] for image in result["images"]}
-    if None in psnr.values():
+    if None in itertools.chain(psnr.values(), *(p.values() for p in pictures.values())):
         raise AclaError(f"{folder / SCORES}: a picture is restored exactly, PSNR has no mean")
     return Run(folder, found.config, how, seed, seconds, psnr, pictures)
 

@@ -148,6 +148,9 @@ def test_scores_must_be_the_runs_own(capsys, write, tmp_path):
     other = (tmp_path / "b" / "scores.json").read_text()
     with pytest.raises(AclaError, match="PSNR has no mean"):
         compare.main([two])
+    three = write("c", 0, 29.0, pictures={"x": 28.0, "exact": None})
+    with pytest.raises(AclaError, match="PSNR has no mean"):
+        compare.main([three])
     (tmp_path / "a" / "scores.json").write_text(other)
     with pytest.raises(AclaError, match=r"the scores of .*b/model.safetensors, not of"):
         compare.main([one])
