@@ -23,7 +23,7 @@ from acla.image import fit_channels, load, save
 from acla.processes import Processes, join
 from acla.protocol import TASK_OF_SET, line, published, score, table, task_of_set
 from acla.provenance import provenance
-from acla.restore import check_ensemble, restore
+from acla.restore import check_ensemble, restored_pair
 from acla.tiles import check_tile
 from acla.weights import Weights
 
@@ -182,15 +182,13 @@ def network(file: Path, device: torch.device, args: argparse.Namespace) -> Metho
     """A network from a checkpoint, which also brings its task."""
     checkpoint = load_model(file)
     check_ensemble(args.ensemble, checkpoint.task)
-    config, model = checkpoint.config, checkpoint.model.to(device)
+    checkpoint.model.to(device)
 
     def restored(clean: Tensor, path: Path, task: Task) -> tuple[Tensor, Tensor]:
-        low, target = pair(clean, task, generator_for(path.stem, args.seed), config.channels)
-        prediction = restore(model, low.to(device), args.tile, args.ensemble).cpu()
-        if not torch.isfinite(prediction).all():
-            raise CheckpointError(f"{file}: the network's output for {path.name} is not finite")
-        return prediction, target
+        generator = generator_for(path.stem, args.seed)
+        return restored_pair(checkpoint, clean, task, generator, args.tile, args.ensemble)
 
+    config = checkpoint.config
     describe = {"kind": "network", "checkpoint": str(file), **dataclasses.asdict(config)}
     describe |= {"sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
     describe |= {"trained_for": str(checkpoint.task), "ensemble": args.ensemble, "tile": args.tile}
@@ -288,8 +286,8 @@ def score_set(
             if folders[1]:
                 low, _ = pair(clean, task, generator_for(path.stem, seed), method.channels)
                 save(low, folders[1] / f"{path.stem}.png")
-        except DataError as error:
-            raise DataError(f"{path.name}: {error}") from error
+        except (DataError, CheckpointError) as error:
+            raise type(error)(f"{path.name}: {error}") from error
         rows[path] = {"name": path.name, "psnr": psnr, "ssim": ssim, "seconds": seconds}
     rows = {path: row for share in processes.all_rows(rows) for path, row in share.items()}
     return [rows[path] for path in paths]

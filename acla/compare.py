@@ -1,5 +1,6 @@
 """Runs of train.py side by side, seeds together: `python -m acla.compare RUN [RUN…]`, one Markdown
-row for all runs that differ by their seed alone; with --pictures also what each picture gains."""
+row for all runs that differ by their seed alone and were scored alike; with --pictures also what
+each picture gains."""
 
 import argparse
 import dataclasses
@@ -25,9 +26,9 @@ NOT_SHOWN = {"seed", "epoch_steps", "validate"}  # decide nothing about the netw
 
 @dataclass(frozen=True)
 class Run:
-    """A run that was trained and scored. how: every field of its configurations but the seed's;
-    psnr: {set and setting: dB}, pictures: {set and setting: {file name: dB}}; seconds: of training,
-    per step, validation included."""
+    """A run that was trained and scored. how: every field of its configurations but the seed's, and
+    how it was scored; psnr: {set and setting: dB}, pictures: {set and setting: {file name: dB}};
+    seconds: of training, per step, validation included."""
 
     folder: Path
     model: ModelConfig
@@ -66,6 +67,7 @@ def read_run(folder: Path) -> Run:
             raise AclaError(
                 f"{folder / SCORES}: {folder / MODEL} was written anew since: score it again"
             )
+        how |= {name: result["model"].get(name) for name in ("tile", "ensemble")}
         column = name_column(result)
         psnr[column] = result["mean"]["psnr"]
         pictures[column] = {image["name"]: image["psnr"] for image in result["images"]}

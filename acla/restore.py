@@ -15,7 +15,7 @@ from acla.checkpoint import Checkpoint
 from acla.cli import DEVICES, notice, pick_device, progress, run, say
 from acla.colour import finished, network_input
 from acla.config import Task
-from acla.degrade import mosaic
+from acla.degrade import mosaic, pair
 from acla.errors import AclaError, CheckpointError, PictureError, UsageError
 from acla.flags import add_task_flags, task_from_flags
 from acla.image import FORMATS
@@ -36,10 +36,10 @@ def restore(
 ) -> Tensor:
     """Restore a picture [C,h,w] in 0..1 → [C,h·scale,w·scale], not rounded or clipped.
 
-    tile: side of square tiles in low-quality pixels, more than 64; None takes the picture whole.
-    Neighbouring tiles share 32 pixels, where they blend. When memory runs out, again with tiles of
-    half the side. ensemble: average over the 8 flips and rotations. The picture may lie on another
-    device than the model.
+    tile: side of square tiles in low-quality pixels, 32 or more; None takes the picture whole.
+    Neighbouring tiles share 32 pixels, or a third of smaller ones, where they blend. When memory
+    runs out, again with tiles of half the side. ensemble: average over the 8 flips and rotations.
+    The picture may lie on another device than the model.
     """
     check_tile(tile)
 
@@ -47,6 +47,25 @@ def restore(
         return torch.cat(list(strips(model, picture, tile, ensemble)), 1)
 
     return within_memory(whole, tile, picture)
+
+
+def restored_pair(
+    network: Checkpoint,
+    clean: Tensor,
+    task: Task,
+    generator: torch.Generator,
+    tile: int | None = None,
+    ensemble: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """What a network makes of a clean picture [C,H,W] that was degraded, and what it should have
+    made of it: prediction and target, both on the CPU. Raises CheckpointError for an answer that is
+    not finite."""
+    low, target = pair(clean, task, generator, network.config.channels)
+    device = next(network.model.parameters()).device
+    prediction = restore(network.model, low.to(device), tile, ensemble).cpu()
+    if not torch.isfinite(prediction).all():
+        raise CheckpointError("the network's output is not finite")
+    return prediction, target
 
 
 def check_ensemble(ensemble: bool, task: Task) -> None:

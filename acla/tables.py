@@ -22,13 +22,13 @@ from acla.architecture import default_positions
 from acla.checkpoint import load_model
 from acla.config import DEFAULT_KEYS, PRESETS, SAME_MODULE, ModelConfig, Task, model_preset
 from acla.data import find_set, known_sets
-from acla.degrade import generator_for, pair
+from acla.degrade import generator_for
 from acla.errors import CheckpointError, DataError, UsageError
 from acla.image import load
 from acla.networks import build_network, describe
 from acla.protocol import score
 from acla.provenance import provenance
-from acla.restore import restore
+from acla.restore import restored_pair
 from kernels.timing import paired
 
 TABLES = (4, 5, 6, 7, 8, 11, 12)
@@ -170,16 +170,16 @@ def scores_of(
     """{set: mean PSNR in dB}, by the protocol. Raises CheckpointError for an answer that is not
     finite, DataError for a picture too small to be scored."""
     network = load_model(path)
-    model, found = network.model.to(device), {}
+    network.model.to(device)
+    found = {}
     for name in names:
         psnr = []
         for file in cli.progress(find_set(name, root), desc=f"{path.name}, {name}"):
-            low, target = pair(load(file), TASK, generator_for(file.stem), network.config.channels)
-            restored = restore(model, low.to(device)).cpu()
-            if not torch.isfinite(restored).all():
-                raise CheckpointError(f"{path}: the network's output for {file.name} is not finite")
             try:
-                psnr.append(score(restored, target, TASK)[0])
+                made = restored_pair(network, load(file), TASK, generator_for(file.stem))
+                psnr.append(score(*made, TASK)[0])
+            except CheckpointError as error:
+                raise CheckpointError(f"{path}: {file.name}: {error}") from error
             except DataError as error:
                 raise DataError(f"{file}: {error}") from error
         found[name] = statistics.mean(psnr)

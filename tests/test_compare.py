@@ -28,6 +28,7 @@ def write(tmp_path):
         begun=None,
         data="a",
         pictures=None,
+        tile=None,
         **fields,
     ):
         pictures = pictures or {}
@@ -40,7 +41,7 @@ def write(tmp_path):
         file = folder / "model.safetensors"
         save_model(file, build_network(config), config, Task(), info)
         common = {"task": "car", "setting": 10, "published": {}}
-        model = {"kind": "network", "checkpoint": str(file), "ensemble": False}
+        model = {"kind": "network", "checkpoint": str(file), "ensemble": False, "tile": tile}
         results = [
             {
                 "dataset": s,
@@ -127,6 +128,12 @@ def test_runs_that_began_otherwise_are_no_seeds_of_one(capsys, write):
     rows = table(capsys, *runs)[2:]
     assert [row[1] for row in rows] == ["1", "1", "1", "1"]
     assert rows[1][0] == "begun_with plain.safetensors 52ee06d2, pictures a"
+
+
+def test_scores_of_tiles_are_no_others(capsys, write):
+    runs = write("a", 0, 29.0), write("b", 1, 29.5), write("c", 1, 29.4, tile=48)
+    rows = table(capsys, *runs)[2:]
+    assert [row[:2] for row in rows] == [["tile None", "2"], ["tile 48", "1"]]
 
 
 def test_scores_of_an_older_network_are_refused(capsys, write, tmp_path):

@@ -132,7 +132,7 @@ def test_network_that_breaks_down_is_told(capsys, root, tmp_path):
         capsys, "--dataset", "Mine", "--checkpoint", tmp_path / "nan.safetensors", "--data", root
     )
     assert code == 1
-    assert "output for colour.png is not finite" in err
+    assert "colour.png: the network's output is not finite" in err
 
 
 def test_a_network_for_many_qualities_is_scored_on_one(capsys, root, tmp_path):
