@@ -14,11 +14,11 @@ from torch import Tensor
 
 from acla.checkpoint import load_model
 from acla.cli import add_common_flags, check_json, notice, pick_device, progress, publish, run
-from acla.config import SETTING_DEFAULT, SETTING_FLAG, Task
+from acla.config import SETTING_DEFAULT, Task
 from acla.data import find_set, match_stems
 from acla.degrade import generator_for, pair, untouched
 from acla.errors import CheckpointError, DataError, UsageError
-from acla.flags import add_task_flags, task_from_flags
+from acla.flags import add_task_flags, names_no_setting, task_from_flags
 from acla.image import fit_channels, load, save
 from acla.processes import Processes, join
 from acla.protocol import TASK_OF_SET, line, published, score, table, task_of_set
@@ -49,7 +49,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="NAME[,NAME...]",
         help="the sets to score on; 'sample' is built in",
     )
-    add_task_flags(parser)
+    add_task_flags(parser, "the network's, else the set's")
     source = parser.add_argument_group("What is scored (one of these)")
     source = source.add_mutually_exclusive_group()
     source.add_argument(
@@ -201,9 +201,7 @@ def pick_task(args: argparse.Namespace, flags: Task | None, method: Method, name
     trained = method.task
     if trained is None:
         return flags or task_of_set(name)
-    flag = SETTING_FLAG.get(trained.name)
-    unsaid = not flag or getattr(args, f"task_{flag}") is None
-    if flags is None or (flags.name == trained.name and unsaid):
+    if flags is None or (flags.name == trained.name and names_no_setting(args, trained.name)):
         if not trained.until:
             return trained
         usual = Task(trained.name, SETTING_DEFAULT[trained.name])

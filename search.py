@@ -95,7 +95,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "read; λ by bisection",
     )
     group.add_argument(
-        "--seeds", metavar="N", type=int, help="searches, from --seed on, and their agreement"
+        "--seeds",
+        metavar="N",
+        type=int,
+        help="searches, from --seed on, and their agreement (default: 1)",
     )
     flags.add_flags(parser, SearchConfig, but=("lam",))
     flags.add_flags(parser, config.ModelConfig, but=("attention", "positions"))
@@ -116,15 +119,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def parse_lambda(text: str) -> float | str:
-    return text if text == "auto" else float(text)
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"wants a number or auto, not {text!r}") from error
 
 
 def parse_grid(text: str) -> list[float]:
-    """Raises ValueError, which argparse reports."""
-    values = [float(part) for part in text.split(",")]
-    if not all(0 <= value < float("inf") for value in values):
-        raise ValueError(text)
-    return values
+    try:
+        values = [float(part) for part in text.split(",")]
+        if all(0 <= value < float("inf") for value in values):
+            return values
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"wants numbers of 0 or more, 0.1,0.2, not {text!r}")
 
 
 def plan_from_flags(args: argparse.Namespace, preset: str) -> Plan:

@@ -16,7 +16,7 @@ from acla.config import (
     from_dict,
     model_preset,
 )
-from acla.errors import AclaError, UsageError
+from acla.errors import NOT_VALID, AclaError, UsageError
 from acla.flags import override, task_from_flags
 
 EVEN = 4  # modules of attention that the paper does not search positions for
@@ -82,7 +82,7 @@ def read_architecture(path: Path) -> Architecture:
         return Architecture(task, model, *numbers, int(values["patch"]), evidence)
     except FileNotFoundError as error:
         raise AclaError(f"{path}: there is no such file; search.py writes one") from error
-    except (OSError, KeyError, TypeError, ValueError, UsageError) as error:
+    except (OSError, UsageError, *NOT_VALID) as error:
         raise AclaError(f"{path}: not a valid arch.json: {error!r}") from error
 
 

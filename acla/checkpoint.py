@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from acla.backbone import Backbone
 from acla.config import SAME_MODULE, ModelConfig, Task, from_dict
-from acla.errors import CheckpointError, UsageError
+from acla.errors import NOT_VALID, CheckpointError, UsageError
 from acla.networks import build_network
 
 FORMAT = "acla-1"
 STATES = "state.safetensors of train.py or supernet.safetensors of search.py"
 ANEW = "; begin anew with --out DIR"  # the end of what is said of a state
-NOT_VALID = (KeyError, ValueError, TypeError, OverflowError, RecursionError)  # JSON of any kind
+PUBLISHED = {".pt", ".pth", ".bin", ".ckpt"}  # suffixes of PyTorch files
+IMPORTED = "; a published PyTorch file becomes one by python -m acla.checkpoint import FILE OUT"
 
 
 @dataclass(frozen=True)
@@ -258,6 +259,9 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, st
     """A safetensors file of ours and its header. Raises CheckpointError, which names the file that
     is wanted instead."""
     path = Path(path)
+    wanted = {"model": "model.safetensors", "state": STATES}[kind]
+    if path.is_dir():
+        raise CheckpointError(f"{path}: that is a folder; the file wanted is {wanted} in it")
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such file")
     try:
@@ -267,13 +271,16 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, st
             # Cloned, for arithmetic on memory of another alignment may round differently.
             tensors = {name: file.get_tensor(name).clone() for name in names}
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
+        hint = IMPORTED if path.suffix in PUBLISHED else ""
+        raise CheckpointError(f"{path}: not a whole safetensors file ({error}){hint}") from error
     if header.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: a safetensors file, but not one of ours ({FORMAT})")
-    if header.get("kind") != kind:
-        other = {"model": "model.safetensors", "state": STATES}[kind]
         raise CheckpointError(
-            f"{path}: holds a {header.get('kind')}, not a {kind}; the file wanted is {other}"
+            f"{path}: a safetensors file, but not one of ours ({FORMAT}); the file wanted is "
+            f"{wanted} of a run"
+        )
+    if header.get("kind") != kind:
+        raise CheckpointError(
+            f"{path}: holds a {header.get('kind')}, not a {kind}; the file wanted is {wanted}"
         )
     return tensors, header
 

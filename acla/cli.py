@@ -15,9 +15,10 @@ from tqdm import tqdm
 from acla.config import PRESETS
 from acla.errors import AclaError, UsageError
 from acla.flags import add_task_flags
-from kernels import available_backends
+from kernels import available_backends, why_not
 
 DEVICES = ("auto", "cpu", "cuda")
+NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
 
 
 def is_first() -> bool:
@@ -29,6 +30,12 @@ def notice(text: str) -> None:
     """Progress and notices go to standard error; results alone go to standard output."""
     if is_first():
         print(text, file=sys.stderr, flush=True)
+
+
+def tell_error(text: str) -> None:
+    """An error, on standard error, from whichever process met it."""
+    where = "" if is_first() else f" in process {os.environ['RANK']}"
+    print(f"error{where}: {text}", file=sys.stderr, flush=True)
 
 
 def say(text: str) -> None:
@@ -86,7 +93,11 @@ def pick_device(name: str) -> torch.device:
         known = ", ".join(available_backends())
         raise UsageError(f"ACLA_BACKEND names no backend: {backend!r}; known: {known}")
     gpu = name == "cuda" or (name == "auto" and torch.cuda.is_available())
-    return torch.device("cuda" if gpu else "cpu")
+    device = torch.device("cuda" if gpu else "cpu")
+    reason = None if backend == "auto" else why_not(backend, torch.empty(0, device=device))
+    if reason:
+        raise UsageError(f"ACLA_BACKEND={backend} cannot run here: {reason}")
+    return device
 
 
 def pick_preset(name: str | None, device: torch.device) -> str:
@@ -152,25 +163,32 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out, on the GPU or not."""
+    said = isinstance(error, RuntimeError) and any(sign in str(error) for sign in NO_MEMORY)
+    return said or isinstance(error, MemoryError | torch.OutOfMemoryError)
+
+
 def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> None:
     """Run a script: errors that the user can mend become one line and an exit status (1 the work
     failed, 2 the call was wrong)."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # σ must not end the work on any terminal
     try:
         main(argv)
     except UsageError as error:
-        notice(f"error: {error}")
+        notice(f"error: {error}")  # every process was called the same way
         sys.exit(2)
     except AclaError as error:
-        notice(f"error: {error}")
-        sys.exit(1)
-    except torch.OutOfMemoryError:
-        notice("error: out of memory on the GPU; a smaller --batch, --patch or --tile needs less")
+        tell_error(str(error))
         sys.exit(1)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        notice(
-            f"error: {where}{error.strerror or error}; check the path, its rights and free space"
-        )
+        tell_error(f"{where}{error.strerror or error}; check the path, its rights and free space")
+        sys.exit(1)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        tell_error("out of memory; a smaller --batch, --patch or --tile needs less")
         sys.exit(1)
     except KeyboardInterrupt:
         notice("stopped; --resume goes on from the last checkpoint of a training or a search")

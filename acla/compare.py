@@ -18,7 +18,7 @@ from acla.checkpoint import load_model
 from acla.config import ModelConfig
 from acla.errors import AclaError
 from acla.networks import describe
-from acla.scores import name_column, read_results
+from acla.scores import name_column, protocol_lines, read_results
 
 MODEL, SCORES = "model.safetensors", "scores.json"
 NOT_SHOWN = {"seed", "epoch_steps", "validate"}  # decide nothing about the network, or are a run's
@@ -28,7 +28,7 @@ NOT_SHOWN = {"seed", "epoch_steps", "validate"}  # decide nothing about the netw
 class Run:
     """A run that was trained and scored. how: every field of its configurations but the seed's, and
     how it was scored; psnr: {set and setting: dB}, pictures: {set and setting: {file name: dB}};
-    seconds: of training, per step, validation included."""
+    seconds: of training, per step, validation included; protocol: how it was scored, as lines."""
 
     folder: Path
     model: ModelConfig
@@ -37,6 +37,7 @@ class Run:
     seconds: float
     psnr: dict[str, float]
     pictures: dict[str, dict[str, float]]
+    protocol: str
 
 
 def read_run(folder: Path) -> Run:
@@ -58,8 +59,8 @@ def read_run(folder: Path) -> Run:
         raise AclaError(f"{folder / MODEL}: train.py did not write it: no {error}") from error
     how = {name: value for name, value in how.items() if name not in NOT_SHOWN}
     digest = hashlib.sha256((folder / MODEL).read_bytes()).hexdigest()
-    psnr, pictures = {}, {}
-    for result in read_results(folder / SCORES):
+    psnr, pictures, results = {}, {}, read_results(folder / SCORES)
+    for result in results:
         scored = Path(result["model"].get("checkpoint", ""))
         if (scored.parent.name, scored.name) != (folder.resolve().name, MODEL):
             raise AclaError(f"{folder / SCORES}: the scores of {scored}, not of {folder / MODEL}")
@@ -73,7 +74,8 @@ def read_run(folder: Path) -> Run:
         pictures[column] = {image["name"]: image["psnr"] for image in result["images"]}
     if None in itertools.chain(psnr.values(), *(p.values() for p in pictures.values())):
         raise AclaError(f"{folder / SCORES}: a picture is restored exactly, PSNR has no mean")
-    return Run(folder, found.config, how, seed, seconds, psnr, pictures)
+    protocol = protocol_lines(results)
+    return Run(folder, found.config, how, seed, seconds, psnr, pictures, protocol)
 
 
 def by_seed(runs: list[Run]) -> list[list[Run]]:
@@ -208,6 +210,7 @@ def main(argv: list[str] | None = None) -> None:
     cli.say(markdown(groups))
     if args.pictures:
         cli.say("\n" + markdown_of_pictures(groups))
+    cli.say("\n" + "\n".join(dict.fromkeys(run.protocol for group in groups for run in group)))
 
 
 if __name__ == "__main__":

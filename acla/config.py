@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any, get_origin
 
@@ -110,24 +111,33 @@ class Task:
 class ModelConfig:
     """A network, whole: what a checkpoint needs to rebuild it."""
 
-    backbone: str = option("edsr", "the network that the attention is inserted into", BACKBONES)
+    backbone: str = option(
+        "edsr", "the network that the attention is inserted into", BACKBONES, "edsr"
+    )
     blocks: int = option(16, "EDSR, A2N: blocks; RCAN, HAN: residual groups")
     width: int = option(128, "feature channels")
     group_blocks: int = option(20, "RCAN, HAN: residual blocks in a group")
     reduction: int = option(
-        16, "squeeze factor of RCAN's and HAN's channel attention, and of A2N's branch weights"
+        16,
+        "squeeze factor of RCAN's and HAN's channel attention, and of A2N's branch weights",
+        shown="by --backbone",
     )
     residual_scale: float = option(1.0, "EDSR: factor on each residual branch")
     attention: str = option(
-        "acla", "the attention module; Tables 4, 6 and 11 compare them", ATTENTIONS
+        "acla",
+        "the attention module; Tables 4, 6 and 11 compare them",
+        ATTENTIONS,
+        "as --arch says, else acla",
     )
-    keys: int = option(16, "sampled keys per layer and query (K)")
+    keys: int = option(16, "sampled keys per layer and query (K)", shown="by --attention")
     ring: float = option(2.0, "pixels between the rings on which keys start", shown="2")
     open_logit: float = option(
         2.0, "bias that mask logits start with; above 0: keys start open", shown="2"
     )
-    positions: tuple[int, ...] = option((), "insert positions, counted from 1: 2,7,10")
-    channels: int = option(3, "picture channels: 1 gray, 3 colour", (1, 3))
+    positions: tuple[int, ...] = option(
+        (), "insert positions, counted from 1: 2,7,10", shown="as --arch says"
+    )
+    channels: int = option(3, "picture channels: 1 gray, 3 colour", (1, 3), "by --task")
     scale: int = option(1, None, (1, 2, 3, 4))  # enlargement per side; the task says it
 
     def __post_init__(self) -> None:
@@ -175,7 +185,7 @@ class TrainConfig:
     patch: int = option(48, "side of a low-quality patch, in pixels")
     rate: float = option(1e-4, "learning rate at the start")
     halve: int = option(200_000, "steps after which the learning rate is halved, again and again")
-    loss: str = option("l1", "training loss", ("l1", "mse"))
+    loss: str = option("l1", "training loss; psnr: its negative, in dB", ("l1", "mse", "psnr"))
     validate: int = option(5000, "steps between validations and checkpoints")
     train_set: str = option(
         "sample", "set of pictures to train on; sample is built in", shown="sample"
@@ -184,6 +194,7 @@ class TrainConfig:
         "",
         "set to validate on, or several, A,B; without any a tenth of the training set (sample has "
         "its own)",
+        shown="none",
     )
     amp: bool = option(False, "compute in a short number format where it is safe", shown="off")
     amp_dtype: str = option(
@@ -229,8 +240,8 @@ class SearchConfig:
     lam: float = option(
         0.2, "λ of Eq. 14, the weight of log cost, 0 or more", shown="by --preset; paper: Table 9's"
     )
-    tau: float = option(1.0, "gate temperature until the second stage")
-    tau_end: float = option(0.1, "gate temperature at the end")
+    tau: float = option(1.0, "gate temperature until the second stage", shown="1")
+    tau_end: float = option(0.1, "gate temperature at the end", shown="0.1")
     train_set: str = option(
         "sample", "set of pictures to search on; sample is built in", shown="sample"
     )
@@ -339,6 +350,8 @@ def check_fields(config: Any) -> None:
         whole = kind is tuple and isinstance(value, tuple) and all(type(p) is int for p in value)
         if not (type(value) is kind or number) or (kind is tuple and not whole):
             raise UsageError(f"{item.name} must be {item.type}, not {value!r}")
+        if kind is float and not math.isfinite(value):
+            raise UsageError(f"--{flag_name(item.name)} must be finite, not {value:g}")
         choices = item.metadata.get("choices")
         if choices and value not in choices:
             raise UsageError(

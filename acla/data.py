@@ -18,6 +18,7 @@ from acla.errors import DataError, UsageError
 from acla.image import SUFFIXES, fit_channels, from_levels, load, round_8bit, to_levels
 
 # Where a set is looked for, in this order; the last ones are EDSR-PyTorch's and BasicSR's
+UNKNOWN_MEMORY = 8 * 2**30  # bytes, where the system does not tell
 LAYOUTS = (
     "{name}",
     "benchmark/{name}",
@@ -192,7 +193,9 @@ def match_stems(originals: list[Path], folder: Path) -> dict[Path, Path]:
 
 def quarter_of_memory() -> int:
     """In bytes, for each of the processes that torchrun started on this machine."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    total = UNKNOWN_MEMORY
+    if hasattr(os, "sysconf"):  # not on Windows
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return total // 4 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 

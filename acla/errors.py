@@ -1,6 +1,9 @@
 """The errors a user can mend. The scripts print their message in one line; anything else is a bug
 and keeps its traceback."""
 
+# What reading somebody's JSON as something may raise
+NOT_VALID = (KeyError, ValueError, TypeError, OverflowError, RecursionError)
+
 
 class AclaError(Exception):
     """The work failed; the message names the cause and the fix. Exit status 1."""

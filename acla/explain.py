@@ -33,7 +33,6 @@ from acla.figures import FIGURES, write_figures
 from acla.image import load
 from acla.jobs import printable
 from acla.restore import check_mosaic
-from acla.tiles import out_of_memory
 
 SIDE = 16  # restored pixels; the window of Gu and Dong
 
@@ -306,7 +305,7 @@ def look(
 
         return observed, local_attribution(network_as_used, low, scene.inner_window, args.steps)
     except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
+        if not cli.out_of_memory(error):
             raise
         raise AclaError(f"out of memory; a --crop below {args.crop} needs less") from error
 

@@ -11,8 +11,12 @@ from acla.errors import UsageError
 
 
 def parse_positions(text: str) -> tuple[int, ...]:
-    """'2,7,10' → (2, 7, 10); '' or 'none' → (). Raises ValueError, which argparse reports."""
-    return () if text in ("", "none") else tuple(int(part) for part in text.split(","))
+    """'2,7,10' → (2, 7, 10); '' or 'none' → ()."""
+    try:
+        return () if text in ("", "none") else tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        wanted = f"wants positions, 2,7,10, or none, not {text!r}"
+        raise argparse.ArgumentTypeError(wanted) from error
 
 
 def parse_quality(text: str) -> tuple[int, int]:
@@ -60,13 +64,15 @@ def override_length(config: Any, args: argparse.Namespace) -> Any:
         return config
     if "steps" in args:
         raise UsageError("--steps and --epochs say the same thing: give one of them")
+    if args.epochs < 1:
+        raise UsageError(f"--epochs must be above 0, not {args.epochs}")
     return dataclasses.replace(config, steps=args.epochs * config.epoch_steps)
 
 
-def add_task_flags(parser: argparse.ArgumentParser) -> None:
-    """--task and the setting of each task."""
+def add_task_flags(parser: argparse.ArgumentParser, usual: str = "car") -> None:
+    """--task and the setting of each task. usual: the task where none is named, for --help."""
     group = parser.add_argument_group("The task")
-    group.add_argument("--task", choices=TASKS, help="what is restored")
+    group.add_argument("--task", choices=TASKS, help=f"what is restored (default: {usual})")
     group.add_argument(
         "--scale",
         dest="task_scale",
@@ -105,3 +111,9 @@ def task_from_flags(args: argparse.Namespace) -> Task | None:
         raise UsageError("; ".join(stray) + f"; this call is for --task {name}")
     setting = given.get(name, SETTING_DEFAULT[name])
     return Task(name, *(setting if name in given and name == "car" else (setting,)))
+
+
+def names_no_setting(args: argparse.Namespace, name: str) -> bool:
+    """Whether the flags leave the setting of this task open: --task car without --q."""
+    flag = SETTING_FLAG.get(name)
+    return flag is None or getattr(args, f"task_{flag}") is None

@@ -98,6 +98,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    if args.batches < 1 or min(args.workers) < 0:
+        raise UsageError("--batches must be 1 or more, and --workers 0 or more")
     device = cli.pick_device(args.device)
     preset = cli.pick_preset(args.preset, device)
     task = flags.task_from_flags(args) or config.Task()

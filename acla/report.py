@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from acla import cli
-from acla.errors import AclaError, UsageError
+from acla.errors import NOT_VALID, AclaError, UsageError
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
@@ -16,11 +16,13 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except FileNotFoundError as error:
         raise AclaError(f"{path}: there is no such file; search.py writes one") from error
-    except ValueError as error:
+    except NOT_VALID as error:
         raise AclaError(f"{path}: not a log of search.py: {error}") from error
-    lacking = {"step", "alpha", "tau", "cost", "kept", "val_psnr"} - set(rows[0] if rows else {})
-    if lacking:
-        raise AclaError(f"{path}: not a log of search.py: no {', '.join(sorted(lacking))} in it")
+    for row in rows or [{}]:
+        there = row.keys() if isinstance(row, dict) else set()
+        if lacking := {"step", "alpha", "tau", "cost", "kept", "val_psnr"} - there:
+            names = ", ".join(sorted(lacking))
+            raise AclaError(f"{path}: not a log of search.py: no {names} in it")
     return rows
 
 

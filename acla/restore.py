@@ -12,7 +12,7 @@ from torch import Tensor
 from acla import photo
 from acla.backbone import Backbone
 from acla.checkpoint import Checkpoint
-from acla.cli import DEVICES, notice, pick_device, progress, run, say
+from acla.cli import DEVICES, notice, out_of_memory, pick_device, progress, run, say
 from acla.colour import finished, network_input
 from acla.config import Task
 from acla.degrade import mosaic, pair
@@ -21,7 +21,7 @@ from acla.flags import add_task_flags, task_from_flags
 from acla.image import FORMATS
 from acla.jobs import find_jobs, printable
 from acla.photo import Photo
-from acla.tiles import check_tile, out_of_memory, starts, strips, within_memory
+from acla.tiles import check_tile, starts, strips, within_memory
 from acla.weights import Weights
 
 # Side of the default tile per scale: the paper's networks need about 1.5 GB for one
@@ -147,7 +147,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="the network (default: of the folder weights, by --task and the JPEG's quality)",
     )
-    add_task_flags(parser)
+    add_task_flags(parser, "the network's")
     parser.add_argument(
         "--tile",
         type=int,

@@ -8,7 +8,7 @@ from typing import Any
 
 from acla import cli
 from acla.config import Task
-from acla.errors import AclaError, UsageError
+from acla.errors import NOT_VALID, AclaError, UsageError
 
 OF_RUNS = ("model.safetensors", "best.safetensors")
 METRICS = {"psnr": ".2f", "ssim": ".4f"}
@@ -19,11 +19,12 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     try:
         results = json.loads(path.read_text(encoding="utf-8"))["results"]
         for result in results:
-            name_row(result), name_column(result), dict(result["mean"]), dict(result["published"])
+            name_row(result), name_column(result), dict(result["published"])
+            result["mean"]["psnr"], result["mean"]["ssim"], result["protocol"]
             [(image["name"], image["psnr"]) for image in result["images"]]
     except FileNotFoundError as error:
         raise AclaError(f"{path}: there is no such file; evaluate.py --json writes one") from error
-    except (ValueError, KeyError, TypeError, UsageError) as error:
+    except (UsageError, *NOT_VALID) as error:
         raise AclaError(f"{path}: not a file of evaluate.py --json: {error!r}") from error
     return results
 
@@ -72,6 +73,11 @@ def markdown(results: list[dict[str, Any]], metric: str) -> str:
     return cli.markdown(["", *columns], lines)
 
 
+def protocol_lines(results: list[dict[str, Any]]) -> str:
+    """How the figures were taken, a line for each way."""
+    return "\n".join(dict.fromkeys(f"- {result['protocol']}" for result in results))
+
+
 def cell(figure: float | None, metric: str) -> str:
     return "–" if figure is None else f"{figure:{METRICS[metric]}}"
 
@@ -89,6 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     results = [result for path in args.files for result in read_results(path)]
     cli.say(markdown(results, args.metric))
+    cli.say("\n" + protocol_lines(results))
 
 
 if __name__ == "__main__":

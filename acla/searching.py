@@ -1,5 +1,6 @@
 """One search: two stages of steps on a supernet, its log, and what it finds (Section 3.2)."""
 
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -183,17 +184,19 @@ def run(
     search.jsonl after every epoch, and at the end arch.json, with `notes` among its evidence, and
     model.safetensors, the derived network with the supernet's weights.
 
-    first_stage: a file that the state after the first stage is written to, or, where it is there
-    already, begun from: searches that differ in λ alone share it.
+    first_stage: a file that the state after the first stage is written to (and the rows until then
+    beside it), or, where it is there already, begun from: searches that differ in λ alone share it.
 
     Raises DataError where the pictures are not those the state was made with, AclaError where the
     loss diverges."""
     how, log = plan.search, out / "search.jsonl"
     search = Search(plan, sets, processes)
     start, seconds = resume(search, sets, out / STATE, first_stage)
-    scored = Pictures(sets.score or sets.alpha)
+    scored = training.validation_set(sets.score or sets.alpha, plan.task, plan.model.channels)
     if processes.first:
         out.mkdir(parents=True, exist_ok=True)
+        if first_stage and start and not (out / STATE).is_file():
+            shutil.copyfile(first_stage.with_suffix(".jsonl"), log)
         training.drop_rows_after(log, start)
     seen, count, begun = torch.zeros(2, device=processes.device), 0, time.monotonic()
     bar = cli.progress(
@@ -204,19 +207,21 @@ def run(
         done, count = step + 1, count + 1
         state = {"step": done, "plan": asdict(plan), "data": sets.digests()}
         state["seconds"] = round(seconds + time.monotonic() - begun, 2)
-        if first_stage and done == how.first_stage and processes.first:
+        epoch_ends = done % how.epoch_steps == 0 or done == how.steps
+        if epoch_ends:
+            mse, loss = (processes.mean(seen) / count).tolist()
+            training.require_finite(mse, done - count, done, out)
+            seen, count = seen.zero_(), 0
+            bar.set_postfix(refresh=False, mse=f"{mse:.1f}", open=len(search.net.open_positions()))
+            if processes.first:
+                row = {"epoch": -(-done // how.epoch_steps), "step": done, "mse": mse, "loss": loss}
+                row |= gate_report(search, step)
+                row |= {"val_psnr": epoch_psnr(search, scored), "seconds": state["seconds"]}
+                training.append_row(log, row)
+        if processes.first and first_stage and done == how.first_stage:
+            write_atomically(first_stage.with_suffix(".jsonl"), log.read_bytes())
             save_state(first_stage, training.pack(search.parts), state)
-        if done % how.epoch_steps and done < how.steps:
-            continue
-        mse, loss = (processes.mean(seen) / count).tolist()
-        training.require_finite(mse, done - count, done, out)
-        seen, count = seen.zero_(), 0
-        bar.set_postfix(refresh=False, mse=f"{mse:.1f}", open=len(search.net.open_positions()))
-        if processes.first:
-            row = {"epoch": -(-done // how.epoch_steps), "step": done, "mse": mse, "loss": loss}
-            row |= gate_report(search, step)
-            row |= {"val_psnr": epoch_psnr(search, scored), "seconds": state["seconds"]}
-            training.append_row(log, row)
+        if processes.first and epoch_ends:
             save_state(out / STATE, training.pack(search.parts), state)
     return derive(search, sets, scored, out, notes or {})
 
@@ -234,8 +239,8 @@ def resume(search: Search, sets: Sets, *states: Path | None) -> tuple[int, float
 
 def epoch_psnr(search: Search, scored: Pictures) -> float:
     """PSNR in dB of the network derived now, on a few pictures."""
-    few = Pictures(scored.paths[:SCORED])
-    psnr = training.each_psnr(search.net.derive(), few, search.plan.task, search.processes.device)
+    net, task = search.net.derive(), search.plan.task
+    psnr = training.each_psnr(net, scored, task, search.processes.device, SCORED)
     return sum(psnr) / len(psnr)
 
 

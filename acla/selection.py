@@ -141,7 +141,9 @@ def within_budget(
             f"(tried: {', '.join(format_positions(tuple(row['positions'])) for row in rows)}); "
             "raise --budget or --lambda, where the bisection begins"
         )
-    notes = {**notes, "budget": {"macs_48x48": budget, "trials": rows}}
+    # The masks feel λ from the start, and the first stage is the first trial's
+    tried = {"macs_48x48": budget, "first_stage_lambda": rows[0]["lambda"], "trials": rows}
+    notes = {**notes, "budget": tried}
     return publish(best[0], best[1], out.parent, processes, notes)
 
 

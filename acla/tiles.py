@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 
 from acla.backbone import Backbone
-from acla.cli import notice
+from acla.cli import notice, out_of_memory
 from acla.errors import AclaError, UsageError
 
 OVERLAP = 32  # low-quality pixels that neighbouring tiles share, of smaller tiles a third
 LEAST = 32  # side of the smallest tile, for attention to whole patches of a training's size
 SMALLEST = 96  # side of the smallest tile that is tried when memory runs out
-NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
 Result = TypeVar("Result")
 
 
@@ -116,9 +115,3 @@ def within_memory(
         notice(f"out of memory with {side} pixels a side; again with tiles of {tile}")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory ran out, on the GPU or not."""
-    said = isinstance(error, RuntimeError) and any(sign in str(error) for sign in NO_MEMORY)
-    return said or isinstance(error, MemoryError | torch.OutOfMemoryError)

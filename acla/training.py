@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from acla.backbone import Backbone
-from acla.checkpoint import ANEW, NOT_VALID, in_one_line, require_fitting, write_atomically
+from acla.checkpoint import ANEW, in_one_line, require_fitting, write_atomically
 from acla.cli import finite
 from acla.config import (
     Task,
@@ -26,14 +26,15 @@ from acla.config import (
 )
 from acla.data import PatchSampler, Pictures
 from acla.degrade import generator_for, pair
-from acla.errors import AclaError, CheckpointError, DataError, UsageError
-from acla.flags import override, override_length, task_from_flags
+from acla.errors import NOT_VALID, AclaError, CheckpointError, DataError, UsageError
+from acla.flags import names_no_setting, override, override_length, task_from_flags
 from acla.image import from_levels
 from acla.protocol import score
 from acla.restore import restore
 
 VALIDATION_SIDE = 256  # pixels
 NAMED = 16  # pictures, at most, that a message names
+LEAST_MSE = 1e-8  # of values in 0..1: what is restored exactly has 80 dB in the loss
 
 
 # The run's folder
@@ -133,12 +134,13 @@ def resumed_plan(kind: type, progress: dict, args: argparse.Namespace, path: Pat
     for name, begun in progress["flags"].items():
         given = getattr(args, name, None)
         if given not in (None, begun):
-            flag = f"--{flag_name(name)}"
+            flag = "--lambda auto" if name == "auto" else f"--{flag_name(name)}"
             if begun is None:
                 raise UsageError(f"--resume: the run was begun without {flag}: leave it out")
             raise UsageError(f"--resume: the run was begun with {flag} {begun}, not {given}")
-    asked = task_from_flags(args)
-    if asked not in (None, plan.task):
+    asked, task = task_from_flags(args), plan.task
+    repeated = asked and asked.name == task.name and names_no_setting(args, task.name)
+    if not repeated and asked not in (None, task):
         raise UsageError(f"--resume: the run is for {plan.task}, not for {asked}")
     for name in parts:
         before = getattr(plan, name)
@@ -268,9 +270,16 @@ def adam(parameters: Iterable[nn.Parameter] | list[dict], rate: float) -> torch.
 
 
 def restoration_loss(kind: str, restored: Tensor, target: Tensor) -> Tensor:
-    """L1 or MSE of pictures in 0..1, taken on 0..255 values (Eq. 14's λ is for that range)."""
+    """L1 or MSE of pictures [B,C,H,W] in 0..1, taken on 0..255 values (Eq. 14's λ is for that
+    range), or minus the mean of their PSNR in dB, which weighs every picture as scores do."""
     error = (restored.float() - target) * 255
-    return error.abs().mean() if kind == "l1" else error.square().mean()
+    match kind:
+        case "l1":
+            return error.abs().mean()
+        case "mse":
+            return error.square().mean()
+    mse = error.square().mean((1, 2, 3)) / 255**2
+    return 10 * (mse + LEAST_MSE).log10().mean()
 
 
 def require_finite(loss: float, first: int, last: int, folder: Path) -> None:
@@ -330,13 +339,15 @@ def validation_pair(
         raise DataError(f"{path}: {error}") from error
 
 
-def each_psnr(model: Backbone, pictures: Pictures, task: Task, device: torch.device) -> list[float]:
-    """Validation: PSNR in dB over the middle (at most 256 × 256) of each picture, by the task's
-    protocol."""
+def each_psnr(
+    model: Backbone, pictures: Pictures, task: Task, device: torch.device, most: int | None = None
+) -> list[float]:
+    """Validation: PSNR in dB over the middle (at most 256 × 256) of each picture, or of the first
+    `most`, by the task's protocol."""
     was_training = model.training
     model.eval()
     found = []
-    for index in range(len(pictures)):
+    for index in range(len(pictures))[:most]:
         low, high = validation_pair(pictures, index, task, model.config.channels)
         found.append(score(restore(model, low.to(device)).cpu(), high, task)[0])
     model.train(was_training)

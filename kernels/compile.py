@@ -224,6 +224,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.json not in (None, "-") and not Path(options.json).parent.is_dir():
         parser.error(f"--json {options.json}: there is no folder {Path(options.json).parent}")
+    if options.json not in (None, "-") and Path(options.json).is_dir():
+        parser.error(f"--json {options.json}: that is a folder; name a file in it")
+    if options.workers is not None and options.workers < 1:
+        parser.error(f"--workers must be 1 or more, not {options.workers}")
     options.target = options.target.split(",")
     unknown = set(options.target) - TARGETS.keys()
     if unknown:

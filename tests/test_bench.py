@@ -39,17 +39,20 @@ def test_ratios_are_printed_last(capsys):
 
 
 @pytest.mark.parametrize("spoil", ["result", "gradient"])
-def test_a_wrong_contender_is_never_timed(spoil):
+def test_a_wrong_contender_is_never_timed(capsys, spoil):
     case = bench.make_case((1, 5, 4, 3), 0.5, torch.float32, "cpu")
     right = bench.by_grid_sample(per_key=True)
-    bench.require_right("right", right, case)
+    assert bench.what_is_wrong(right, case) is None
 
     def wrong(case):
         out = right(case)
         return out * 1.001 if spoil == "result" else out.detach() + 0 * out
 
-    with pytest.raises(SystemExit, match="wrong is wrong"):
-        bench.require_right("wrong", wrong, case)
+    found = bench.right_ones({"right": right, "rival": wrong}, case)
+    assert found == {"right": right}
+    assert "rival is left out, for it is wrong" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="torch is wrong"):
+        bench.right_ones({"torch": wrong}, case)
 
 
 @pytest.mark.parametrize("keep", [1.0, 0.5, 0.25])

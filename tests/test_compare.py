@@ -40,7 +40,7 @@ def write(tmp_path):
         info["begun_with"] = begun and {"file": "plain.safetensors", "sha256": begun}
         file = folder / "model.safetensors"
         save_model(file, build_network(config), config, Task(), info)
-        common = {"task": "car", "setting": 10, "published": {}}
+        common = {"task": "car", "setting": 10, "published": {}, "protocol": "car q10: Y"}
         model = {"kind": "network", "checkpoint": str(file), "ensemble": False, "tile": tile}
         results = [
             {
@@ -60,7 +60,9 @@ def write(tmp_path):
 
 def table(capsys, *argv):
     compare.main(list(argv))
-    lines = capsys.readouterr().out.splitlines()
+    out = capsys.readouterr().out
+    assert out.endswith(" |\n\n- car q10: Y\n")
+    lines = out.splitlines()[:-2]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 

@@ -18,6 +18,7 @@ def result(dataset="LIVE1", q=10, checkpoint="weights/car-q10-a.safetensors", ps
         "mean": {"psnr": psnr, "ssim": 0.81234},
         "images": [{"name": "a.png", "psnr": psnr}],
         "published": {"JPEG": {"psnr": 27.77}, "DnCNN": {"psnr": 29.19, "ssim": 0.8123}},
+        "protocol": f"car q{q}: Y",
     } | more
 
 
@@ -32,7 +33,7 @@ def write(tmp_path):
 
 def table(capsys, *argv):
     scores.main(list(argv))
-    lines = capsys.readouterr().out.splitlines()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
@@ -52,6 +53,11 @@ def test_methods_are_rows_and_sets_are_columns(capsys, write):
         ["DnCNN", "0.8123", "–"],
         ["ours: car-q10-a", "0.8123", "0.8123"],
     ]
+
+
+def test_a_line_for_each_protocol_is_below_the_table(capsys, write):
+    scores.main([write("a.json", result(), result("Classic5")), write("b.json", result(q=20))])
+    assert capsys.readouterr().out.endswith(" |\n\n- car q10: Y\n- car q20: Y\n")
 
 
 def test_what_is_no_network_is_named_by_its_kind(capsys, write):

@@ -152,6 +152,17 @@ def test_a_budget_search_shares_its_first_stage():
     assert Path("runs/search/model.safetensors").is_file()
 
 
+def test_every_trial_of_a_budget_has_the_rows_of_the_first_stage(monkeypatch):
+    monkeypatch.setattr(selection, "BUDGET_TRIALS", 2)
+    words = ["--budget", "1", "--warmup", "0.5", "--steps", "8", "--epoch-steps", "2"]
+    with pytest.raises(AclaError, match="no λ up to"):
+        search.main([*SMALL, *SHORT, *words, "--lambda", "1e-9"])
+    logs = sorted(Path("runs/search/trials").glob("lambda-*/search.jsonl"))
+    rows = [[json.loads(line) for line in log.read_text().splitlines()] for log in logs]
+    assert [[row["step"] for row in one] for one in rows] == [[2, 4, 6, 8]] * 2
+    assert rows[0][:2] == rows[1][:2]
+
+
 # Seeds
 
 

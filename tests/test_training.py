@@ -47,6 +47,16 @@ def test_losses_are_on_0_to_255():
     assert training.restoration_loss("mse", restored, target) == pytest.approx(4)
 
 
+def test_the_psnr_loss_is_the_mean_of_the_pictures():
+    target = torch.rand(3, 1, 5, 7)
+    restored = target + torch.tensor([0.1, 0.01, 0.0]).view(3, 1, 1, 1)
+    restored.requires_grad_()
+    loss = training.restoration_loss("psnr", restored, target)
+    assert loss.item() == pytest.approx(-(20 + 40 + 80) / 3, abs=1e-3)
+    (gradient,) = torch.autograd.grad(loss, restored)
+    assert gradient.isfinite().all()  # even where nothing is left to restore
+
+
 def test_a_run_never_begins_over_another(tmp_path):
     assert training.open_run(tmp_path / "new", "state", False) is None
     with pytest.raises(UsageError, match="holds no state"):
