@@ -50,6 +50,7 @@ def test_arch_json_survives(tmp_path):
         {"alpha": "x"},
         {"model": {"width": 3}},
         {"patch": None},
+        {"seed": float("inf")},
     ],
 )
 def test_an_arch_json_that_is_not_valid_names_the_file(tmp_path, change):
@@ -59,7 +60,7 @@ def test_an_arch_json_that_is_not_valid_names_the_file(tmp_path, change):
         read_architecture(path)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "\x00\xff"])
+@pytest.mark.parametrize("text", ["", "[]", "{", "\x00\xff", "[" * 100_000])
 def test_any_other_file_is_refused(tmp_path, text):
     path = tmp_path / "arch.json"
     path.write_text(text)

@@ -75,12 +75,15 @@ def test_the_wrong_file_is_told_from_the_right_one(written, tmp_path):
     with pytest.raises(CheckpointError, match=r"holds a model.*wanted is state\.safetensors"):
         load_state(written)
     save_file({"a": torch.ones(1)}, tmp_path / "foreign.safetensors")
-    with pytest.raises(CheckpointError, match="not one of ours"):
+    with pytest.raises(CheckpointError, match=r"not one of ours.*wanted is model\.safetensors"):
         load_model(tmp_path / "foreign.safetensors")
     with pytest.raises(CheckpointError, match="no such file"):
         load_model(tmp_path / "missing.safetensors")
-    with pytest.raises(CheckpointError, match="no such file"):
+    with pytest.raises(CheckpointError, match=r"that is a folder; .* model\.safetensors in it"):
         load_model(tmp_path)
+    torch.save({"a": torch.ones(1)}, tmp_path / "published.pt")
+    with pytest.raises(CheckpointError, match=r"python -m acla\.checkpoint import"):
+        load_model(tmp_path / "published.pt")
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,7 @@ def test_wrong_tasks_are_refused(words, message):
         ({"positions": (0, 2)}, "count from 1 to 16"),
         ({"positions": (17,)}, "count from 1 to 16"),
         ({"positions": (2.0,)}, "positions must be"),
+        ({"residual_scale": float("nan")}, "--residual-scale must be finite"),
         ({"attention": "none", "positions": (1,)}, "takes no --positions"),
         ({"attention": "what"}, "known: none, cla, acla"),
         ({"keys": 0}, "--keys must be 1 to"),

@@ -12,12 +12,14 @@ from acla import data
 from acla.config import Task
 from acla.data import (
     SAMPLE,
+    UNKNOWN_MEMORY,
     PatchSampler,
     Pictures,
     augment,
     cut_window,
     find_set,
     match_stems,
+    quarter_of_memory,
     split_for_search,
     split_validation,
     training_sets,
@@ -130,6 +132,12 @@ def test_pictures_stay_within_memory(tmp_path):
         assert held.used == sum(levels.nbytes for levels in held.kept.values()) <= 700
     assert list(held.kept) == [3, 4]
     assert Pictures(held.paths, memory=100)[0].shape == (3, 10, 10)
+
+
+def test_memory_is_bounded_where_the_system_does_not_tell_its_size(monkeypatch):
+    assert quarter_of_memory() > 0
+    monkeypatch.delattr("os.sysconf")
+    assert quarter_of_memory() == UNKNOWN_MEMORY // 4
 
 
 def test_unreadable_picture_is_named(tmp_path):

@@ -86,6 +86,12 @@ def test_the_benchmark_prints_rows(capsys, monkeypatch):
     assert all(row["patches_per_second"] > 0 for row in rows)
 
 
+def test_the_benchmark_wants_batches():
+    for words in (["--batches", "0"], ["--workers", "0", "-1"]):
+        with pytest.raises(UsageError, match="must be 1 or more, and --workers 0 or more"):
+            loader.main(words)
+
+
 def test_the_benchmark_trains(sampler):
     sampler = PatchSampler(sampler.pictures, Task("sr", 2), 4, 1)
     loader.training_step(Task("sr", 2), "tiny", sampler, CPU)(0)

@@ -60,6 +60,9 @@ def test_what_is_no_log_is_refused(tmp_path, monkeypatch):
     (tmp_path / "search.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(AclaError, match=r"not a log of search.py: no alpha, cost"):
         report.main([str(tmp_path)])
+    (tmp_path / "search.jsonl").write_text("5\n")
+    with pytest.raises(AclaError, match=r"not a log of search.py: no alpha"):
+        report.main([str(tmp_path)])
     with pytest.raises(UsageError, match="must end in"):
         report.main([str(tmp_path), "--out", "x.txt"])
     monkeypatch.setitem(sys.modules, "matplotlib", None)

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import search
 from acla import selection
 from acla.architecture import Architecture, read_architecture
 from acla.config import ModelConfig, Task
 from acla.errors import AclaError, DataError, UsageError
+from acla.image import save
 from acla.searching import Found
 
 SMALL = ["--preset", "tiny", "--blocks", "3", "--width", "8", "--keys", "3"]
@@ -206,6 +208,7 @@ def test_several_seeds_are_searched_and_compared(capsys):
         (["--lambda", "auto", "--budget", "1e6"], "both choose λ"),
         (["--budget", "0"], "--budget must be above 0"),
         (["--seeds", "0"], "--seeds must be 1 to 100"),
+        (["--residual-scale", "nan"], "--residual-scale must be finite, not nan"),
     ],
 )
 def test_contradictions_are_refused(words, message):
@@ -214,10 +217,37 @@ def test_contradictions_are_refused(words, message):
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--lambda", "much"], "wants a number or auto, not 'much'"),
+        (["--grid", "1,x"], "wants numbers of 0 or more, 0.1,0.2, not '1,x'"),
+        (["--grid", "-1"], "wants numbers of 0 or more"),
+    ],
+)
+def test_what_is_no_number_is_refused_with_what_is_wanted(capsys, words, message):
+    with pytest.raises(SystemExit):
+        search.parse(["--lambda", "auto", *words])
+    assert message in capsys.readouterr().err
+
+
+def test_pictures_that_cannot_be_scored_are_found_before_the_search(tmp_path):
+    (tmp_path / "Mine").mkdir()
+    for name in "abcde":
+        save(torch.rand(3, 40, 40), tmp_path / "Mine" / f"{name}.png")
+    save(torch.rand(3, 4, 4), tmp_path / "Mine" / "e.png")
+    words = ["--task", "sr", "--data", str(tmp_path), "--train-set", "Mine"]
+    with pytest.raises(DataError, match=r"Mine/e\.png: .*without a border"):
+        search.main([*SMALL, *SHORT, *words])
+    assert not Path("runs/search/search.jsonl").exists()
+
+
 def test_a_resumed_search_keeps_its_ways():
     search.main([*SMALL, *SHORT, "--seeds", "2"])
     with pytest.raises(UsageError, match="begun with --seeds 2, not 3"):
         search.main(["--resume", "--seeds", "3"])
+    with pytest.raises(UsageError, match="begun without --lambda auto: leave it out"):
+        search.main(["--resume", "--lambda", "auto"])
     plan = json.loads(Path("runs/search/plan.json").read_text())
     Path("runs/search/plan.json").write_text(json.dumps({**plan, "plan": 3}))
     with pytest.raises(AclaError, match="not valid"):

@@ -244,11 +244,14 @@ def test_a_resumed_run_goes_on_as_it_was_begun():
 
 
 def test_flags_may_repeat_what_a_run_does_already(small_sets):
-    train.main([*SMALL[2:], *SHORT, *small_sets, "--device", "cpu"])  # the device's preset
+    # The preset is the device's
+    train.main([*SMALL[2:], *SHORT, *small_sets, "--device", "cpu", "--q", "20"])
     words = ["--resume", *small_sets, "--steps", "8"]
-    repeated = ["--preset", "tiny", "--arch", "paper", "--width", "8", "--task", "car", "--q", "10"]
+    repeated = ["--preset", "tiny", "--arch", "paper", "--width", "8", "--task", "car"]
     train.main([*words, *repeated])
     assert rows("runs/train")[-1]["step"] == 8
+    with pytest.raises(UsageError, match="for car q20, not for car q10"):
+        train.main([*words, "--q", "10"])
     with pytest.raises(UsageError, match="begun with --preset tiny, not small"):
         train.main([*words, "--preset", "small"])
     state = Path("runs/train/state.safetensors")
