@@ -87,6 +87,7 @@ ALLOWED = {
         "training",
     },
     "report": {"cli"},
+    "page": {"checkpoint", "cli", "image", "jobs", "photo"},
     "attribution": {"a2n", "attention", "backbone", "cli", "config"},
     "figures": {"attribution", "cli", "jobs"},
     "explain": {

@@ -10,12 +10,12 @@ import pytest
 import evaluate
 import search
 import train
-from acla import compare, explain, importing, loader, report, restore, scores, tables
+from acla import compare, explain, importing, loader, page, report, restore, scores, tables
 from kernels import autotune, bench, compile
 
 TEXT = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 SCRIPTS = {"train.py": train, "search.py": search, "evaluate.py": evaluate}
-PARTS = (autotune, bench, compile, compare, explain, loader, report, restore, scores, tables)
+PARTS = (autotune, bench, compile, compare, explain, loader, page, report, restore, scores, tables)
 MODULES = {module.__name__: module for module in PARTS} | {"acla.checkpoint": importing}
 
 
