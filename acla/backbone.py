@@ -158,10 +158,12 @@ class Backbone(nn.Module):
         restored = self.tail(self.body[-1](outputs[-1]) + x)
         return pictures + restored if self.add_mean is None else self.add_mean(restored)
 
-    def forward(self, pictures: Tensor, seeds: Tensor | None = None) -> Tensor:
-        """Restore pictures [B,C,H,W]; seeds [B] int64 draw the masks with noise, as training
-        does."""
-        return self.attended(pictures, seeds)[0]
+    def forward(
+        self, pictures: Tensor, seeds: Tensor | None = None, temperature: float = 1.0
+    ) -> Tensor:
+        """Restore pictures [B,C,H,W]; seeds [B] int64 draw the masks with noise, and temperature is
+        that of their gradient, as training has them."""
+        return self.attended(pictures, seeds, temperature=temperature)[0]
 
     def attended(
         self,

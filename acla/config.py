@@ -19,7 +19,8 @@ MASKED = ("acla", "cla-k", "acla+se")  # choose among their keys by a mask
 AT_SEARCHED = ("acla", "cla-i", "acla+se")  # stand at searched positions in the paper
 SEARCHABLE = ("cla", "acla")  # can be in a supernet
 SAME_MODULE = {"cla-i": "cla", "cla-k": "acla"}  # at other positions
-LATER = ("until", "ring", "open_logit", "offset_rate")  # older files mean the defaults
+# Older files mean the defaults
+LATER = ("until", "ring", "open_logit", "offset_rate", "mask_temperature")
 PRESETS = ("paper", "small", "tiny")
 AMP_FORMATS = ("bf16", "fp16")
 
@@ -212,12 +213,17 @@ class TrainConfig:
     offset_rate: float = option(
         1.0, "factor on the learning rate of the attention's offsets and weights", shown="1"
     )
+    mask_temperature: float = option(
+        1.0,
+        "temperature of the key masks' gradient; lower: steeper around the threshold",
+        shown="1",
+    )
     seed: int = option(0, "seed of weights, patches and noise", shown="0")
 
     def __post_init__(self) -> None:
         check_fields(self)
         check_positive(self, "steps", "epoch_steps", "batch", "patch", "rate", "halve", "validate")
-        check_positive(self, "offset_rate")
+        check_positive(self, "offset_rate", "mask_temperature")
         if not 0 <= self.clip < float("inf"):
             raise UsageError(f"--clip must be 0 or more, not {self.clip:g}")
         if self.amp_dtype != "bf16" and not self.amp:

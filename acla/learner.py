@@ -88,7 +88,7 @@ class Learner:
         with compiling(how.compile):
             short = AMP_TYPES[how.amp_dtype]
             with torch.autocast(self.device.type, short, enabled=how.amp):
-                restored = self.network(low, seeds)
+                restored = self.network(low, seeds, how.mask_temperature)
             loss = training.restoration_loss(how.loss, restored, target)
             self.scaler.scale(loss).backward()
         self.losses.append(loss.detach())

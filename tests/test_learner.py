@@ -73,6 +73,24 @@ def test_offsets_and_weights_of_keys_may_learn_at_a_rate_of_their_own():
         assert slow[name] == pytest.approx(size * (0.1 if ".points." in name else 1), rel=1e-3)
 
 
+def test_the_masks_temperature_is_that_of_their_gradient():
+    masked = ModelConfig(blocks=2, width=4, channels=1, keys=3, positions=(1, 2))
+
+    def learned(temperature: float) -> tuple[dict[str, torch.Tensor], list[float]]:
+        one = Learner(masked, replace(HOW, mask_temperature=temperature), ALONE)
+        for parameter in one.model.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        step(one, 0)
+        named = one.model.named_parameters()
+        return {n: p.grad.clone() for n, p in named if p.grad is not None}, one.met()[0]
+
+    (warm, loss), (cold, same_loss) = learned(1.0), learned(0.25)
+    assert loss == same_loss  # the masks themselves are what they were
+    masks = [name for name in warm if name.endswith((".mask", ".mask_bias"))]
+    assert masks
+    assert not any(torch.equal(warm[name], cold[name]) for name in masks)
+
+
 def test_a_rate_of_its_own_is_resumed(tmp_path):
     attended = ModelConfig(blocks=1, width=4, channels=1, keys=3, positions=(1,))
     how = replace(HOW, offset_rate=0.3)
