@@ -81,10 +81,10 @@ class CrossLayerAttention(nn.Module):
 
         Returns h(y) [B,C,H,W] and the keys kept [B,L]. Without seeds [B] the masks are drawn
         without noise."""
-        # Positions need more than bfloat16's eight bits.
+        # Positions need more than the eight bits of bfloat16 or the eleven of TF32.
         with torch.autocast(query.device.type, enabled=False):
             query = query.permute(0, 2, 3, 1).to(self.points.weight.dtype)
-            points = pointwise(query, self.points.weight, self.points.bias)
+            points = pointwise(query, self.points.weight, self.points.bias, full=True)
         points = rearrange(
             points, "b h w (l yxw k) -> b h w l yxw k", l=self.layers, yxw=3, k=self.keys
         )
@@ -119,16 +119,30 @@ class CrossLayerAttention(nn.Module):
         return state
 
 
-def pointwise(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A 1×1 convolution on channels-last features: [B,H,W,C], weight [out,C] → [B,H,W,out]."""
-    if rows.device.type != "cpu":
+def pointwise(
+    rows: Tensor, weight: Tensor, bias: Tensor | None = None, full: bool = False
+) -> Tensor:
+    """A 1×1 convolution on channels-last features: [B,H,W,C], weight [out,C] → [B,H,W,out].
+
+    full: in all bits of float32 on GPUs too, by a matrix product. Convolutions round to TF32 there
+    unless torch is told otherwise; the backbone's do, and what is not `full` is as exact and fast.
+    """
+    device = rows.device.type
+    if device == "cpu":
+        # Torch gives convolutions of several pictures to oneDNN, which is up to twice as fast as
+        # its matrix product; so every line of pixels is a picture here.
+        B, H, _, _ = rows.shape
+        lines = convolved(rows.flatten(0, 1).unsqueeze(1), weight, bias)
+        return lines.squeeze(1).unflatten(0, (B, H))
+    if full or device != "cuda":
         return F.linear(rows, weight, bias)
-    # On CPUs torch gives convolutions of several pictures to oneDNN, which is up to twice as fast
-    # as its matrix product; so every line of pixels is a picture here.
-    B, H, _, _ = rows.shape
-    lines = rows.flatten(0, 1).unsqueeze(1).permute(0, 3, 1, 2)
-    out = F.conv2d(lines, weight[:, :, None, None], bias)
-    return out.permute(0, 2, 3, 1).squeeze(1).unflatten(0, (B, H))
+    return convolved(rows, weight, bias)
+
+
+def convolved(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`pointwise` by torch's convolution, of pictures that lie channels last."""
+    out = F.conv2d(rows.permute(0, 3, 1, 2), weight[:, :, None, None], bias)
+    return out.permute(0, 2, 3, 1)
 
 
 def rings(keys: int, step: float) -> Tensor:

@@ -65,11 +65,12 @@ def count(points: Tensor, mask_maps: Sequence[Tensor], seeds: Tensor | None = No
     arguments = {
         "points_ptr": points.detach(),
         "maps": maps,
-        "seeds_ptr": seeds,
+        "seeds_ptr": None if seeds is None else seeds.contiguous(),
         "kept_ptr": kept,
         "points_strides": points.stride(),
         "map_strides": map_strides,
         **{"H": H, "W": W, "L": L, "K": K},
     }
-    launch(Call(_count, arguments, (H * W, L, B)))
+    with torch.cuda.device_of(points):
+        launch(Call(_count, arguments, (H * W, L, B)))
     return kept

@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from kernels.cache import cache_directory, is_writable
+
 REPOSITORY_COPY = Path(__file__).with_name("tuned.json")
 VECTOR = 16  # bytes that one thread loads at once
 KEYS_OF_TILE = 16
@@ -275,10 +277,7 @@ def save_choices(path: Path, gpu: str, chosen: dict[str, list[int]]) -> None:
 
 def user_copy() -> Path:
     """tuned.json in $ACLA_CACHE, else in the user's cache directory."""
-    if os.environ.get("ACLA_CACHE"):
-        return Path(os.environ["ACLA_CACHE"], "tuned.json")
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "acla" / "tuned.json"
+    return cache_directory() / "tuned.json"
 
 
 def channel_block(C: int, most: int) -> int:
@@ -338,6 +337,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if importlib.util.find_spec("triton") is None:
         print("Triton is not installed: there is nothing to tune", file=sys.stderr)
         return 1
+    if not is_writable(options.out.parent):
+        print(f"{options.out} cannot be written; name a file with --out", file=sys.stderr)
+        return 2
     from triton.testing import do_bench
 
     device = torch.device(options.device)

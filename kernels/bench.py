@@ -16,7 +16,7 @@ import functools
 import json
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -94,8 +94,8 @@ def right_ones(
     found: dict[str, Callable[[Case], Tensor]], case: Case
 ) -> dict[str, Callable[[Case], Tensor]]:
     """The contenders that are right, for nothing wrong is timed: a rival that is not is left out
-    and told, and for a backend of ours that is not, SystemExit is raised. (grid_sample rounds
-    positions to the features' type, and on CPUs is broken for wide ones of 16 bits.)"""
+    and told (others' kernels have bugs that come and go with versions, types and sizes), and for a
+    backend of ours that is not, SystemExit is raised."""
     right = {}
     for name, contender in found.items():
         wrong = what_is_wrong(contender, case)
@@ -111,7 +111,7 @@ def right_ones(
 # Rows
 
 
-def operator_rows(size: tuple[int, int, int, int], args: argparse.Namespace) -> list[Row]:
+def operator_rows(size: tuple[int, int, int, int], args: argparse.Namespace) -> Iterator[Row]:
     """Every contender on one size, forward and forward and backward, half of the keys kept; then
     the fastest of ours at every share of kept keys."""
     dtype = getattr(torch, args.dtype)
@@ -119,17 +119,15 @@ def operator_rows(size: tuple[int, int, int, int], args: argparse.Namespace) -> 
     found = right_ones(contenders(args.device), small)
     found["conv3x3"] = by_convolution
     best = next(iter(found))
-    rows = []
     for which in PASSES:
         case = make_case(size, 0.5, dtype, args.device)
         keep = case.kept()
         cases = [(name, contender, case, keep) for name, contender in found.items()]
-        rows += timed_cases(cases, size, which, args)
+        yield from timed_cases(cases, size, which, args)
     for which in PASSES:
         cases = [make_case(size, keep, dtype, args.device) for keep in KEEP]
         cases = [(best, found[best], case, case.kept()) for case in cases]
-        rows += timed_cases(cases, size, which, args)
-    return rows
+        yield from timed_cases(cases, size, which, args)
 
 
 def timed_cases(
@@ -137,7 +135,7 @@ def timed_cases(
     size: tuple[int, int, int, int],
     which: str,
     args: argparse.Namespace,
-) -> list[Row]:
+) -> Iterator[Row]:
     """A row for each contender with its name, case and share of kept keys, all of one size, timed
     in turns; on a GPU, with the work that there is and the share of the floor that was reached."""
     B, H, W, C = size
@@ -149,7 +147,7 @@ def timed_cases(
             passes = floor.works(B, LAYERS, KEYS, H, W, C, keep, dtype, which)
             row |= floor.fields(passes, floor.gpu_of(torch.cuda.get_device_properties()))
         problems.append((row, functools.partial(run_pass, contender, case, which)))
-    return measured(problems, args, queued=True)
+    yield from measured(problems, args, queued=True)
 
 
 def described(
@@ -169,11 +167,10 @@ def described(
 
 def measured(
     problems: list[tuple[Row, Callable[[], object]]], args: argparse.Namespace, queued: bool = False
-) -> list[Row]:
+) -> Iterator[Row]:
     """The rows with times, taken in turns, and memory."""
     works = [work for _, work in problems]
     times = paired(works, args.device, args.seconds, queued=queued)
-    rows = []
     for (row, work), taken in zip(problems, times, strict=True):
         row = row | percentiles(taken)
         # A graph has its memory from the start.
@@ -181,11 +178,10 @@ def measured(
         if "floor_ms" in row:
             row["floor_share"] = round(row["floor_ms"] / row["ms_p50"], 4)
         show(row)
-        rows.append(row)
-    return rows
+        yield row
 
 
-def network_rows(args: argparse.Namespace) -> list[Row]:
+def network_rows(args: argparse.Namespace) -> Iterator[Row]:
     """Whole networks on one 48×48 picture, without and with ACLA at Table 9's positions; on a GPU
     also as graphs, which are replayed."""
     from dataclasses import replace
@@ -193,7 +189,6 @@ def network_rows(args: argparse.Namespace) -> list[Row]:
     from acla.backbone import Backbone
     from acla.config import PAPER_POSITIONS, Task, model_preset
 
-    rows = []
     for name, (task, preset, backbone) in NETWORKS.items():
         config = model_preset(preset, Task(task, {"sr": 2, "car": 10}[task]), backbone)
         plain = replace(config, attention="none", keys=0)
@@ -208,8 +203,7 @@ def network_rows(args: argparse.Namespace) -> list[Row]:
             for label, work in works.items():
                 row = described(label, (1, 48, 48, config.width), which, args)
                 problems.append((row, replay(work) if which == "replay" else work))
-            rows += measured(problems, args)
-    return rows
+            yield from measured(problems, args)
 
 
 def without_gradients(net: torch.nn.Module, picture: Tensor) -> Tensor:
@@ -217,7 +211,7 @@ def without_gradients(net: torch.nn.Module, picture: Tensor) -> Tensor:
         return net(picture)
 
 
-def supernet_rows(args: argparse.Namespace) -> list[Row]:
+def supernet_rows(args: argparse.Namespace) -> Iterator[Row]:
     """Time and memory of one weight step of the supernet, 16 blocks × 64, 136 pairs, batch 16,
     48×48: with every gate open, and with every second one shut, its module computed nevertheless or
     skipped. Beside it what `grid_sample` saves for backward in one pair, times the pairs."""
@@ -245,7 +239,7 @@ def supernet_rows(args: argparse.Namespace) -> list[Row]:
         (described(name, size, "both", args), functools.partial(step, gates))
         for name, gates in steps.items()
     ]
-    rows = measured(works, args)
+    yield from measured(works, args)
     case = make_case(size, 1.0, torch.float32, args.device)
     one = Case(case.features[:1], case.points[:, :, :, :1], case.mask_maps[:1], case.gradient)
     saved = min(saved_mb(by_grid_sample(per_key), one) for per_key in (False, True))
@@ -253,7 +247,7 @@ def supernet_rows(args: argparse.Namespace) -> list[Row]:
     row = described(f"grid_sample, saved tensors of {pairs} pairs", size, "both", args)
     row |= {"ms_p20": None, "ms_p50": None, "ms_p80": None, "peak_mb": round(saved * pairs, 1)}
     show(row)
-    return [*rows, row]
+    yield row
 
 
 def saved_mb(contender: Callable[[Case], Tensor], case: Case) -> float:
@@ -332,26 +326,44 @@ def main(argv: list[str] | None = None) -> None:
         refuse(f"--json {args.json}: that is a folder; name a file in it")
     if args.threads < 1:
         refuse(f"--threads must be 1 or more, not {args.threads}")
-    from acla.provenance import commit
-
     torch.set_num_threads(args.threads)
-    rows = []
-    if args.only in (None, "operator"):
-        rows += [row for size in sizes for row in operator_rows(size, args)]
-    if args.only in (None, "networks"):
-        rows += network_rows(args)
-    if args.only in (None, "supernet"):
-        rows += supernet_rows(args)
-    text = "".join(json.dumps({"commit": commit(), **row}) + "\n" for row in rows)
+    rows = written(all_rows(sizes, args), args.json)
     if args.json == "-":
-        print(text, end="")
         return
-    if args.json:
-        Path(args.json).write_text(text, encoding="utf-8")
     clock = "processor time" if args.threads == 1 else "wall time"
     clock = "GPU time" if args.device == "cuda" else clock
     print(f"{device_name(args.device)}, {args.threads} CPU thread(s), medians of {clock}")
     print("\n".join(ratios(rows)))
+
+
+def all_rows(sizes: list[tuple[int, ...]], args: argparse.Namespace) -> Iterator[Row]:
+    """The rows of the parts that were asked for, one by one as they are measured."""
+    if args.only in (None, "operator"):
+        for size in sizes:
+            yield from operator_rows(size, args)
+    if args.only in (None, "networks"):
+        yield from network_rows(args)
+    if args.only in (None, "supernet"):
+        yield from supernet_rows(args)
+
+
+def written(rows: Iterable[Row], path: str | None) -> list[Row]:
+    """The rows, each of which is in the file (or on the output) as soon as it is measured: what
+    fails later, for want of memory for instance, takes none with it. A file that is there is
+    replaced at the first row."""
+    from acla.provenance import commit
+
+    stamp = {"commit": commit()}
+    done = []
+    for row in rows:
+        line = json.dumps(stamp | row)
+        if path == "-":
+            print(line, flush=True)
+        elif path:
+            with open(path, "a" if done else "w", encoding="utf-8") as file:
+                file.write(line + "\n")
+        done.append(row)
+    return done
 
 
 def refuse(message: str) -> NoReturn:

@@ -88,17 +88,20 @@ def open_keys(mask_map: Tensor, grid: Tensor) -> Tensor:
 
 def by_grid_sample(per_key: bool) -> Callable[[Case], Tensor]:
     """What users write today: every key of every layer is sampled, then multiplied by its weight
-    and mask."""
+    and mask.
+
+    In float32 whatever the features are, for grid_sample wants the positions in their type: in 16
+    bits keys would move to other pixels (and on CPUs some of its results are NaN).
+    """
 
     def run(case: Case) -> Tensor:
         _, H, W, L, _, K = case.points.shape
         grid = grids(case.points, (H, W))
         sums = []
         for l in range(L):
-            value = case.features[l].permute(0, 3, 1, 2)
-            weight = case.points[..., l, 2, :].softmax(-1)
-            weight = (weight * open_keys(case.mask_maps[l], grid[:, :, :, l])).to(value.dtype)
-            where = grid[:, :, :, l].to(value.dtype)
+            value = case.features[l].permute(0, 3, 1, 2).float()
+            where = grid[:, :, :, l]
+            weight = case.points[..., l, 2, :].softmax(-1) * open_keys(case.mask_maps[l], where)
             if per_key:
                 total = 0.0
                 for k in range(K):
@@ -108,7 +111,7 @@ def by_grid_sample(per_key: bool) -> Callable[[Case], Tensor]:
                 sampled = F.grid_sample(value, where.flatten(2, 3), align_corners=False)
                 total = (sampled.unflatten(3, (W, K)) * weight.unsqueeze(1)).sum(-1)
             sums.append(total.permute(0, 2, 3, 1))
-        return torch.stack(sums, 3)
+        return torch.stack(sums, 3).to(case.features[0].dtype)
 
     return run
 

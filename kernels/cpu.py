@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kernels.cache import cache_directory, is_writable
+
 SOURCE = Path(__file__).with_name("cpu.cpp")
 HEADERS = [SOURCE.with_name(name) for name in ("plan.h", "vectors.h")]
 # Neither flag changes what NaN and infinity do; both let the compiler vectorise.
@@ -231,26 +233,6 @@ def cached(command: list[str], key: str) -> ctypes.CDLL:
         if keep:
             path = path.rename(directory / f"cpu-{key}-{digest(path)}.so")
         return ctypes.CDLL(str(path))  # once loaded it needs no file
-
-
-def is_writable(directory: Path) -> bool:
-    """Whether files can be made in the directory, which is created if need be."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            return True
-    except OSError:
-        return False
-
-
-def cache_directory() -> Path:
-    """$ACLA_CACHE, else the user's cache directory."""
-    if os.environ.get("ACLA_CACHE"):
-        return Path(os.environ["ACLA_CACHE"])
-    if os.environ.get("XDG_CACHE_HOME"):
-        return Path(os.environ["XDG_CACHE_HOME"], "acla")
-    home = os.path.expanduser("~")
-    return Path(os.devnull if home == "~" else home, ".cache", "acla")  # no home: nothing is kept
 
 
 def digest(path: Path) -> str:

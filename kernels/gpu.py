@@ -7,14 +7,19 @@ masks and gates by arithmetic → scatter of the open keys. The plan is not kept
 but made again: it is larger than what it is made of.
 """
 
+import functools
 import importlib.util
 import os
+import subprocess
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
+OLDEST = (7, 0)  # compute capability, of NVIDIA's GPUs
+# What Triton raises for want of a compiler, of Python's headers, of a driver, of a place to write.
+UNREACHABLE = (RuntimeError, OSError, ImportError, AssertionError, subprocess.SubprocessError)
 
 
 def why_not_triton(points: Tensor, features: Sequence[Tensor] = ()) -> str | None:
@@ -27,6 +32,24 @@ def why_not_triton(points: Tensor, features: Sequence[Tensor] = ()) -> str | Non
     for tensor in (points, *features):
         if tensor.dtype not in TYPES:
             return f"triton computes in float32, fp16 and bf16, not in {tensor.dtype}"
+    return None if points.device.type == "cpu" else why_not_on(points.device)
+
+
+@functools.cache
+def why_not_on(device: torch.device) -> str | None:
+    """None where Triton can launch kernels on this GPU, else the reason why it cannot. Tried once
+    per process and GPU."""
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and capability < OLDEST:
+        found, oldest = (".".join(map(str, version)) for version in (capability, OLDEST))
+        return f"{device} has compute capability {found}, triton needs {oldest}"
+    try:
+        from triton.runtime import driver
+
+        _ = driver.active.utils  # C code that talks to the GPU, compiled at its first use
+    except UNREACHABLE as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"triton needs a C compiler and Python.h to reach {device}: {first}"
     return None
 
 

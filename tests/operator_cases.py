@@ -3,8 +3,10 @@
 B batch · L referred layers · K sampled keys per layer and query · H,W grid · C channels
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -118,6 +120,47 @@ def make(
             normal(B, H, W, L),
             normal(B, L),
         ],
+    )
+
+
+def gate_terms(inputs: Inputs) -> float:
+    """The sum of the magnitudes of what adds up to a gate's gradient, the largest of all layers."""
+    L = len(inputs.features)
+    opened = replace(inputs, gates=torch.ones(L)).to(torch.float64)
+    with torch.no_grad():
+        results = opened.attend("reference")
+    terms = torch.zeros(L, dtype=torch.float64)
+    for result, sent in zip(results[:2], inputs.cotangents[:2], strict=True):
+        if sent is not None:
+            terms += (result * sent).abs().movedim(3, 0).flatten(1).sum(1)
+    return terms.max().item()
+
+
+IMAGES_APART, ROWS_APART = 1 << 32, 1 << 30  # elements: more than 32 bits count
+FAR = IMAGES_APART + 4 * ROWS_APART  # for two images of four rows, border included
+
+
+def sparse_memory(path: Path) -> Tensor:
+    """float32 [FAR] in a file of which only those pages take place that are written."""
+    return torch.from_numpy(np.memmap(path, np.float32, "w+", shape=(FAR,)))
+
+
+def far_apart(inputs: Inputs, memory: Tensor) -> Inputs:
+    """Inputs whose features, mask maps and points lie in this memory [FAR], far apart."""
+    free = 0
+
+    def place(tensor: Tensor) -> Tensor:
+        nonlocal free
+        inner = torch.empty(tensor.shape[2:], device="meta").stride()
+        view = memory.as_strided(tensor.shape, (IMAGES_APART, ROWS_APART, *inner), free)
+        free += tensor[0, 0].numel()
+        return view.copy_(tensor.detach())
+
+    return replace(
+        inputs,
+        features=[place(f) for f in inputs.features],
+        mask_maps=[place(m) for m in inputs.mask_maps],
+        points=place(inputs.points),
     )
 
 

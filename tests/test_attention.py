@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from acla.attention import CrossLayerAttention, rings
+from acla import attention
+from acla.attention import CrossLayerAttention, pointwise, rings
 from kernels import binary_gate, logistic_noise, to_rows
 
 
@@ -122,6 +123,43 @@ def test_without_gradients_h_is_folded_into_g():
         folded, folded_kept = module(maps[2], rows)
     torch.testing.assert_close(folded, z.detach())
     assert torch.equal(folded_kept, kept)
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says it lies on a GPU."""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda")
+
+
+def test_on_gpus_a_pointwise_convolution_is_one_but_in_full_a_product(monkeypatch):
+    rows, weight, bias = torch.randn(2, 5, 4, 6), torch.randn(3, 6), torch.randn(3)
+    expected, taken = F.linear(rows, weight, bias), []
+    for name in ("conv2d", "linear"):
+        function = getattr(F, name)
+        noted = lambda *args, n=name, f=function: taken.append(n) or f(*args)  # noqa: E731
+        monkeypatch.setattr(F, name, noted)
+    for full in (False, True):
+        found = pointwise(rows.as_subclass(OnGpu), weight, bias, full=full)
+        torch.testing.assert_close(found.as_subclass(torch.Tensor), expected)
+    assert taken == ["conv2d", "linear"]
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_only_the_points_are_computed_in_full(monkeypatch, learns):
+    module = random_module(4, 2, 3, masked=True)
+    maps = [torch.randn(1, 4, 5, 6, dtype=torch.float64) for _ in range(2)]
+    full = []
+
+    def noted(rows, weight, bias=None, **options):
+        full.append((weight is module.points.weight, options.get("full", False)))
+        return pointwise(rows, weight, bias, **options)
+
+    monkeypatch.setattr(attention, "pointwise", noted)
+    with torch.set_grad_enabled(learns):
+        module(maps[1], [to_rows(m) for m in maps])
+    assert sorted(full) == [(False, False)] * (4 if learns else 3) + [(True, True)]
 
 
 def test_selected_layers_give_what_shut_gates_give():

@@ -139,6 +139,32 @@ def test_without_a_gpu_it_explains_itself(capsys):
     assert "There is no GPU" in capsys.readouterr().err
 
 
+@pytest.fixture
+def no_home(monkeypatch):
+    """As in a container whose user is a bare number."""
+    for name in ("ACLA_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def nobody(number):
+        raise KeyError(number)
+
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+
+
+def test_without_a_home_the_kernels_run_with_other_choices(no_home, calls):
+    key = autotune.call_key(calls[0])
+    assert autotune.choose("GPU", calls[0].name, key) == autotune.CONFIGS[calls[0].name][0]
+    autotune.choose.cache_clear()
+    autotune.save_choices(autotune.REPOSITORY_COPY, "GPU", {key: [16, 0, 2]})
+    assert autotune.choose("GPU", calls[0].name, key) == (16, 0, 2)
+
+
+def test_where_nothing_can_be_saved_nothing_is_tuned(no_home, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert autotune.main([]) == 2
+    assert "cannot be written; name a file with --out" in capsys.readouterr().err
+
+
 def test_show_needs_no_gpu():
     command = [sys.executable, "-m", "kernels.autotune", "--show"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -8,6 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import kernels
+from acla.attention import CrossLayerAttention
+from acla.backbone import Backbone
+from acla.config import ModelConfig
 from kernels import bench, timing
 
 TINY = ["--sizes", "1x6x5x8", "--seconds", "0"]
@@ -55,6 +59,13 @@ def test_a_wrong_contender_is_never_timed(capsys, spoil):
         bench.right_ones({"torch": wrong}, case)
 
 
+@pytest.mark.parametrize("per_key", [False, True], ids=["per-layer", "per-key"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_grid_sample_is_right_on_wide_features_of_sixteen_bits(dtype, per_key):
+    case = bench.make_case((1, 5, 4, 256), 0.5, dtype, "cpu")
+    assert bench.what_is_wrong(bench.by_grid_sample(per_key), case) is None
+
+
 @pytest.mark.parametrize("keep", [1.0, 0.5, 0.25])
 def test_masks_keep_about_what_is_asked(keep):
     case = bench.make_case((2, 24, 24, 2), keep, torch.float32, "cpu")
@@ -93,6 +104,34 @@ def test_rows_that_could_not_be_written_are_told_of_first(monkeypatch, tmp_path,
         bench.main([*TINY, "--json", str(tmp_path / "none" / "rows.jsonl")])
     assert stopped.value.code == 2
     assert "there is no folder" in capsys.readouterr().err
+
+
+def test_what_is_measured_outlives_a_later_failure(monkeypatch, tmp_path):
+    made, sizes, path = bench.make_case, "1x6x5x8,1x7x5x8", tmp_path / "rows.jsonl"
+
+    def make_case(size, *others):
+        if size[1] == 7:
+            raise MemoryError
+        return made(size, *others)
+
+    monkeypatch.setattr(bench, "make_case", make_case)
+    with pytest.raises(MemoryError):
+        bench.main([*TINY, "--only", "operator", "--sizes", sizes, "--json", str(path)])
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {row["H"] for row in rows} == {6}
+    assert [row["pass"] for row in rows[-6:]] == ["forward"] * 3 + ["both"] * 3  # all of that size
+
+
+def test_rows_replace_the_file_when_there_are_any(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("old\n")
+    assert bench.written([], str(path)) == []
+    assert path.read_text() == "old\n"
+    assert bench.written(iter([{"a": 1}, {"a": 2}]), str(path)) == [{"a": 1}, {"a": 2}]
+    text = path.read_text()
+    assert [json.loads(line)["a"] for line in text.splitlines()] == [1, 2]
+    bench.written([{"a": 1}, {"a": 2}], "-")
+    assert capsys.readouterr().out == text
 
 
 def test_a_device_that_is_not_there_is_refused(capsys):
@@ -180,7 +219,7 @@ def gpu_rows(monkeypatch, run):
     FakeCuda(monkeypatch)
     monkeypatch.setattr(bench, "paired", paired)
     monkeypatch.setattr(bench, "peak_mb", lambda *_: 1.0)
-    return run(argparse.Namespace(device="cuda", dtype="bfloat16", seconds=0.0))
+    return list(run(argparse.Namespace(device="cuda", dtype="bfloat16", seconds=0.0)))
 
 
 def test_operator_rows_of_a_gpu_tell_the_work_and_the_share_of_the_floor(monkeypatch):
@@ -216,17 +255,40 @@ def test_networks_run_on_a_gpu_piece_by_piece_and_as_graphs(monkeypatch):
     assert {row["dtype"] for row in rows} == {"float32"}
 
 
+def attending_network():
+    """A network whose output depends on its attention, which adds nothing when it is fresh."""
+    config = ModelConfig(blocks=3, width=16, channels=1, attention="acla", positions=(1, 3), keys=4)
+    torch.manual_seed(0)
+    net = Backbone(config).eval()
+    torch.nn.init.normal_(net.tail[-1].weight, std=0.1)
+    for module in net.modules():
+        if isinstance(module, CrossLayerAttention):
+            for layer in (module.points, module.output):
+                torch.nn.init.normal_(layer.weight, std=0.3)
+    return net
+
+
+@pytest.mark.parametrize("spoiled", ["aggregate", "coverage"])
+def test_the_network_that_is_replayed_depends_on_the_operator(monkeypatch, spoiled):
+    net, picture = attending_network(), torch.rand(1, 1, 13, 10)
+    expected = bench.without_gradients(net, picture)
+
+    def garbage(*args, **options):
+        out = kernels.attend(*args, **options)
+        return out._replace(**{spoiled: torch.zeros_like(getattr(out, spoiled))})
+
+    monkeypatch.setattr("acla.attention.attend", garbage)
+    change = (bench.without_gradients(net, picture) - expected).abs().max()
+    assert change > 0.01 * expected.abs().max()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_replayed_network_gives_what_the_network_gives():
-    from acla.backbone import Backbone
-    from acla.config import ModelConfig
-
-    config = ModelConfig(blocks=3, width=16, channels=1, attention="acla", positions=(1, 3), keys=4)
-    net = Backbone(config).eval().cuda()
-    picture = torch.rand(1, 1, 13, 10, device="cuda")
-    with torch.no_grad():
-        torch.nn.init.normal_(net.tail[-1].weight, std=0.1)
-        expected = net(picture)
+    net = attending_network().cuda()
+    picture, other = torch.rand(2, 1, 1, 13, 10, device="cuda")
+    expected = [bench.without_gradients(net, p.clone()) for p in (other, picture)]
+    first = picture.clone()
     run = timing.replay(lambda: bench.without_gradients(net, picture))
-    for _ in range(2):
-        torch.testing.assert_close(run(), expected)
+    for given, right in zip((other, first), expected, strict=True):
+        picture.copy_(given)
+        torch.testing.assert_close(run(), right)

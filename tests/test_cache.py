@@ -10,7 +10,7 @@ import pytest
 import torch
 from operator_cases import make
 
-from kernels import attend, available_backends, bags, cpu, ops
+from kernels import attend, available_backends, bags, cache, cpu, ops
 
 ROOT = Path(__file__).parents[1]
 POINTS = torch.zeros(1, 1, 1, 1, 3, 1)
@@ -130,6 +130,31 @@ def test_a_half_written_library_is_made_again(compiler):
 def test_a_cache_that_cannot_be_written_is_done_without(compiler, tmp_path):
     (tmp_path / "file").touch()
     compiler(cache=tmp_path / "file" / "cache")
+    assert runs_in_cpp()
+    assert compiler.runs() == 1
+
+
+def test_the_users_cache_is_where_the_environment_says(monkeypatch):
+    monkeypatch.setenv("ACLA_CACHE", "/a")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    monkeypatch.setenv("HOME", "/h")
+    assert cache.cache_directory() == Path("/a")
+    monkeypatch.delenv("ACLA_CACHE")
+    assert cache.cache_directory() == Path("/x/acla")
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert cache.cache_directory() == Path("/h/.cache/acla")
+
+
+def test_a_user_without_a_home_keeps_nothing(compiler, monkeypatch):
+    compiler()
+    for name in ("ACLA_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def nobody(number):
+        raise KeyError(number)
+
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    assert not cache.is_writable(cache.cache_directory())
     assert runs_in_cpp()
     assert compiler.runs() == 1
 

@@ -3,18 +3,19 @@
 B batch · L referred layers · K sampled keys per layer and query · H,W grid · C channels
 """
 
-import dataclasses
 import math
+import platform
+import shutil
 
 import operator_cases
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from operator_cases import Inputs, make, make_clear
+from operator_cases import Inputs, far_apart, gate_terms, make, make_clear, sparse_memory
 from torch import Tensor
 
-from kernels import attend, bags, logistic_noise, ops
+from kernels import attend, bags, cpu, logistic_noise, ops
 
 BACKENDS = ["cpp", "torch"]
 TYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -51,15 +52,6 @@ def judge(backend: str, inputs: Inputs, dtype: torch.dtype) -> None:
         largest = gate_terms(inputs) if name == "∂gates" else value.abs().max().item()
         allowed = error(peer[name], value) + 8 * eps * largest
         assert error(found[name], value) <= allowed, name
-
-
-def gate_terms(inputs: Inputs) -> float:
-    """The sum of the magnitudes of what adds up to a gate's gradient, the largest of all layers."""
-    opened = dataclasses.replace(inputs, gates=torch.ones(len(inputs.features)))
-    with torch.no_grad():
-        sent = opened.to(torch.float64).attend("reference")[:2]
-    aggregate, coverage = ((s * c).abs() for s, c in zip(sent, inputs.cotangents[:2], strict=True))
-    return (aggregate.sum((0, 1, 2, 4)) + coverage.sum((0, 1, 2))).max().item()
 
 
 # ---- against the reference
@@ -168,6 +160,26 @@ def test_noise_is_the_reference_s(backend):
         assert (attend(rows, points, maps, seeds=seeds, backend=backend).kept == kept).all()
 
 
+@pytest.fixture
+def narrow_vectors(tmp_path, monkeypatch):
+    """The C++ kernel compiled, into a cache of its own, for a processor without AVX-512."""
+    if platform.machine() not in ("x86_64", "AMD64") or not shutil.which("g++"):
+        pytest.skip("this is about g++ on x86-64")
+    monkeypatch.setenv("CXX", "g++ -mno-avx512f")
+    monkeypatch.setenv("ACLA_CACHE", str(tmp_path))
+    cpu.library.cache_clear()
+    assert not isinstance(cpu.library(), str), cpu.library()
+    yield
+    monkeypatch.undo()
+    cpu.library.cache_clear()
+
+
+def test_other_processors_vectors_are_right_too(narrow_vectors):
+    for size in ((2, 9, 17, 2, 3, 19), (1, 3, 2, 3, 17, 5), (1, 3, 5, 1, 4, 300)):
+        for dtype in TYPES:
+            judge("cpp", make_clear(size, gates=[1.0] * size[3], seeds=True), dtype)
+
+
 # ---- layouts, subsets, work left out
 
 
@@ -180,6 +192,14 @@ def test_views_give_the_bits_of_contiguous_tensors(backend):
     assert inputs.mask_maps[0].stride(-1) != 1
     inputs.points = inputs.points.permute(5, 4, 3, 2, 1, 0).contiguous().permute(5, 4, 3, 2, 1, 0)
     for name, value in inputs.run(backend).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_what_lies_far_apart_gives_the_bits_of_what_is_near(backend, tmp_path):
+    inputs = make_clear((2, 2, 3, 2, 3, 20), seeds=True).to(torch.float32)
+    expected = inputs.run(backend)
+    far = far_apart(inputs, sparse_memory(tmp_path / "memory"))
+    for name, value in far.run(backend).items():
         assert torch.equal(value, expected[name]), name
 
 

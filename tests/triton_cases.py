@@ -96,6 +96,17 @@ def scatter_in_memory(inputs: Inputs) -> None:
     inputs.seeds = torch.stack([inputs.seeds, inputs.seeds + 1], 1)[:, 0]
 
 
+def off_sixteen_bytes(inputs: Inputs) -> None:
+    """Rows that are whole multiples of 16 bytes apart, and all start off one."""
+
+    def shift(tensor: torch.Tensor) -> torch.Tensor:
+        C = tensor.shape[-1]
+        wide = torch.full((*tensor.shape[:-1], 2 * C), torch.nan, dtype=tensor.dtype)
+        return wide[..., 1 : C + 1].copy_(tensor)
+
+    inputs.features = [shift(f) for f in inputs.features]
+
+
 def steep(inputs: Inputs) -> None:
     """Logits so far apart that one key has all the weight, and exponentials of most are 0."""
     inputs.points[..., 2, :] *= 200
@@ -148,6 +159,7 @@ CASES = {
     "only-coverage-sent": Case(1, 2, 3, 4, 5, 8, gates=(0, 1), sent=("coverage",)),
     "only-kept-sent": Case(1, 2, 3, 4, 5, 8, gates=(0, 1), sent=("kept",)),
     "own-addresses-and-gaps": Case(2, 3, 3, 4, 5, 8, gates=(1, 0, 2), change=scatter_in_memory),
+    "rows-off-sixteen-bytes": Case(1, 1, 3, 3, 4, 64, change=off_sixteen_bytes),
     "channels-first-in-memory": Case(1, 2, 3, 4, 5, 8, change=channels_first),
     "bf16": Case(1, 2, 5, 6, 7, 16, dtype=bf16, gates=(1, 1)),
     "fp16": Case(1, 2, 5, 6, 7, 16, dtype=fp16),

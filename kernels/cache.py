@@ -1,0 +1,26 @@
+"""The folder that keeps what is made once: the compiled C++ kernel, and tile sizes per GPU."""
+
+import os
+import tempfile
+from pathlib import Path
+
+
+def cache_directory() -> Path:
+    """$ACLA_CACHE, else `acla` in the user's cache directory; a place where nothing can be kept if
+    the user has no home. The folder need not exist."""
+    if os.environ.get("ACLA_CACHE"):
+        return Path(os.environ["ACLA_CACHE"])
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"], "acla")
+    home = os.path.expanduser("~")
+    return Path(os.devnull if home == "~" else home, ".cache", "acla")
+
+
+def is_writable(directory: Path) -> bool:
+    """Whether files can be made in the directory, which is created if need be."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            return True
+    except OSError:
+        return False
