@@ -4,78 +4,18 @@ each picture gains."""
 
 import argparse
 import dataclasses
-import hashlib
-import itertools
 import json
 import operator
 import statistics
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from acla import cli
-from acla.checkpoint import load_model
-from acla.config import ModelConfig
 from acla.errors import AclaError
 from acla.networks import describe
-from acla.scores import name_column, protocol_lines, read_results
+from acla.runs import SCORES, Run, read_kept, read_run
 
-MODEL, SCORES = "model.safetensors", "scores.json"
-NOT_SHOWN = {"seed", "epoch_steps", "validate"}  # decide nothing about the network, or are a run's
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run that was trained and scored. how: every field of its configurations but the seed's, and
-    how it was scored; psnr: {set and setting: dB}, pictures: {set and setting: {file name: dB}};
-    seconds: of training, per step, validation included; protocol: how it was scored, as lines."""
-
-    folder: Path
-    model: ModelConfig
-    how: dict[str, Any]
-    seed: int
-    seconds: float
-    psnr: dict[str, float]
-    pictures: dict[str, dict[str, float]]
-    protocol: str
-
-
-def read_run(folder: Path) -> Run:
-    """A folder of train.py in which evaluate.py --json wrote scores.json. Raises AclaError."""
-    if not (folder / SCORES).is_file():
-        raise AclaError(
-            f"{folder} holds no {SCORES}: python evaluate.py --dataset NAME --checkpoint "
-            f"{folder / MODEL} --json {folder / SCORES}"
-        )
-    found = load_model(folder / MODEL)
-    try:
-        training, done = found.info["train"], found.info["step"]
-        begun = found.info.get("begun_with")
-        how = {**dataclasses.asdict(found.task), **dataclasses.asdict(found.config), **training}
-        begun = begun and f"{begun['file']} {begun['sha256'][:8]}"
-        how |= {"begun_with": begun, "pictures": found.info["data"]["train"]}
-        seed, seconds = training["seed"], found.info["seconds"] / done
-    except (KeyError, TypeError) as error:
-        raise AclaError(f"{folder / MODEL}: train.py did not write it: no {error}") from error
-    how = {name: value for name, value in how.items() if name not in NOT_SHOWN}
-    digest = hashlib.sha256((folder / MODEL).read_bytes()).hexdigest()
-    psnr, pictures, results = {}, {}, read_results(folder / SCORES)
-    for result in results:
-        scored = Path(result["model"].get("checkpoint", ""))
-        if (scored.parent.name, scored.name) != (folder.resolve().name, MODEL):
-            raise AclaError(f"{folder / SCORES}: the scores of {scored}, not of {folder / MODEL}")
-        if result["model"].get("sha256", digest) != digest:
-            raise AclaError(
-                f"{folder / SCORES}: {folder / MODEL} was written anew since: score it again"
-            )
-        how |= {name: result["model"].get(name) for name in ("tile", "ensemble")}
-        column = name_column(result)
-        psnr[column] = result["mean"]["psnr"]
-        pictures[column] = {image["name"]: image["psnr"] for image in result["images"]}
-    if None in itertools.chain(psnr.values(), *(p.values() for p in pictures.values())):
-        raise AclaError(f"{folder / SCORES}: a picture is restored exactly, PSNR has no mean")
-    protocol = protocol_lines(results)
-    return Run(folder, found.config, how, seed, seconds, psnr, pictures, protocol)
+OF_MODULES = ("keys", "ring", "open_logit", "offset_rate", "mask_temperature")
 
 
 def by_seed(runs: list[Run]) -> list[list[Run]]:
@@ -112,7 +52,7 @@ def name_group(group: list[Run], varying: set[str]) -> str:
     how = group[0].how
     shown = {name: how[name] for name in how if name in varying}
     if how["attention"] == "none":  # the rest says how its modules would have begun
-        shown = {name: v for name, v in shown.items() if name not in ("keys", "ring", "open_logit")}
+        shown = {name: v for name, v in shown.items() if name not in OF_MODULES}
     return ", ".join(f"{name} {show(value)}" for name, value in shown.items()) or "all"
 
 
@@ -192,25 +132,36 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         nargs="+",
         type=Path,
         metavar="RUN",
-        help=f"a folder of train.py, with evaluate.py's --json RUN/{SCORES}; gains are over the "
-        "first one's row",
+        help=f"a folder of train.py, with evaluate.py's --json RUN/{SCORES}, or a file of runs that "
+        "--json kept; gains are over the first one's row",
     )
     parser.add_argument(
         "--pictures",
         action="store_true",
         help="a second table: the gain of every picture, the best of the last row first",
     )
+    parser.add_argument(
+        "--json", metavar="FILE|-", help="keep the runs' figures there; - is standard output"
+    )
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    groups = by_seed([read_run(folder) for folder in args.runs])
+    cli.check_json(args.json)
+    runs = [
+        run
+        for path in args.runs
+        for run in (read_kept(path) if path.is_file() else [read_run(path)])
+    ]
+    groups = by_seed(runs)
     require_same_pictures(groups)
-    cli.say(markdown(groups))
+    told = [markdown(groups)]
     if args.pictures:
-        cli.say("\n" + markdown_of_pictures(groups))
-    cli.say("\n" + "\n".join(dict.fromkeys(run.protocol for group in groups for run in group)))
+        told.append(markdown_of_pictures(groups))
+    told.append("\n".join(dict.fromkeys(run.protocol for run in runs)))
+    kept = {"runs": [dataclasses.asdict(run) for run in runs]}
+    cli.publish("\n\n".join(told), kept, args.json)
 
 
 if __name__ == "__main__":

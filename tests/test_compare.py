@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 
 import pytest
 
@@ -136,6 +137,31 @@ def test_scores_of_tiles_are_no_others(capsys, write):
     runs = write("a", 0, 29.0), write("b", 1, 29.5), write("c", 1, 29.4, tile=48)
     rows = table(capsys, *runs)[2:]
     assert [row[:2] for row in rows] == [["tile None", "2"], ["tile 48", "1"]]
+
+
+def test_runs_are_kept_in_a_file_that_is_read_again(capsys, write, tmp_path):
+    pictures = {"x": 28.0, "y": 30.0}
+    runs = [
+        write("a0", 0, 29.0, pictures=pictures),
+        write("a1", 1, 29.2, pictures=pictures),
+        write("b0", 0, 29.1, pictures=pictures, attention="acla", keys=3, positions=(1, 2)),
+    ]
+    file = str(tmp_path / "kept.json")
+    rows = table(capsys, *runs, "--pictures", "--json", file)
+    for folder in ("a0", "a1", "b0"):
+        shutil.rmtree(tmp_path / folder)
+    assert table(capsys, file, "--pictures") == rows
+    more = write("c0", 0, 29.3, pictures=pictures, width=8)
+    assert len(table(capsys, file, more)) == len(table(capsys, file)) + 1
+    with pytest.raises(AclaError, match="are the same run"):
+        compare.main([file, file])
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"runs": [1]}', '{"runs": [{"model": {}}]}', "\x00"])
+def test_a_file_of_anything_else_is_refused(tmp_path, text):
+    (tmp_path / "kept.json").write_text(text)
+    with pytest.raises(AclaError, match="not a file of acla"):
+        compare.main([str(tmp_path / "kept.json")])
 
 
 def test_scores_of_an_older_network_are_refused(capsys, write, tmp_path):

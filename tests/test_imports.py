@@ -120,7 +120,8 @@ ALLOWED = {
         "provenance",
         "restore",
     },
-    "compare": {"checkpoint", "cli", "config", "networks", "scores"},
+    "runs": {"checkpoint", "config", "scores"},
+    "compare": {"cli", "networks", "runs"},
     "selection": {"checkpoint", "cli", "config", "cost", "data", "processes", "searching"},
 }
 STANDARD_LIBRARY_ONLY = ("errors", "config", "flags", "cost", "architecture")
