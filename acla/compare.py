@@ -132,8 +132,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         nargs="+",
         type=Path,
         metavar="RUN",
-        help=f"a folder of train.py, with evaluate.py's --json RUN/{SCORES}, or a file of runs that "
-        "--json kept; gains are over the first one's row",
+        help=f"a folder of train.py, with evaluate.py's --json RUN/{SCORES}, or a file that --json "
+        "kept; gains are over the first one's row",
     )
     parser.add_argument(
         "--pictures",

@@ -1,4 +1,4 @@
-"""Runs of train.py that evaluate.py scored: from their folders, into one file, and from it again."""
+"""Runs of train.py that evaluate.py scored: from their folders, into one file and back."""
 
 import dataclasses
 import hashlib
