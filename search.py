@@ -163,6 +163,7 @@ def tell(plan: Plan, sets: Sets, processes: Processes) -> None:
         f"for the weights alone; {len(sets.weights)} pictures of {how.train_set} for the weights, "
         f"{len(sets.alpha)} for α; on {processes}"
     )
+    cli.notice(training.validation_protocol(plan.task, plan.model.channels))
 
 
 def search(

@@ -200,7 +200,7 @@ def train(
         log = training.Log(out / LOG, start, out / "tensorboard" if args.log else None)
         if not start:
             write_state(out, learner, progress)
-    cli.notice(f"{plan.task}: {describe_run(plan, data)}; on {processes}")
+    tell(plan, data, processes)
     made, begun = provenance(processes.device), time.monotonic()
     bar = cli.progress(
         range(start, how.steps), initial=start, total=how.steps, unit="step", desc="train"
@@ -276,17 +276,18 @@ def begin(learner: Learner, plan: Plan, args: argparse.Namespace) -> dict[str, s
     }
 
 
-def describe_run(plan: Plan, data: Data) -> str:
-    """The run in one line, for the notice at its start."""
+def tell(plan: Plan, data: Data, processes: Processes) -> None:
+    """What is about to happen, in one line, and how it is judged, in another."""
     size = describe(plan.model)
     where = config.format_positions(plan.model.positions)
-    return (
-        f"{plan.model.backbone} of {plan.model.blocks} blocks × {plan.model.width}, "
+    cli.notice(
+        f"{plan.task}: {plan.model.backbone} of {plan.model.blocks} blocks × {plan.model.width}, "
         f"{plan.model.attention} at {where} ({size['params']:,} parameters); "
         f"{plan.train.steps} steps of {plan.train.batch} patches of {plan.train.patch}² from "
         f"{len(data.sampler.pictures)} pictures of {plan.train.train_set}, "
-        f"{len(data.validation)} for validation"
+        f"{len(data.validation)} for validation; on {processes}"
     )
+    cli.notice(training.validation_protocol(plan.task, plan.model.channels))
 
 
 if __name__ == "__main__":

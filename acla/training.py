@@ -29,7 +29,7 @@ from acla.degrade import generator_for, pair
 from acla.errors import NOT_VALID, AclaError, CheckpointError, DataError, UsageError
 from acla.flags import names_no_setting, override, override_length, task_from_flags
 from acla.image import from_levels
-from acla.protocol import score
+from acla.protocol import line, score
 from acla.restore import restore
 
 VALIDATION_SIDE = 256  # pixels
@@ -74,10 +74,10 @@ def drop_rows_after(path: Path, step: int) -> None:
     """Take back the rows that an interrupted run logged after its last checkpoint, and a row it
     wrote in part."""
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         with contextlib.suppress(json.JSONDecodeError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+            if json.loads(text)["step"] <= step:
+                kept.append(text + "\n")
     write_atomically(path, "".join(kept).encode())
 
 
@@ -325,6 +325,12 @@ def validation_set(paths: Sequence[Path], task: Task, channels: int) -> Pictures
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
     return pictures
+
+
+def validation_protocol(task: Task, channels: int) -> str:
+    """What the PSNR of a validation is, in one line."""
+    side = f"the middle of each picture, at most {VALIDATION_SIDE} × {VALIDATION_SIDE} pixels"
+    return f"validation: {side}; {line(task, channels=channels)}"
 
 
 def validation_pair(

@@ -216,7 +216,9 @@ def test_unknown_backends_are_refused(monkeypatch):
 
 def test_pictures_that_are_not_used_are_told_of(capsys):
     train.main([*SMALL, *SHORT, "--data", "somewhere"])
-    assert "--train-set NAME takes a set of somewhere" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "--train-set NAME takes a set of somewhere" in err
+    assert "validation: the middle of each picture, at most 256 × 256 pixels; car q10: Y" in err
 
 
 def test_a_resumed_run_goes_on_as_it_was_begun():
