@@ -157,6 +157,15 @@ def test_flags_override_the_preset_and_nothing_else():
     assert (length.amp, length.ema, length.batch) == (True, False, 4)
 
 
+def test_offsets_learn_at_ten_times_the_rate_where_training_is_short():
+    assert {p: config.train_preset(p).offset_rate for p in config.PRESETS} == {
+        "paper": 1,
+        "small": 10,
+        "tiny": 10,
+    }
+    assert config.train_preset("paper") == TrainConfig()
+
+
 def test_epochs_are_another_way_to_say_steps():
     length = flags.override_length(config.train_preset("tiny"), parse("--epochs", "3"))
     assert length.steps == 3 * length.epoch_steps
