@@ -51,12 +51,14 @@ def name_group(group: list[Run], varying: set[str]) -> str:
     """What a group has that not all groups have: attention acla, ring 6."""
     how = group[0].how
     shown = {name: how[name] for name in how if name in varying}
-    if how["attention"] == "none":  # the rest says how its modules would have begun
+    if not how["keys"]:  # the rest says how modules that sample any would have begun
         shown = {name: v for name, v in shown.items() if name not in OF_MODULES}
     return ", ".join(f"{name} {show(value)}" for name, value in shown.items()) or "all"
 
 
 def show(value: Any) -> str:
+    if value is None:
+        return "–"
     if isinstance(value, (list, tuple)):
         return " ".join(map(str, value)) or "–"
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -136,7 +136,7 @@ def test_runs_that_began_otherwise_are_no_seeds_of_one(capsys, write):
 def test_scores_of_tiles_are_no_others(capsys, write):
     runs = write("a", 0, 29.0), write("b", 1, 29.5), write("c", 1, 29.4, tile=48)
     rows = table(capsys, *runs)[2:]
-    assert [row[:2] for row in rows] == [["tile None", "2"], ["tile 48", "1"]]
+    assert [row[:2] for row in rows] == [["tile –", "2"], ["tile 48", "1"]]
 
 
 def test_runs_are_kept_in_a_file_that_is_read_again(capsys, write, tmp_path):
