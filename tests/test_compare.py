@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ from acla.config import ModelConfig, Task, TrainConfig
 from acla.errors import AclaError
 from acla.networks import build_network, describe
 
+RESULTS = Path(__file__).parents[1] / "results"
 SIZE = {"blocks": 2, "width": 4, "channels": 1}
 
 
@@ -219,3 +221,11 @@ def test_a_network_that_train_did_not_write_is_refused(capsys, write, tmp_path):
     with pytest.raises(SystemExit):
         run(compare.main, [folder])
     assert "train.py did not write it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("trial-*.json")), ids=lambda path: path.stem)
+def test_the_tables_of_the_trials_are_those_of_their_runs(capsys, file):
+    text = (RESULTS / "README.md").read_text(encoding="utf-8")
+    assert f"python -m acla.compare results/{file.name}\n" in text
+    compare.main([str(file)])
+    assert capsys.readouterr().out in text
