@@ -17,8 +17,8 @@ from acla.degrade import degrade, patch_offset, window
 from acla.errors import DataError, UsageError
 from acla.image import SUFFIXES, fit_channels, from_levels, load, round_8bit, to_levels
 
-# Where a set is looked for, in this order; the last ones are EDSR-PyTorch's and BasicSR's
 UNKNOWN_MEMORY = 8 * 2**30  # bytes, where the system does not tell
+# Where a set is looked for, in this order; the last ones are EDSR-PyTorch's and BasicSR's
 LAYOUTS = (
     "{name}",
     "benchmark/{name}",

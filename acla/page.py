@@ -104,12 +104,8 @@ def embedded(path: Path, root: Path) -> Picture:
 
 def to_png(seen: Photo) -> bytes:
     """The bytes of a PNG of 8 bits with the photo's alpha and ICC profile, without its EXIF."""
-    levels, alpha = (
-        ((plane.astype(np.uint32) + 128) // 257).astype(np.uint8)
-        if plane is not None and plane.dtype == np.uint16
-        else plane
-        for plane in (seen.levels, seen.alpha)
-    )
+    levels = photo.in_8_bits(seen.levels)
+    alpha = None if seen.alpha is None else photo.in_8_bits(seen.alpha)
     file = io.BytesIO()
     photo.to_pillow(levels, False, alpha).save(file, "PNG", icc_profile=seen.icc or None)
     return file.getvalue()

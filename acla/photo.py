@@ -228,6 +228,13 @@ def check_suffix(path: Path) -> None:
         raise PictureError(f"{path}: unknown suffix {path.suffix!r}; known: {known}")
 
 
+def in_8_bits(levels: np.ndarray) -> np.ndarray:
+    """Levels uint8 as they are, and uint16 rounded to uint8."""
+    if levels.dtype == np.uint8:
+        return levels
+    return ((levels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
 def save(photo: Photo, path: Path) -> None:
     """Write a photo whole or not at all, in the format that the suffix names.
 
@@ -243,7 +250,7 @@ def save(photo: Photo, path: Path) -> None:
             alpha = None
         if levels.dtype == np.uint16:
             photo.notices.append(f"{kind} holds 8 bits: the other 8 are rounded away")
-            levels = ((levels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+            levels = in_8_bits(levels)
     if levels.dtype == np.uint16 and (levels.shape[2] == 3 or alpha is not None):
         try:
             carried = photo.exif, photo.icc, photo.dpi
