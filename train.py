@@ -36,6 +36,7 @@ from acla.loader import Loader
 from acla.networks import describe
 from acla.processes import Processes, join
 from acla.provenance import provenance
+from acla.stopping import Stop
 
 SEARCHED = Path("runs/search/arch.json")
 OUT = Path("runs/train")
@@ -179,20 +180,13 @@ def train(
     progress: dict | None = None,
 ) -> None:
     """Run the plan to its end, from the start or from a state; at every validation write a row of
-    the log, the model, the best one so far, and the state."""
+    the log, the model, the best one so far, and the state; the state alone where it is stopped.
+    Raises Stopped."""
     how, out = plan.train, args.out
     processes.require_share(how.batch)
     data = prepare(plan, args, processes)
-    learner = Learner(plan.model, how, processes)
-    if progress:
-        training.require_same_data(progress, data.digests)
-        learner.unpack(tensors, progress, out / STATE)
-    else:
-        given = {name: getattr(args, name) for name in ("preset", "arch", "inherit", "init")}
-        progress = {"step": 0, "seconds": 0.0, "best": None, "flags": given, "data": data.digests}
-        progress["begun_with"] = begin(learner, plan, args)
+    learner, progress = take_up(plan, args, processes, data, tensors, progress)
     start, before = progress["step"], progress["seconds"]
-    progress["plan"] = asdict(plan)
     processes.wait()  # none may find the state that another writes
     if processes.first:
         out.mkdir(parents=True, exist_ok=True)
@@ -205,32 +199,70 @@ def train(
     bar = cli.progress(
         range(start, how.steps), initial=start, total=how.steps, unit="step", desc="train"
     )
-    for step in bar:
-        learner.step(step, data.sampler.indices, *data.loader.batch(step))
-        done = step + 1
-        if done % how.validate and done < how.steps:
-            continue
-        losses, norms = learner.met()
-        each = training.each_psnr(learner.result, data.validation, plan.task, processes.device)
-        found = training.by_set(each, data.val_sets)
-        psnr = found["val_psnr"]
-        kept = f"{out / STATE} of step {progress['step']}"
-        training.require_finite_steps(losses, psnr, done, data.sampler, kept)
-        row = {"step": done, "loss": sum(losses) / len(losses), "rate": learner.rate(step)}
-        row |= {"norm": sum(norms) / len(norms)} if norms else {}
-        row |= found | {"seconds": round(before + time.monotonic() - begun, 2)}
-        bar.set_postfix(refresh=False, loss=f"{row['loss']:.3f}", psnr=f"{psnr:.2f}")
-        better = progress["best"] is None or psnr > progress["best"]["val_psnr"]
-        best = {"step": done, "val_psnr": psnr} if better else progress["best"]
-        progress |= row | {"best": best}
-        if processes.first:
-            log.add(row)
-            info = {"train": asdict(how), "data": data.digests, **made, **row}
-            info["begun_with"] = progress.get("begun_with")
-            write(out, learner, plan, progress, info, better)
+    with Stop(processes.world == 1) as stop:
+        for step in bar:
+            learner.step(step, data.sampler.indices, *data.loader.batch(step))
+            done, asked = step + 1, stop.asked is not None
+            row_ends = done % how.validate == 0 or done == how.steps
+            if not (row_ends or asked):
+                continue
+            seconds = round(before + time.monotonic() - begun, 2)
+            kept = f"{out / STATE} of step {progress['step']}"
+            if row_ends:
+                row = row_of(learner, plan, data, done, kept) | {"seconds": seconds}
+                shown = {"loss": f"{row['loss']:.3f}", "psnr": f"{row['val_psnr']:.2f}"}
+                bar.set_postfix(shown, refresh=False)
+                better = progress["best"] is None or row["val_psnr"] > progress["best"]["val_psnr"]
+                best = {name: row[name] for name in ("step", "val_psnr")}
+                progress |= row | ({"best": best} if better else {})
+                if processes.first:
+                    log.add(row)
+                    info = {"train": asdict(how), "data": data.digests, **made, **row}
+                    info["begun_with"] = progress.get("begun_with")
+                    write(out, learner, plan, progress, info, better)
+            else:
+                losses = [loss.item() for loss in learner.losses]
+                training.require_finite_steps(losses, None, done, data.sampler, kept)
+                progress |= {"step": done, "seconds": seconds}
+                write_state(out, learner, progress)
+            if asked and done < how.steps:
+                raise stop.at(done, out / STATE)
     psnr, best = progress["val_psnr"], progress["best"]["step"]
     cli.say(f"{plan.task}: {psnr:.2f} dB on the validation pictures after {how.steps} steps")
     cli.say(f"written: {out / MODEL} · {out / BEST}, of step {best} · {out / LOG}")
+
+
+def take_up(
+    plan: Plan,
+    args: argparse.Namespace,
+    processes: Processes,
+    data: Data,
+    tensors: dict[str, torch.Tensor] | None,
+    progress: dict | None,
+) -> tuple[Learner, dict]:
+    """The network as the run begins, or as its state left it, and the progress so far."""
+    learner = Learner(plan.model, plan.train, processes)
+    if progress:
+        training.require_same_data(progress, data.digests)
+        learner.unpack(tensors, progress, args.out / STATE)
+    else:
+        given = {name: getattr(args, name) for name in ("preset", "arch", "inherit", "init")}
+        progress = {"step": 0, "seconds": 0.0, "best": None, "flags": given, "data": data.digests}
+        progress["begun_with"] = begin(learner, plan, args)
+    return learner, progress | {"plan": asdict(plan)}
+
+
+def row_of(
+    learner: Learner, plan: Plan, data: Data, done: int, kept: str
+) -> dict[str, int | float]:
+    """The row of the log after `done` steps, but for their time: what they met, and the validation.
+    Raises AclaError, which names `kept`, where one of them diverged."""
+    losses, norms = learner.met()
+    each = training.each_psnr(learner.result, data.validation, plan.task, learner.device)
+    found = training.by_set(each, data.val_sets)
+    training.require_finite_steps(losses, found["val_psnr"], done, data.sampler, kept)
+    row = {"step": done, "loss": sum(losses) / len(losses), "rate": learner.rate(done - 1)}
+    return row | ({"norm": sum(norms) / len(norms)} if norms else {}) | found
 
 
 def write(

@@ -178,18 +178,27 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def require_progress(progress: Any) -> None:
     """Refuse what neither train.py nor search.py writes as its progress. Raises ValueError."""
-    kinds, noted = {"step": int, "seconds": float, "plan": dict, "data": dict}, ""
+    kinds, noted = {"step": int, "seconds": float, "plan": dict, "data": dict}, r"seen|count"
     require_types("the progress", progress, kinds)
     if progress["step"] < 0:
         raise ValueError(f"step must be 0 or more, not {progress['step']}")
+    for name in ("losses", "norms", "seen"):  # of the steps since the last row of the log
+        met = progress.get(name, [])
+        if type(met) is not list or any(type(value) is not float for value in met):
+            raise ValueError(f"{name} must be a list of numbers")
     if "train" in progress["plan"]:
         kinds |= {"flags": dict, "scaler": dict, "best": type(None)}
-        noted = r"begun_with|loss|rate|norm|val_psnr(_.+)?"  # the last row of the log
-        if progress["step"]:
+        noted = r"begun_with|losses|norms|loss|rate|norm|val_psnr(_.+)?"
+        validated = progress["step"] > 0 and ("val_psnr" in progress or not progress.get("losses"))
+        if validated:
             kinds |= {"best": dict, "val_psnr": float}
         require_types("the progress", progress, kinds)
-        if progress["step"]:
+        if validated:
             require_types("best", progress["best"], {"step": int, "val_psnr": float})
+    elif len(progress.get("seen", [0, 0])) != 2:
+        raise ValueError("seen must be two sums")
+    elif type(progress.get("count", 0)) is not int or progress.get("count", 0) < 0:
+        raise ValueError("count must be a number of steps, 0 or more")
     odd = [name for name in progress if name not in kinds and not re.fullmatch(noted, name)]
     if odd:
         raise ValueError(f"{odd[0]!r} is unknown")

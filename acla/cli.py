@@ -15,6 +15,7 @@ from tqdm import tqdm
 from acla.config import PRESETS
 from acla.errors import AclaError, UsageError
 from acla.flags import add_task_flags
+from acla.stopping import Stopped
 from kernels import available_backends, why_not
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -190,6 +191,9 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
             raise
         tell_error("out of memory; a smaller --batch, --patch or --tile needs less")
         sys.exit(1)
+    except Stopped as stopped:
+        notice(str(stopped))
+        sys.exit(stopped.status)
     except KeyboardInterrupt:
         notice("stopped; --resume goes on from the last checkpoint of a training or a search")
         sys.exit(130)

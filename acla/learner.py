@@ -60,7 +60,11 @@ class Learner:
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What resuming needs: tensors by name and JSON values."""
-        return training.pack(self.parts), {"scaler": self.scaler.state_dict()}
+        met = {
+            name: [value.item() for value in values]
+            for name, values in (("losses", self.losses), ("norms", self.norms))
+        }
+        return training.pack(self.parts), {"scaler": self.scaler.state_dict(), **met}
 
     def unpack(self, tensors: dict[str, Tensor], values: dict[str, Any], path: Path) -> None:
         """Take over what `pack` gave, read from `path`. Raises CheckpointError."""
@@ -69,6 +73,10 @@ class Learner:
         if given.keys() != own.keys() or not all(same_kind(given[name], own[name]) for name in own):
             raise CheckpointError(f"{path}: holds the gradient scaler of another run{ANEW}")
         self.scaler.load_state_dict(given)
+        self.losses, self.norms = (
+            [torch.tensor(value, device=self.device) for value in values.get(name, ())]
+            for name in ("losses", "norms")
+        )
 
     @property
     def result(self) -> Backbone:

@@ -20,6 +20,7 @@ from acla.gate import draw_gates, expected_gates
 from acla.loader import Loader
 from acla.processes import Processes, means
 from acla.provenance import provenance
+from acla.stopping import Stop
 from acla.supernet import Supernet
 
 STATE = "supernet.safetensors"
@@ -188,60 +189,75 @@ def run(
     beside it), or, where it is there already, begun from: searches that differ in λ alone share it.
 
     Raises DataError where the pictures are not those the state was made with, AclaError where the
-    loss diverges."""
+    loss diverges, and, stopped, Stopped, with the state written."""
     how, log = plan.search, out / "search.jsonl"
     search = Search(plan, sets, processes)
-    start, seconds = resume(search, sets, out / STATE, first_stage)
+    begun = resume(search, sets, out / STATE, first_stage)
+    start, count = begun["step"], begun["count"]
+    seen = torch.tensor(begun["seen"], device=processes.device)  # sums of MSE and loss
     scored = training.validation_set(sets.score or sets.alpha, plan.task, plan.model.channels)
     if processes.first:
         out.mkdir(parents=True, exist_ok=True)
         if first_stage and start and not (out / STATE).is_file():
             shutil.copyfile(first_stage.with_suffix(".jsonl"), log)
         training.drop_rows_after(log, start)
-    seen, count, begun = torch.zeros(2, device=processes.device), 0, time.monotonic()
-    bar = cli.progress(
-        range(start, how.steps), initial=start, total=how.steps, unit="step", desc="search"
-    )
-    for step in bar:
-        seen += search.step(step)
-        done, count = step + 1, count + 1
-        state = {"step": done, "plan": asdict(plan), "data": sets.digests()}
-        state["seconds"] = round(seconds + time.monotonic() - begun, 2)
-        epoch_ends = done % how.epoch_steps == 0 or done == how.steps
-        if epoch_ends:
-            mse, loss = (processes.mean(seen) / count).tolist()
+    since = time.monotonic() - begun["seconds"]
+    steps = range(start, how.steps)
+    bar = cli.progress(steps, initial=start, total=how.steps, unit="step", desc="search")
+    with Stop(processes.world == 1) as stop:
+        for step in bar:
+            seen += search.step(step)
+            done, count, asked = step + 1, count + 1, stop.asked is not None
+            epoch_ends = done % how.epoch_steps == 0 or done == how.steps
+            shared = first_stage is not None and done == how.first_stage
+            if not (epoch_ends or shared or asked):
+                continue
+            seen = processes.mean(seen)
+            mse, loss = (seen / count).tolist()
             training.require_finite(mse, done - count, done, out)
-            seen, count = seen.zero_(), 0
-            bar.set_postfix(refresh=False, mse=f"{mse:.1f}", open=len(search.net.open_positions()))
-            if processes.first:
-                row = {"epoch": -(-done // how.epoch_steps), "step": done, "mse": mse, "loss": loss}
-                row |= gate_report(search, step)
-                row |= {"val_psnr": epoch_psnr(search, scored), "seconds": state["seconds"]}
-                training.append_row(log, row)
-        if processes.first and first_stage and done == how.first_stage:
-            write_atomically(first_stage.with_suffix(".jsonl"), log.read_bytes())
-            save_state(first_stage, training.pack(search.parts), state)
-        if processes.first and epoch_ends:
-            save_state(out / STATE, training.pack(search.parts), state)
+            seconds = round(time.monotonic() - since, 2)
+            if epoch_ends:
+                shown = {"mse": f"{mse:.1f}", "open": len(search.net.open_positions())}
+                bar.set_postfix(shown, refresh=False)
+                if processes.first:
+                    row = epoch_row(search, scored, done, mse, loss) | {"seconds": seconds}
+                    training.append_row(log, row)
+                seen, count = seen.zero_(), 0
+            state = {"step": done, "plan": asdict(plan), "data": sets.digests()}
+            state |= {"seconds": seconds, "seen": seen.tolist(), "count": count}
+            if processes.first and shared:
+                write_atomically(first_stage.with_suffix(".jsonl"), log.read_bytes())
+                save_state(first_stage, training.pack(search.parts), state)
+            if processes.first and (epoch_ends or asked):
+                save_state(out / STATE, training.pack(search.parts), state)
+            if asked and done < how.steps:
+                raise stop.at(done, out / STATE)
     return derive(search, sets, scored, out, notes or {})
 
 
-def resume(search: Search, sets: Sets, *states: Path | None) -> tuple[int, float]:
-    """Take over the first of the states that is there. Returns the steps done and their seconds."""
+def resume(search: Search, sets: Sets, *states: Path | None) -> dict[str, Any]:
+    """Take over the first of the states that is there. Returns its step, seconds, and the sums and
+    the number of the steps since the last row."""
+    begun = {"step": 0, "seconds": 0.0, "seen": [0.0, 0.0], "count": 0}
     path = next((path for path in states if path and path.is_file()), None)
     if path is None:
-        return 0, 0.0
+        return begun
     tensors, progress = load_state(path)
     training.require_same_data(progress, sets.digests())
     training.unpack(search.parts, tensors, path)
-    return progress["step"], progress["seconds"]
+    return begun | progress
 
 
-def epoch_psnr(search: Search, scored: Pictures) -> float:
-    """PSNR in dB of the network derived now, on a few pictures."""
+def epoch_row(
+    search: Search, scored: Pictures, done: int, mse: float, loss: float
+) -> dict[str, Any]:
+    """The row of the log after `done` steps, but for their time: the losses, the gates, and the
+    PSNR in dB of the network derived now, on a few pictures."""
     net, task = search.net.derive(), search.plan.task
     psnr = training.each_psnr(net, scored, task, search.processes.device, SCORED)
-    return sum(psnr) / len(psnr)
+    row = {"epoch": -(-done // search.plan.search.epoch_steps), "step": done}
+    row |= {"mse": mse, "loss": loss, **gate_report(search, done - 1)}
+    return row | {"val_psnr": sum(psnr) / len(psnr)}
 
 
 def gate_report(search: Search, step: int) -> dict[str, Any]:

@@ -152,7 +152,7 @@ def resumed_plan(kind: type, progress: dict, args: argparse.Namespace, path: Pat
         if (
             changed == ["steps"]
             and isinstance(before, TrainConfig)
-            and after.steps >= progress["step"]
+            and after.steps >= progress["step"] + bool(progress.get("losses"))  # not yet validated
         ):
             plan = dataclasses.replace(plan, **{name: after})
         elif changed:
@@ -292,13 +292,14 @@ def require_finite(loss: float, first: int, last: int, folder: Path) -> None:
 
 
 def require_finite_steps(
-    losses: Sequence[float], psnr: float, done: int, sampler: PatchSampler, kept: str
+    losses: Sequence[float], psnr: float | None, done: int, sampler: PatchSampler, kept: str
 ) -> None:
     """Stop a run where the loss of one of its last steps, up to `done`, or the validation after
-    them diverged. Raises AclaError with the first such step, counted from 1, the patches that made
-    it, counted from 0 through the run, their pictures, and `kept`, the last good checkpoint."""
+    them, if there was one, diverged. Raises AclaError with the first such step, counted from 1, the
+    patches that made it, counted from 0 through the run, their pictures, and `kept`, the last good
+    checkpoint."""
     bad = [i for i, loss in enumerate(losses) if not np.isfinite(loss)]
-    if not bad and not np.isnan(psnr):
+    if not bad and (psnr is None or not np.isnan(psnr)):
         return
     step = done - len(losses) + bad[0] if bad else done - 1
     what = (

@@ -181,6 +181,10 @@ def test_a_state_s_network_is_compared_before_memory_is_taken_for_it(tmp_path):
         ({"data": []}, "data must be dict, not list"),
         ({"plan": 3}, "plan must be dict, not int"),
         ({"more": 3}, "'more' is unknown"),
+        ({"seen": [1.0]}, "seen must be two sums"),
+        ({"seen": [1.0, "2"]}, "seen must be a list of numbers"),
+        ({"seen": [1.0, 2.0], "count": -1}, "count must be a number of steps, 0 or more"),
+        ({"seen": [1.0, 2.0], "count": 0.5}, "count must be a number of steps, 0 or more"),
         ({"plan": {"train": 0}}, "the progress has no flags"),
         ({"plan": {"train": 0}, **TRAINED, "flags": []}, "flags must be dict, not list"),
         ({"plan": {"train": 0}, **TRAINED, "scaler": 1}, "scaler must be dict, not int"),
@@ -189,6 +193,9 @@ def test_a_state_s_network_is_compared_before_memory_is_taken_for_it(tmp_path):
         ({"plan": {"train": 0}, **TRAINED, "val_psnr": "inf"}, "val_psnr must be float, not str"),
         ({"plan": {"train": 0}, **TRAINED, "step": 0}, "best must be NoneType, not dict"),
         ({"plan": {"train": 0}, **TRAINED, "more": 1}, "'more' is unknown"),
+        ({"plan": {"train": 0}, **TRAINED, "losses": 1.0}, "losses must be a list of numbers"),
+        ({"plan": {"train": 0}, **TRAINED, "best": None, "losses": [1.0]}, "best must be dict"),
+        ({"plan": {"train": 0}, **TRAINED, "count": 1}, "'count' is unknown"),
     ],
 )
 def test_progress_of_another_kind_is_refused(tmp_path, change, reason):
@@ -203,8 +210,13 @@ def test_progress_of_a_training_is_read(tmp_path):
     path = tmp_path / "state.safetensors"
     row = {"loss": 1.0, "rate": 0.1, "norm": 2.0, "val_psnr_Set5": 29.0, "begun_with": None}
     begun = {"step": 0, "best": None}
-    for change in ({}, begun):
+    stopped = {"losses": [1.0], "norms": [2.0]}
+    for change in ({}, begun, stopped):
         progress = {**RUN, "plan": {"train": {}}, **TRAINED, **row, **change}
+        save_state(path, {}, progress)
+        assert load_state(path)[1] == progress
+    early = {**RUN, "plan": {"train": {}}, "flags": {}, "scaler": {}, "best": None, **stopped}
+    for progress in (early, {**RUN, "seen": [1.0, 2.0], "count": 3}):
         save_state(path, {}, progress)
         assert load_state(path)[1] == progress
 

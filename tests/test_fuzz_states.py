@@ -80,7 +80,12 @@ def test_a_state_s_progress_of_other_types_and_names(resumed):
             said = resumed(put(name, value=value))
             fits = type(value) is type(progress[name])
             assert said.startswith("error: runs/train/state.safetensors: ") or fits, (name, value)
-    for name in progress.keys() - wanted:  # notes
+    met = {"losses", "norms"}
+    for name in met:
+        for value in (*odd, [LONG], [True], ["text"]):
+            said = resumed(put(name, value=value))
+            assert "the progress inside is not valid" in said or value == [], (name, value)
+    for name in progress.keys() - wanted - met:  # notes
         assert resumed(put(name, value=[[]])) == ""
     assert "'more' is unknown" in resumed(put("more", value=1))
 

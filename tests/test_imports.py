@@ -17,6 +17,7 @@ FREE = {"errors"}  # names of what a user can mend; any room of acla may raise t
 # Left may import right; nothing else.
 ALLOWED = {
     "errors": set(),
+    "stopping": set(),
     "config": set(),
     "flags": {"config"},
     "cost": {"config"},
@@ -69,7 +70,7 @@ ALLOWED = {
     },
     "learner": {"backbone", "checkpoint", "config", "networks", "processes", "training"},
     "loader": {"cli", "config", "data", "flags", "learner", "processes"},
-    "cli": {"config", "flags", "kernels"},
+    "cli": {"config", "flags", "kernels", "stopping"},
     "processes": set(),
     "provenance": set(),
     "searching": {
@@ -83,6 +84,7 @@ ALLOWED = {
         "loader",
         "processes",
         "provenance",
+        "stopping",
         "supernet",
         "training",
     },

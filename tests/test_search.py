@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from acla.checkpoint import load_model, load_state
 from acla.config import Task
 from acla.errors import UsageError
 from acla.searching import Search, search_sets
+from acla.stopping import Stopped
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--preset", "tiny", "--blocks", "3", "--width", "8", "--keys", "3"]
@@ -110,10 +112,34 @@ def test_a_resumed_search_equals_a_straight_one_to_the_bit(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         search.main([*SMALL, *SHORT, "--out", "parts"])
     search.main(["--out", "parts", "--resume"])
-    (a, _), (b, _) = (load_state(Path(f, "supernet.safetensors")) for f in ("straight", "parts"))
+    require_same_search("straight", "parts")
+
+
+@pytest.mark.parametrize("number", [4, 5], ids=["within an epoch", "at its end"])
+def test_a_search_that_is_stopped_loses_nothing(number, monkeypatch):
+    search.main([*SMALL, *SHORT, "--out", "straight"])
+    learn = Search.step
+
+    def stopped(self, step):
+        if step == number:
+            os.kill(os.getpid(), signal.SIGINT)
+        return learn(self, step)
+
+    monkeypatch.setattr(Search, "step", stopped)
+    with pytest.raises(Stopped, match=f"stopped after step {number + 1}; --resume"):
+        search.main([*SMALL, *SHORT, "--out", "parts"])
+    monkeypatch.setattr(Search, "step", learn)
+    assert load_state(Path("parts/supernet.safetensors"))[1]["step"] == number + 1
+    search.main(["--out", "parts", "--resume"])
+    require_same_search("straight", "parts")
+
+
+def require_same_search(one: str, other: str) -> None:
+    """State and log of two folders are equal, but for the time."""
+    (a, _), (b, _) = (load_state(Path(f, "supernet.safetensors")) for f in (one, other))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
-    timeless = [[{**row, "seconds": 0} for row in rows(f)] for f in ("straight", "parts")]
+    timeless = [[{**row, "seconds": 0} for row in rows(f)] for f in (one, other)]
     assert timeless[0] == timeless[1]
 
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -18,8 +19,9 @@ from acla import checkpoint, cli, training
 from acla.checkpoint import load_model, load_state, save_state
 from acla.config import Task
 from acla.data import PatchSampler, Pictures
-from acla.errors import DataError, UsageError
+from acla.errors import AclaError, DataError, UsageError
 from acla.learner import Learner
+from acla.stopping import Stopped
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -64,6 +66,49 @@ def test_a_resumed_run_equals_a_straight_one_to_the_bit(words, small_sets):
     assert same_state("straight", "parts")
     timeless = [[{**row, "seconds": 0} for row in rows(f)] for f in ("straight", "parts")]
     assert timeless[0] == timeless[1]
+
+
+@pytest.mark.parametrize("step", [0, 1, 3], ids=["before a row", "with a row", "after a row"])
+def test_a_run_that_is_stopped_loses_nothing(step, small_sets, monkeypatch, capfd):
+    words = [*SMALL, *SHORT, *small_sets, "--clip", "5", "--ema"]
+    train.main([*words, "--out", "straight"])
+    learn = Learner.step
+
+    def stopped(self, number, *batch):
+        if number == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        learn(self, number, *batch)
+
+    monkeypatch.setattr(Learner, "step", stopped)
+    with pytest.raises(Stopped, match=f"stopped after step {step + 1}; --resume") as stop:
+        train.main([*words, "--out", "parts"])
+    assert stop.value.status == 128 + signal.SIGTERM
+    monkeypatch.setattr(Learner, "step", learn)
+    _, progress = load_state(Path("parts/state.safetensors"))
+    assert progress["step"] == step + 1
+    assert len(progress["losses"]) == len(progress["norms"]) == (step + 1) % 2
+    if progress["losses"]:  # a run may not end between two rows
+        with pytest.raises(UsageError, match="goes on as it was begun, with --steps 6"):
+            train.main([*small_sets, "--out", "parts", "--resume", "--steps", str(step + 1)])
+    train.main([*small_sets, "--out", "parts", "--resume"])
+    assert same_state("straight", "parts")
+    timeless = [[{**row, "seconds": 0} for row in rows(f)] for f in ("straight", "parts")]
+    assert timeless[0] == timeless[1]
+
+
+def test_a_run_that_diverged_keeps_its_checkpoint_when_it_is_stopped(small_sets, monkeypatch):
+    learn = Learner.step
+
+    def diverging(self, number, *batch):
+        learn(self, number, *batch)
+        if number == 2:
+            self.losses[-1] *= torch.nan
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Learner, "step", diverging)
+    with pytest.raises(AclaError, match=r"the loss is nan in step 3, .* of step 2"):
+        train.main([*SMALL, *SHORT, *small_sets])
+    assert load_state(Path("runs/train/state.safetensors"))[1]["step"] == 2
 
 
 def test_several_sets_validate(small_sets, tmp_path, make_scene):
