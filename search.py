@@ -140,6 +140,7 @@ def plan_from_flags(args: argparse.Namespace, preset: str) -> Plan:
     task = flags.task_from_flags(args) or Task()
     backbone = getattr(args, "backbone", "edsr")
     model = for_task(flags.override(config.model_preset(preset, task, backbone), args), task)
+    flags.refuse_unused(args, model)
     how = config.search_preset(preset, task, backbone)
     return Plan(task, model, flags.override_length(how, args))
 

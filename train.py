@@ -137,6 +137,7 @@ def plan_from_flags(args: argparse.Namespace, preset: str) -> Plan:
         raise UsageError("--inherit goes with a searched architecture: --arch FILE of search.py")
     args.arch = args.arch or (str(SEARCHED) if source else "paper")  # as --resume may repeat it
     task, model = choose_network(args, preset, source)
+    flags.refuse_unused(args, model)
     return Plan(task, model, flags.override_length(config.train_preset(preset), args))
 
 

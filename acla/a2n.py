@@ -2,16 +2,15 @@
 picture, a branch with pixel attention against one without.
 
 Inside the blocks parameter names follow the public PyTorch release. Its files are for pictures in
-0..255; the same function of pictures in 0..1 has their biases divided by 255 where features are
-made, and their weights times 255 where features are read to make factors: `ADM.0`, `attention.k2`
-and the pixel attention of the tail, whose biases stay. (`acla.importing` does it.)"""
+0..255; the same function of pictures in 0..1 has their biases divided by 255, but for those behind
+a `FactorConvolution`. (`acla.importing` does it.)"""
 
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from acla.backbone import Backbone, convolution
+from acla.backbone import LEVELS, Backbone, FactorConvolution, convolution
 from acla.config import ModelConfig
 
 TEMPERATURE = 30  # of the softmax over the two branches
@@ -28,7 +27,7 @@ class PixelAttention(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.conv = convolution(width, width, 1)
+        self.conv = FactorConvolution(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.conv(x).sigmoid()
@@ -40,7 +39,7 @@ class AttentionBranch(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.k1 = unbiased(width, 3)
-        self.k2 = convolution(width, width, 1)
+        self.k2 = FactorConvolution(width, width)
         self.k3 = unbiased(width, 3)
         self.k4 = unbiased(width, 3)
 
@@ -51,7 +50,8 @@ class AttentionBranch(nn.Module):
 
 class BranchWeights(nn.Sequential):
     """Features [B,C,H,W] → [B,2]: what the branch with attention and the one without count for a
-    picture; they sum to 1. From the channels' means."""
+    picture; they sum to 1. From the channels' means, as large as pictures in 0..255 make them, for
+    which the temperature is meant."""
 
     def __init__(self, width: int, reduction: int):
         inner = max(1, width // reduction)
@@ -60,7 +60,7 @@ class BranchWeights(nn.Sequential):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return (super().forward(x.mean((2, 3))) / TEMPERATURE).softmax(1)
+        return (super().forward(LEVELS * x.mean((2, 3))) / TEMPERATURE).softmax(1)
 
 
 class AttentionInAttentionBlock(nn.Module):

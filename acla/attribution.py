@@ -22,6 +22,7 @@ from acla.config import Task
 
 SIGMA = 1.2  # pixels; where the path begins, as Gu and Dong begin it
 REACH = math.ceil(3 * SIGMA)
+FLAT = 1e-20  # so that the gradient of a slope of 0 is 0
 # A temperature at which masks have no gradient of their own. What is attributed is the network as
 # it restores, whose masks are steps; the slope of a sigmoid is for training alone.
 FIXED_MASKS = 1e30
@@ -73,11 +74,13 @@ class Attribution(NamedTuple):
 
 
 def detail(pictures: Tensor, window: tuple[int, int, int]) -> Tensor:
-    """The detector D: Σ |∂y| + |∂x| in a window (y, x, side) of pictures [B,C,H,W], where ∂ is the
-    difference of two neighbours that both lie in the window."""
+    """The detector D: Σ √(∂y² + ∂x²) over a window (y, x, side) of pictures [B,C,H,W], where ∂ is
+    the difference to the next pixel below and to the right, 0 where the picture ends."""
     y, x, side = window
-    part = pictures[..., y : y + side, x : x + side]
-    return part.diff(dim=-2).abs().sum() + part.diff(dim=-1).abs().sum()
+    dy = pictures.diff(dim=-2, append=pictures[..., -1:, :])
+    dx = pictures.diff(dim=-1, append=pictures[..., -1:])
+    slope = (dy.square() + dx.square() + FLAT).sqrt()
+    return slope[..., y : y + side, x : x + side].sum()
 
 
 def blurred(picture: Tensor, sigma: float) -> Tensor:

@@ -1,14 +1,15 @@
 """EDSR and RCAN, with attention modules behind chosen blocks.
 
 Parameter names follow the networks' public PyTorch releases (head, body, tail), so that their files
-can be read. Pictures are in 0..1 inside, not 0..255: both networks work on either, and offsets want
-features of about 1."""
+can be read. Pictures are in 0..1 inside, not 0..255, for offsets want features of about 1; what
+turns features into factors takes them as large as the published networks do."""
 
 import math
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from acla.attention import CrossLayerAttention
@@ -17,6 +18,7 @@ from acla.gate import position_seeds
 from acla.rivals import MultiHeadAttention, NonLocal, SqueezedAttention, SqueezeExcitation
 from kernels import to_rows
 
+LEVELS = 255  # published networks work on pictures in 0..255
 RGB_MEAN = (0.4488, 0.4371, 0.4040)  # of DIV2K, as EDSR subtracts it
 
 
@@ -24,8 +26,21 @@ def convolution(inputs: int, outputs: int, size: int = 3) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, size, padding=size // 2)
 
 
+class FactorConvolution(nn.Conv2d):
+    """A 1×1 convolution of features that a sigmoid turns into factors. It takes them as large as
+    pictures in 0..255 make them: on smaller ones all factors begin at 1/2, and weights that learn
+    as fast as the others could not make up for it."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, LEVELS * self.weight, self.bias)
+
+
 class MeanShift(nn.Conv2d):
-    """Adds `sign` times the mean colour; fixed, but counted among the parameters as in EDSR."""
+    """Adds `sign` times the mean colour; fixed, but counted among the parameters as in EDSR. Always
+    of full precision, for what it is given or gives are pictures."""
 
     def __init__(self, channels: int, sign: int):
         super().__init__(channels, channels, 1)
@@ -33,6 +48,11 @@ class MeanShift(nn.Conv2d):
         self.weight.data = torch.eye(channels).view(channels, channels, 1, 1)
         self.bias.data = sign * (mean if channels == 3 else mean.mean(0, keepdim=True))
         self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kind = "cpu" if x.is_meta else x.device.type  # autocast does not know meta
+        with torch.autocast(kind, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
 
 
 class ResidualBlock(nn.Module):
@@ -54,7 +74,7 @@ class ChannelAttention(nn.Module):
         super().__init__()
         inner = max(1, width // reduction)
         self.conv_du = nn.Sequential(
-            convolution(width, inner, 1), nn.ReLU(), convolution(inner, width, 1), nn.Sigmoid()
+            FactorConvolution(width, inner), nn.ReLU(), convolution(inner, width, 1), nn.Sigmoid()
         )
 
     def forward(self, x: Tensor) -> Tensor:

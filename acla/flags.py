@@ -6,7 +6,16 @@ import dataclasses
 import re
 from typing import Any, get_origin
 
-from acla.config import SETTING_DEFAULT, SETTING_FLAG, TASKS, Task, flag_name
+from acla.config import (
+    DEFAULT_KEYS,
+    MASKED,
+    SETTING_DEFAULT,
+    SETTING_FLAG,
+    TASKS,
+    ModelConfig,
+    Task,
+    flag_name,
+)
 from acla.errors import UsageError
 
 
@@ -51,6 +60,16 @@ def add_flags(parser: argparse.ArgumentParser, kind: type, but: tuple[str, ...] 
         )
 
 
+def as_flag(name: str, value: Any) -> str:
+    """A field of a configuration as the flag that says it: --positions 1,3 or --no-ema."""
+    flag = flag_name(name)
+    if value is False:
+        return f"--no-{flag}"
+    if isinstance(value, tuple):
+        value = ",".join(map(str, value)) or "none"
+    return f"no --{flag}" if value == "" else f"--{flag}" if value is True else f"--{flag} {value}"
+
+
 def override(config: Any, args: argparse.Namespace) -> Any:
     """The configuration with the flags that were given in place of the preset's values."""
     names = {item.name for item in dataclasses.fields(config)}
@@ -67,6 +86,21 @@ def override_length(config: Any, args: argparse.Namespace) -> Any:
     if args.epochs < 1:
         raise UsageError(f"--epochs must be above 0, not {args.epochs}")
     return dataclasses.replace(config, steps=args.epochs * config.epoch_steps)
+
+
+def refuse_unused(args: argparse.Namespace, network: ModelConfig) -> None:
+    """Refuse flags that nothing in this network listens to. Raises UsageError."""
+    backbone, attention = network.backbone, network.attention
+    grouped = backbone in ("rcan", "han")
+    heard = dict.fromkeys(("keys", "ring", "offset_rate"), attention in DEFAULT_KEYS)
+    heard |= dict.fromkeys(("open_logit", "mask_temperature"), attention in MASKED)
+    heard |= {"group_blocks": grouped, "residual_scale": backbone == "edsr"}
+    heard |= {"reduction": grouped or backbone in ("a2n", "a2n-m")}
+    for name, does in heard.items():
+        if name in args and not does and not (name == "keys" and args.keys == 0):
+            of_backbone = name in ("group_blocks", "residual_scale", "reduction")
+            where = f"--backbone {backbone}" if of_backbone else f"--attention {attention}"
+            raise UsageError(f"--{flag_name(name)} changes nothing with {where}: leave it out")
 
 
 def add_task_flags(parser: argparse.ArgumentParser, usual: str = "car") -> None:

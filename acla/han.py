@@ -12,10 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from acla.backbone import Backbone, convolution
+from acla.backbone import LEVELS, Backbone, convolution
 from acla.config import ModelConfig
-
-LEVELS = 255  # published networks work on pictures in 0..255
 
 
 class LayerAttention(nn.Module):
@@ -42,7 +40,7 @@ class LayerAttention(nn.Module):
 
 class ChannelSpatialAttention(nn.Module):
     """CSAM: a factor 1 to 1 + gamma for every channel and pixel, from the 3×3×3 values around it,
-    channels in their order being the third axis."""
+    channels in their order being the third axis, as large as pictures in 0..255 make them."""
 
     def __init__(self):
         super().__init__()
@@ -55,7 +53,8 @@ class ChannelSpatialAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Features [B,C,H,W] → as many."""
-        factor = F.conv3d(x[:, None], self.kernel[None, None], self.bias, padding=1)[:, 0].sigmoid()
+        kernel = LEVELS * self.kernel[None, None]
+        factor = F.conv3d(x[:, None], kernel, self.bias, padding=1)[:, 0].sigmoid()
         return x + self.gamma * factor * x
 
 

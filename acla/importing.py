@@ -21,12 +21,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from acla.backbone import Backbone
+from acla.backbone import LEVELS, Backbone
 from acla.checkpoint import FORMAT, load_strictly, save_model
 from acla.cli import say
 from acla.config import ModelConfig, Task
 from acla.errors import CheckpointError, UsageError
-from acla.han import LEVELS
 from acla.networks import build_network
 
 # A tensor that tells the network; HAN has RCAN's too
@@ -38,8 +37,7 @@ MARKS = {
 }
 KNOWN = "EDSR (EDSR-PyTorch), RCAN, HAN and A2N, as their authors published them"
 WRAPPERS = ("state_dict", "model", "params")
-# Weights that read features to make factors, and the biases beside and behind them
-READERS = re.compile(r".*(conv_du\.0|ADM\.0|k2|tail\.\d\.2\.conv)\.weight|csa\.kernel")
+# The biases of what makes factors of features
 FACTORS = re.compile(r".*(conv_du\.\d|k2|tail\.\d\.2\.conv|csa)\.bias")
 
 
@@ -201,9 +199,7 @@ def choose_scale(scales: tuple[int, ...], given: int | None, path: Path) -> int:
 def to_unit_range(network: Backbone) -> None:
     """Turn f(x) for pictures x in 0..255 into f(255 x) / 255 for those in 0..1."""
     for name, parameter in network.named_parameters():
-        if READERS.fullmatch(name):
-            parameter *= LEVELS
-        elif name.endswith(".bias") and not FACTORS.fullmatch(name):
+        if name.endswith(".bias") and not FACTORS.fullmatch(name):
             parameter /= LEVELS
 
 

@@ -22,6 +22,7 @@ from acla.learner import Learner
 from acla.processes import Processes
 
 AHEAD = 2  # batches for each worker
+STEPS = 5  # of training, at most, that are timed
 MOST = 4  # workers, where their number is not given
 
 
@@ -91,7 +92,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="numbers of threads to try (default: 0 1 2)",
     )
     parser.add_argument(
-        "--batches", type=int, default=50, help="batches of each measurement (default: 50)"
+        "--batches",
+        type=int,
+        default=50,
+        help=f"batches of each measurement; of training, whose steps are long, at most {STEPS} "
+        "(default: 50)",
     )
     return parser.parse_args(argv)
 
@@ -111,7 +116,8 @@ def main(argv: list[str] | None = None) -> None:
         loader = Loader(sampler, device, workers)
         rate = how.batch * per_second(loader.batch, args.batches, device)
         cli.say(json.dumps({**common, "workers": workers, "patches_per_second": round(rate, 1)}))
-    rate = how.batch * per_second(training_step(task, preset, sampler, device), 5, device)
+    steps = training_step(task, preset, sampler, device)
+    rate = how.batch * per_second(steps, min(STEPS, args.batches), device)
     cli.say(json.dumps({**common, "training": str(device), "patches_per_second": round(rate, 1)}))
 
 

@@ -27,7 +27,7 @@ from acla.config import (
 from acla.data import PatchSampler, Pictures
 from acla.degrade import generator_for, pair
 from acla.errors import NOT_VALID, AclaError, CheckpointError, DataError, UsageError
-from acla.flags import names_no_setting, override, override_length, task_from_flags
+from acla.flags import as_flag, names_no_setting, override, override_length, task_from_flags
 from acla.image import from_levels
 from acla.protocol import line, score
 from acla.restore import restore
@@ -156,7 +156,7 @@ def resumed_plan(kind: type, progress: dict, args: argparse.Namespace, path: Pat
         ):
             plan = dataclasses.replace(plan, **{name: after})
         elif changed:
-            flags = ", ".join(f"--{flag_name(f)} {getattr(before, f)}" for f in changed)
+            flags = ", ".join(as_flag(f, getattr(before, f)) for f in changed)
             raise UsageError(f"--resume: the run goes on as it was begun, with {flags}")
     return plan
 

@@ -1,7 +1,8 @@
 """The published networks written straight, in the parameter names of their PyTorch files, and
 random tensors by these names.
 
-B batch · C channels · H,W grid; t: tensors by name, whose type is the arithmetic's."""
+B batch · C channels · H,W grid; t: tensors by name, whose type is the arithmetic's; levels: how
+many times larger features that make factors would be in the published range, 0..255."""
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ def edsr(t: Tensors, x: Tensor, scale: int) -> Tensor:
     return enlarged(t, shallow + conv(t, f"body.{BLOCKS}", y), scale)
 
 
-def groups(t: Tensors, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+def groups(t: Tensors, x: Tensor, levels: float) -> tuple[Tensor, list[Tensor]]:
     """The shallow features, and what comes out of every group and of the last convolution."""
     shallow = y = conv(t, "head.0", conv(t, "sub_mean", x))
     outputs = []
@@ -39,21 +40,21 @@ def groups(t: Tensors, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         for n in range(GROUP_BLOCKS):
             part = f"body.{g}.body.{n}.body"
             z = conv(t, f"{part}.2", conv(t, f"{part}.0", y).relu())
-            factor = conv(t, f"{part}.3.conv_du.0", z.mean((2, 3), keepdim=True)).relu()
+            mean = levels * z.mean((2, 3), keepdim=True)
+            factor = conv(t, f"{part}.3.conv_du.0", mean).relu()
             y = y + z * conv(t, f"{part}.3.conv_du.2", factor).sigmoid()
         y = before + conv(t, f"body.{g}.body.{GROUP_BLOCKS}", y)
         outputs.append(y)
     return shallow, [*outputs, conv(t, f"body.{BLOCKS}", y)]
 
 
-def rcan(t: Tensors, x: Tensor, scale: int) -> Tensor:
-    shallow, outputs = groups(t, x)
+def rcan(t: Tensors, x: Tensor, scale: int, levels: float = 1) -> Tensor:
+    shallow, outputs = groups(t, x, levels)
     return enlarged(t, shallow + outputs[-1], scale)
 
 
 def han(t: Tensors, x: Tensor, scale: int, levels: float = 1) -> Tensor:
-    """levels: how many times larger the features would be in the published range."""
-    shallow, outputs = groups(t, x)
+    shallow, outputs = groups(t, x, levels)
     layers = outputs[::-1]
     mixed = []
     for one in layers:
@@ -64,7 +65,7 @@ def han(t: Tensors, x: Tensor, scale: int, levels: float = 1) -> Tensor:
         mixed.append(one + t["la.gamma"] * mean)
     among = conv(t, "last_conv", torch.cat(mixed, 1))
     deep = outputs[-1]
-    around = F.pad(deep, (0, 0, 0, 0, 1, 1))  # a channel of zeros on either side
+    around = F.pad(levels * deep, (0, 0, 0, 0, 1, 1))  # a channel of zeros on either side
     logits = t["csa.conv.bias"]
     for d in range(3):
         plane = around[:, d : d + deep.shape[1]].flatten(0, 1)[:, None]
@@ -78,16 +79,17 @@ def leaky(x: Tensor) -> Tensor:
     return torch.where(x > 0, x, 0.2 * x)
 
 
-def a2n(t: Tensors, x: Tensor, scale: int) -> Tensor:
+def a2n(t: Tensors, x: Tensor, scale: int, levels: float = 1) -> Tensor:
     """scale 1, which nobody published, has no steps in the tail."""
     shallow = y = conv(t, "conv_first", x)
     for n in range(BLOCKS):
         part = f"AAB_trunk.{n}"
         z = leaky(conv(t, f"{part}.conv_first", y))
-        inner = (z.mean((2, 3)) @ t[f"{part}.ADM.0.weight"].T).relu()
+        inner = (levels * z.mean((2, 3)) @ t[f"{part}.ADM.0.weight"].T).relu()
         first, second = (inner @ t[f"{part}.ADM.2.weight"].T).T[..., None, None, None]
         share = torch.sigmoid((first - second) / 30)
-        factor = conv(t, f"{part}.attention.k2", leaky(conv(t, f"{part}.attention.k1", z)))
+        around = leaky(conv(t, f"{part}.attention.k1", z))
+        factor = conv(t, f"{part}.attention.k2", levels * around)
         attended = conv(t, f"{part}.attention.k3", z) * factor.sigmoid()
         attended = conv(t, f"{part}.attention.k4", attended)
         z = share * attended + (1 - share) * conv(t, f"{part}.non_attention", z)
@@ -96,7 +98,7 @@ def a2n(t: Tensors, x: Tensor, scale: int) -> Tensor:
     for n, step in enumerate(STEPS.get(scale, ()), 1):
         z = z.repeat_interleave(step, 2).repeat_interleave(step, 3)
         z = conv(t, f"upconv{n}", z)
-        z = leaky(z * conv(t, f"att{n}.conv", z).sigmoid())
+        z = leaky(z * conv(t, f"att{n}.conv", levels * z).sigmoid())
         z = leaky(conv(t, f"HRconv{n}", z))
     size = [side * scale for side in x.shape[2:]]
     return conv(t, "conv_last", z) + F.interpolate(x, size, mode="bilinear", align_corners=False)

@@ -18,7 +18,8 @@ def random_network(**changes):
     net = build_network(replace(SMALL, **changes)).double().eval()
     torch.manual_seed(1)
     for name, parameter in net.named_parameters():
-        torch.nn.init.normal_(parameter, std=5.0 if "ADM" in name else 0.2)
+        factors = re.search(r"ADM\.0|(k2|2\.conv)\.weight", name)  # between their ends
+        torch.nn.init.normal_(parameter, std=0.01 if factors else 5.0 if "ADM" in name else 0.2)
     return net
 
 
@@ -103,7 +104,7 @@ def test_the_function_written_straight(backbone, scale):
         tensors[re.sub(own, published, name)] = tensor
     pictures = torch.rand(2, 3, 7, 5, dtype=torch.float64)
     with torch.no_grad():
-        torch.testing.assert_close(net(pictures), a2n(tensors, pictures, scale))
+        torch.testing.assert_close(net(pictures), a2n(tensors, pictures, scale, levels=255))
 
 
 def test_branch_weights_are_read_by_a_hook():
@@ -117,6 +118,16 @@ def test_branch_weights_are_read_by_a_hook():
     for weights in read:
         torch.testing.assert_close(weights.sum(1), torch.ones(3, dtype=torch.float64))
         assert len(weights.unique()) == 6  # each picture has its own
+
+
+def test_fresh_branch_weights_tell_pictures_apart():
+    torch.manual_seed(0)
+    net, read = build_network(ModelConfig("a2n", width=40, reduction=4, scale=2)).eval(), []
+    for block in net.blocks:
+        block.ADM.register_forward_hook(lambda module, given, weights: read.append(weights[:, 0]))
+    with torch.no_grad():
+        net(torch.rand(12, 3, 1, 1).expand(-1, -1, 16, 16))
+    assert torch.stack(read).std(1).min() > 1e-3
 
 
 def test_each_branch_counts_as_its_weight_says():

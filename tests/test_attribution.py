@@ -1,5 +1,7 @@
 """Local attribution, its diffusion index, keys and branches: against other ways to compute them."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -37,17 +39,24 @@ def as_used(model: Backbone):
 # Local attribution
 
 
-def test_the_detector_adds_differences_inside_the_window():
-    picture = torch.rand(1, 3, 9, 8)
-    y, x, side = 2, 3, 4
+@pytest.mark.parametrize(("y", "x"), [(2, 3), (5, 4), (0, 0)])
+def test_the_detector_adds_slopes_in_the_window(y, x):
+    picture, side = torch.rand(1, 3, 9, 8, dtype=torch.float64), 4
     total = 0.0
     for c in range(3):
         for i in range(y, y + side):
             for j in range(x, x + side):
                 here = picture[0, c, i, j]
-                total += (picture[0, c, i + 1, j] - here).abs() if i + 1 < y + side else 0
-                total += (picture[0, c, i, j + 1] - here).abs() if j + 1 < x + side else 0
-    torch.testing.assert_close(room.detail(picture, (y, x, side)), total)
+                down = picture[0, c, i + 1, j] - here if i + 1 < 9 else 0.0
+                right = picture[0, c, i, j + 1] - here if j + 1 < 8 else 0.0
+                total += math.hypot(down, right)
+    assert room.detail(picture, (y, x, side)).item() == pytest.approx(total)
+
+
+def test_a_flat_window_has_no_gradient():
+    picture = torch.full((1, 1, 9, 8), 0.5, requires_grad=True)
+    room.detail(picture, WINDOW).backward()
+    assert torch.equal(picture.grad, torch.zeros_like(picture))
 
 
 @pytest.mark.parametrize("sigma", [1.2, 0.7, 0.05])
@@ -61,21 +70,21 @@ def test_blurring_is_scipys(sigma):
     assert torch.equal(room.blurred(picture, 0), picture)
 
 
-def test_attribution_of_the_identity_is_known_and_ends_at_the_window():
-    y, x = torch.meshgrid(torch.arange(14.0), torch.arange(13.0), indexing="ij")
-    picture = (y**2 + x**2)[None] / 400  # rises along both axes, blurred too
-    found = local_attribution(lambda pictures: pictures, picture, WINDOW, 8)
-    # So the detector is what the last row and column hold more than the first
-    slope = torch.zeros_like(picture, dtype=torch.float64)
+@pytest.mark.parametrize("along", [1, 2], ids=["down", "to the right"])
+def test_attribution_of_the_identity_is_known_and_ends_behind_the_window(along):
+    size = (14, 13)
+    picture = torch.arange(size[along - 1]).square() / 400  # rises along one axis, blurred too
+    picture = picture.view(-1, 1).expand(size) if along == 1 else picture.expand(size)
+    found = local_attribution(lambda pictures: pictures, picture[None], WINDOW, 8)
+    # So the detector is what comes next to the window more than its first row or column
     top, left, side = WINDOW
+    slope = torch.zeros(1, *size, dtype=torch.float64)
     rows, columns = slice(top, top + side), slice(left, left + side)
-    slope[0, top, columns] -= 1
-    slope[0, top + side - 1, columns] += 1
-    slope[0, rows, left] -= 1
-    slope[0, rows, left + side - 1] += 1
-    change = picture.double() - room.blurred(picture.double(), room.SIGMA)
+    for at, sign in ((0, -1), (side, 1)):
+        slope[0, top + at if along == 1 else rows, columns if along == 1 else left + at] = sign
+    change = picture[None].double() - room.blurred(picture[None].double(), room.SIGMA)
     torch.testing.assert_close(found.map, slope * change, rtol=0, atol=1e-7)
-    assert (found.map[0, top + 1, left + 1], found.map[0, top - 1, left]) == (0, 0)
+    assert found.map.count_nonzero() == 2 * side
 
 
 def test_attribution_ends_at_the_receptive_field():
@@ -83,8 +92,9 @@ def test_attribution_ends_at_the_receptive_field():
     found = local_attribution(as_used(model), torch.rand(1, 19, 18), WINDOW, 3)
     reach = 5  # one pixel each: head, two of the block, end of the body, tail
     rows, columns = found.map[0].abs().sum(1), found.map[0].abs().sum(0)
-    assert rows.nonzero().flatten().tolist() == list(range(WINDOW[0] - reach, 5 + 4 + reach))
-    assert columns.nonzero().flatten().tolist() == list(range(WINDOW[1] - reach, 6 + 4 + reach))
+    # The last slopes of the window read one pixel behind it
+    assert rows.nonzero().flatten().tolist() == list(range(WINDOW[0] - reach, 5 + 5 + reach))
+    assert columns.nonzero().flatten().tolist() == list(range(WINDOW[1] - reach, 6 + 5 + reach))
 
 
 @pytest.mark.parametrize(
@@ -198,10 +208,10 @@ def test_cla_keeps_all_and_others_have_no_keys():
 
 
 def test_branches_are_a2ns_weights():
-    model, picture = perturbed(1.0, backbone="a2n", attention="none", keys=0), torch.rand(1, 6, 5)
+    model, picture = perturbed(0.1, backbone="a2n", attention="none", keys=0), torch.rand(1, 6, 5)
     x, wanted = model.shallow(picture[None]), []
     for block in model.blocks:
-        y = F.leaky_relu(block.conv_first(x), 0.2).mean((2, 3))
+        y = 255 * F.leaky_relu(block.conv_first(x), 0.2).mean((2, 3))
         logits = block.ADM[2](nn.functional.relu(block.ADM[0](y))) / 30
         wanted.append(torch.sigmoid(logits[0, 0] - logits[0, 1]).item())
         x = block(x)

@@ -7,7 +7,7 @@ import torch
 
 from acla.backbone import Backbone
 from acla.config import PAPER_POSITIONS, ModelConfig, Task, model_preset
-from acla.networks import describe
+from acla.networks import build_network, describe
 from kernels import to_rows
 
 SMALL = ModelConfig(blocks=4, width=8, group_blocks=2, reduction=4, keys=4, positions=(1, 3, 4))
@@ -108,6 +108,14 @@ def test_seeds_draw_the_masks_of_each_picture_by_itself():
         assert not torch.allclose(together, net(pictures))
 
 
+def test_each_module_draws_noise_of_its_own():
+    net, drawn = Backbone(SMALL), []
+    for module in net.attention.values():
+        module.register_forward_hook(lambda module, given, result: drawn.append(given[3].tolist()))
+    net(torch.rand(2, 3, 6, 5), torch.tensor([4, 5]))
+    assert len({seed for seeds in drawn for seed in seeds}) == 6
+
+
 def test_every_parameter_learns():
     net = Backbone(replace(SMALL, scale=2))
     for parameter in net.attention.parameters():
@@ -125,6 +133,20 @@ def test_mixed_precision_stays_near():
         with torch.autocast("cpu", torch.bfloat16):
             half = net(pictures)
     assert (half - full).abs().max() < 0.05 * full.abs().max()
+
+
+@pytest.mark.parametrize("backbone", ["edsr", "rcan", "han", "a2n"])
+def test_the_mean_colour_keeps_its_digits_in_mixed_precision(backbone):
+    net = build_network(replace(SMALL, backbone=backbone, scale=2)).eval()
+    for parameter in net.tail.parameters():
+        torch.nn.init.zeros_(parameter)
+    pictures = torch.rand(1, 3, 4, 4).expand(1, 3, 4, 4)
+    with torch.no_grad():
+        full = net(pictures)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = net(pictures)
+    assert half.dtype == torch.float32
+    assert torch.equal(half, full)
 
 
 def test_table_9_has_a_network_for_every_row():

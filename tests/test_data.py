@@ -261,6 +261,17 @@ def test_noise_level_and_car_input(pictures):
     assert torch.equal(low, round_8bit(low))
 
 
+@pytest.mark.parametrize("task", [Task("denoise", 30), Task("car", 5, 60)], ids=str)
+def test_every_patch_of_every_step_is_degraded_in_its_own_way(tmp_path, task):
+    # All windows of a picture with the period of a JPEG block that is cut at one phase are equal
+    tile = np.random.default_rng(0).integers(0, 256, (1, 1), dtype=np.uint8)
+    tile = np.kron(np.indices((8, 8)).sum(0) % 2, tile).astype(np.uint8)
+    Image.fromarray(np.tile(tile, (6, 6))).save(tmp_path / "a.png")
+    sampler = PatchSampler(Pictures([tmp_path / "a.png"]), task, 16, 4, channels=1)
+    lows = torch.cat([sampler.batch(step)[0] for step in range(3)])
+    assert len({low.numpy().tobytes() for low in lows}) == 12
+
+
 def test_gray_network_and_negative_seed(pictures):
     one = Pictures(pictures.paths[:1])
     _, target = PatchSampler(one, Task("sr", 2), 8, 2, seed=-1, channels=1).batch(0)

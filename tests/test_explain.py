@@ -14,6 +14,8 @@ from restoring import CAR, DOUBLE, MOSAIC, NOISE, write_network
 
 from acla import explain as room
 from acla.attention import rings
+from acla.attribution import FIXED_MASKS
+from acla.backbone import Backbone
 from acla.checkpoint import load_model, save_model
 from acla.cli import run
 from acla.config import ModelConfig, Task
@@ -158,12 +160,26 @@ def test_it_tells_numbers_without_matplotlib(tmp_path, capsys, monkeypatch, pict
     found = json.loads((tmp_path / "n.json").read_text())
     index = found["attribution"]["diffusion_index"]
     assert index == pytest.approx(100 * (1 - found["attribution"]["gini"]))
-    # The network is the identity, so that the window alone matters
-    assert 0 < index < 100 * 16 * 16 / (37 * 30)
+    # The network is the identity, so that the window and what is next to it alone matter
+    assert 0 < index < 100 * 17 * 17 / (37 * 30)
     before, after = found["attribution"]["detector"]
     assert found["attribution"]["sum"] == pytest.approx(after - before, rel=0.2)
     assert f"diffusion index {index:.2f}" in out
     assert "query position       2  100.0  100.0" in out
+
+
+def test_what_is_attributed_is_the_network_with_its_masks_fixed(tmp_path, monkeypatch, picture):
+    seen, attended = [], Backbone.attended
+
+    def noted(self, *given, **options):
+        seen.append((torch.is_grad_enabled(), options.get("temperature")))
+        return attended(self, *given, **options)
+
+    monkeypatch.setattr(Backbone, "attended", noted)
+    file = attentive(tmp_path / "car.safetensors", CAR)
+    words = [picture, "--checkpoint", file, "--steps", 2, "--device", "cpu", "--json", "-"]
+    room.main(list(map(str, words)))
+    assert {temperature for learns, temperature in seen if learns} == {FIXED_MASKS}
 
 
 def test_figures_are_those_that_apply(tmp_path, capsys, picture):

@@ -26,6 +26,8 @@ def random_network(config):
             wide = name.startswith(("last", "tail", "csa", "la"))
             std = 1e-3 if small or name == "head.0.weight" else 0.5 if wide else 0.1
             torch.nn.init.normal_(parameter, std=std)
+        if name.endswith("conv_du.0.bias"):
+            torch.nn.init.ones_(parameter)  # so that no ReLU is shut
     return net
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from acla import learner, training
-from acla.config import ModelConfig, TrainConfig
+from acla.config import MASKED, ModelConfig, TrainConfig
 from acla.errors import AclaError, CheckpointError, UsageError
 from acla.learner import Learner
 from acla.processes import Processes
@@ -32,6 +32,48 @@ def test_averages_forget_the_start_and_then_move_slowly():
     average, current = torch.tensor(0.0), torch.tensor(1.0)
     assert learner.moving_average(average, current, torch.tensor(0)) == pytest.approx(0.9)
     assert learner.moving_average(average, current, torch.tensor(10**6)) == pytest.approx(0.001)
+
+
+def test_the_result_is_the_average_of_the_steps():
+    one = Learner(PLAIN, replace(HOW, ema=True), ALONE)
+    expected: dict[str, torch.Tensor] = {}
+    for number in range(4):
+        step(one, number)
+        share = 1.0 if number == 0 else max(9 / (10 + number), 0.001)  # the first is copied
+        for name, weight in one.model.state_dict().items():
+            before = expected.get(name, torch.zeros_like(weight))
+            expected[name] = before + share * (weight - before)
+    found = one.result.state_dict()
+    assert found.keys() == expected.keys()
+    for name, weight in found.items():
+        torch.testing.assert_close(weight, expected[name])
+    assert not torch.equal(found["head.0.weight"], one.model.head[0].weight)
+    plain = Learner(PLAIN, HOW, ALONE)
+    assert plain.result is plain.model
+
+
+def test_the_rate_is_halved_again_and_again():
+    one = Learner(PLAIN, replace(HOW, halve=2), ALONE)
+    rates = []
+    for number in range(5):
+        step(one, number)
+        rates += [group["lr"] for group in one.optimizer.param_groups]
+    assert rates == [HOW.rate, HOW.rate, HOW.rate / 2, HOW.rate / 2, HOW.rate / 4]
+    assert rates == [one.rate(number) for number in range(5)]
+
+
+def test_masks_are_drawn_with_noise_of_their_own_in_every_step():
+    masked = ModelConfig(blocks=2, width=4, channels=1, keys=3, positions=(1, 2))
+    losses = []
+    for number in (0, 0, 1):
+        one = Learner(masked, HOW, ALONE)
+        torch.manual_seed(0)
+        for parameter in (*one.model.attention.parameters(), *one.model.tail.parameters()):
+            torch.nn.init.normal_(parameter)  # at 0, nothing would be seen of the masks
+        low = torch.rand(2, 1, 9, 7, generator=torch.Generator().manual_seed(0))
+        one.step(number, range(2), low, low.roll(1, 3))
+        losses += one.met()[0]
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_long_gradients_are_shortened_and_their_norms_told():
@@ -73,8 +115,10 @@ def test_offsets_and_weights_of_keys_may_learn_at_a_rate_of_their_own():
         assert slow[name] == pytest.approx(size * (0.1 if ".points." in name else 1), rel=1e-3)
 
 
-def test_the_masks_temperature_is_that_of_their_gradient():
-    masked = ModelConfig(blocks=2, width=4, channels=1, keys=3, positions=(1, 2))
+@pytest.mark.parametrize("attention", MASKED)
+def test_the_masks_temperature_is_that_of_their_gradient(attention):
+    size = {"blocks": 2, "width": 4, "channels": 1, "keys": 3, "positions": (1, 2)}
+    masked = ModelConfig(attention=attention, **size)
 
     def learned(temperature: float) -> tuple[dict[str, torch.Tensor], list[float]]:
         one = Learner(masked, replace(HOW, mask_temperature=temperature), ALONE)

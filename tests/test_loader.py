@@ -86,6 +86,15 @@ def test_the_benchmark_prints_rows(capsys, monkeypatch):
     assert all(row["patches_per_second"] > 0 for row in rows)
 
 
+@pytest.mark.parametrize(("batches", "steps"), [(2, 2), (7, 5)])
+def test_the_benchmark_trains_for_a_few_steps_at_most(batches, steps, monkeypatch):
+    done = []
+    monkeypatch.setattr(loader, "training_step", lambda *_: done.append)
+    words = ["--preset", "tiny", "--device", "cpu", "--workers", "0"]
+    loader.main([*words, "--batches", str(batches)])
+    assert done == list(range(steps + 1))  # the first is not counted
+
+
 def test_the_benchmark_wants_batches():
     for words in (["--batches", "0"], ["--workers", "0", "-1"]):
         with pytest.raises(UsageError, match="must be 1 or more, and --workers 0 or more"):

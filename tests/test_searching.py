@@ -95,6 +95,18 @@ def test_each_kind_of_step_changes_its_own_parameters():
     assert any(not torch.equal(p, before[name]) for name, p in names.items())
 
 
+def test_each_kind_of_step_draws_its_own_gates_and_patches(monkeypatch):
+    search = make_search()
+    drawn, taken = [], []
+    draw, batch = Search.draw, Search.batch
+    monkeypatch.setattr(Search, "draw", lambda *a: drawn.append(a[2:]) or draw(*a))
+    monkeypatch.setattr(Search, "batch", lambda *a: taken.append(a[1:]) or batch(*a))
+    search.step(4)  # of the second stage
+    assert drawn == taken == [(4, WEIGHTS), (4, ALPHA)]
+    seeds = [training.gate_seed(0, 4, stream) for stream in (WEIGHTS, ALPHA)]
+    assert seeds[0] != seeds[1]
+
+
 def test_the_loss_is_mse_plus_lambda_log_cost():
     search = make_search(lam=7.0)
     low, target, seeds = search.batch(0, WEIGHTS)

@@ -242,6 +242,38 @@ def test_describe_prints_one_object_and_stops(capsys):
         (["--workers", "-1"], UsageError, "--workers must be 0 or more"),
         (["--amp", "--amp-dtype", "fp16", "--device", "cpu"], UsageError, "fp16 is for GPUs"),
         (["--amp-dtype", "fp16"], UsageError, "goes with --amp"),
+        (
+            ["--arch", "none", "--keys", "3"],
+            UsageError,
+            "--keys changes nothing with --attention n",
+        ),
+        (
+            ["--arch", "none", "--ring", "3"],
+            UsageError,
+            "--ring changes nothing with --attention n",
+        ),
+        (["--attention", "cla", "--open-logit", "0"], UsageError, "--open-logit changes nothing w"),
+        (
+            ["--attention", "se", "--offset-rate", "5"],
+            UsageError,
+            "changes nothing with --attention",
+        ),
+        (
+            ["--attention", "cla", "--mask-temperature", "2"],
+            UsageError,
+            "--mask-temperature changes",
+        ),
+        (
+            ["--group-blocks", "3"],
+            UsageError,
+            "--group-blocks changes nothing with --backbone edsr",
+        ),
+        (
+            ["--backbone", "a2n", "--arch", "none", "--residual-scale", "1"],
+            UsageError,
+            "-scale cha",
+        ),
+        (["--reduction", "4"], UsageError, "--reduction changes nothing with --backbone edsr"),
     ],
 )
 def test_wrong_calls_say_what_to_do_and_leave_nothing(words, error, message):
@@ -270,6 +302,14 @@ def test_a_resumed_run_goes_on_as_it_was_begun():
     train.main([*SMALL, *SHORT])
     with pytest.raises(UsageError, match="already holds a run"):
         train.main([*SMALL, *SHORT])
+    for flag, told in (
+        (["--width", "9"], "--width 8"),
+        (["--positions", "1,2"], "--positions 1,3"),
+        (["--ema", "--clip", "1"], "--clip 0.0, --no-ema"),
+        (["--val-set", "sample"], "no --val-set"),
+    ):
+        with pytest.raises(UsageError, match=f"goes on as it was begun, with {told}$"):
+            train.main(["--resume", *flag])
     with pytest.raises(UsageError, match="--width 8"):
         train.main(["--resume", "--width", "9"])
     with pytest.raises(UsageError, match="begun with --preset tiny, not small"):

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from acla import training
 from acla.checkpoint import load_state, save_state
-from acla.config import Task
+from acla.config import ModelConfig, Task
 from acla.data import PatchSampler, Pictures
 from acla.errors import AclaError, CheckpointError, DataError, PictureError, UsageError
 from acla.image import save
+from acla.networks import build_network
 
 
 def test_the_rate_is_halved_on_time():
@@ -166,6 +168,16 @@ def test_a_bad_validation_picture_is_found_before_training(tmp_path):
         training.validation_set([good, small], Task("sr", 2), 3)
     with pytest.raises(PictureError, match=r"broken\.png"):
         training.validation_set([good, broken], Task("sr", 2), 3)
+
+
+def test_a_few_pictures_may_be_enough(tmp_path, make_scene):
+    for seed in range(3):
+        Image.fromarray(make_scene(20, 24, seed=seed)).save(tmp_path / f"{seed}.png")
+    pictures, task = Pictures(sorted(tmp_path.glob("*.png"))), Task("car", 10)
+    model = build_network(ModelConfig(attention="none", keys=0, blocks=1, width=4, channels=1))
+    every = training.each_psnr(model, pictures, task, torch.device("cpu"))
+    assert len(set(every)) == 3
+    assert training.each_psnr(model, pictures, task, torch.device("cpu"), 2) == every[:2]
 
 
 def test_a_digest_notices_another_set(tmp_path):
