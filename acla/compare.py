@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from acla import cli
+from acla.config import MASKED
 from acla.errors import AclaError
 from acla.networks import describe
 from acla.runs import SCORES, Run, read_kept, read_run
 
-OF_MODULES = ("keys", "ring", "open_logit", "offset_rate", "mask_temperature")
+OF_KEYS = ("keys", "ring", "offset_rate")
+OF_MASKS = ("open_logit", "mask_temperature")
 
 
 def by_seed(runs: list[Run]) -> list[list[Run]]:
@@ -50,9 +52,9 @@ def name_groups(groups: list[list[Run]]) -> list[str]:
 def name_group(group: list[Run], varying: set[str]) -> str:
     """What a group has that not all groups have: attention acla, ring 6."""
     how = group[0].how
-    shown = {name: how[name] for name in how if name in varying}
-    if not how["keys"]:  # the rest says how modules that sample any would have begun
-        shown = {name: v for name, v in shown.items() if name not in OF_MODULES}
+    silent = set() if how["keys"] else {*OF_KEYS, *OF_MASKS}  # how modules would have begun
+    silent |= set() if how["attention"] in MASKED else {*OF_MASKS}
+    shown = {name: how[name] for name in how if name in varying - silent}
     return ", ".join(f"{name} {show(value)}" for name, value in shown.items()) or "all"
 
 

@@ -123,7 +123,7 @@ ALLOWED = {
         "restore",
     },
     "runs": {"checkpoint", "config", "scores"},
-    "compare": {"cli", "networks", "runs"},
+    "compare": {"cli", "config", "networks", "runs"},
     "selection": {"checkpoint", "cli", "config", "cost", "data", "processes", "searching"},
 }
 STANDARD_LIBRARY_ONLY = ("errors", "config", "flags", "cost", "architecture")
