@@ -228,69 +228,6 @@ def test_describe_prints_one_object_and_stops(capsys):
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize(
-    ("words", "error", "message"),
-    [
-        (["--resume"], UsageError, "holds no state"),
-        (["--positions", "3,99"], UsageError, "do not fit"),
-        (["--task", "sr", "--q", "10"], UsageError, "--q belongs"),
-        (["--device", "cuda"], UsageError, "no CUDA device"),
-        (["--seed", "9" * 30], UsageError, "--seed must be 0 or more and below"),
-        (["--train-set", "DIV2K"], DataError, "--data DIR"),
-        (["--train-set", "DIV2K", "--data", "nowhere"], DataError, "nowhere is no folder"),
-        (["--arch", "nowhere.json"], Exception, "no such file"),
-        (["--workers", "-1"], UsageError, "--workers must be 0 or more"),
-        (["--amp", "--amp-dtype", "fp16", "--device", "cpu"], UsageError, "fp16 is for GPUs"),
-        (["--amp-dtype", "fp16"], UsageError, "goes with --amp"),
-        (
-            ["--arch", "none", "--keys", "3"],
-            UsageError,
-            "--keys changes nothing with --attention n",
-        ),
-        (
-            ["--arch", "none", "--ring", "3"],
-            UsageError,
-            "--ring changes nothing with --attention n",
-        ),
-        (["--attention", "cla", "--open-logit", "0"], UsageError, "--open-logit changes nothing w"),
-        (
-            ["--attention", "se", "--offset-rate", "5"],
-            UsageError,
-            "changes nothing with --attention",
-        ),
-        (
-            ["--attention", "cla", "--mask-temperature", "2"],
-            UsageError,
-            "--mask-temperature changes",
-        ),
-        (
-            ["--group-blocks", "3"],
-            UsageError,
-            "--group-blocks changes nothing with --backbone edsr",
-        ),
-        (
-            ["--backbone", "a2n", "--arch", "none", "--residual-scale", "1"],
-            UsageError,
-            "-scale cha",
-        ),
-        (["--reduction", "4"], UsageError, "--reduction changes nothing with --backbone edsr"),
-    ],
-)
-def test_wrong_calls_say_what_to_do_and_leave_nothing(words, error, message):
-    if "cuda" in words and torch.cuda.is_available():
-        pytest.skip("there is a CUDA device")
-    with pytest.raises(error, match=message):
-        train.main([*words, "--preset", "tiny"])
-    assert not Path("runs").exists()
-
-
-def test_unknown_backends_are_refused(monkeypatch):
-    monkeypatch.setenv("ACLA_BACKEND", "nope")
-    with pytest.raises(UsageError, match="ACLA_BACKEND names no backend: 'nope'"):
-        train.main([*SMALL, *SHORT])
-    assert not Path("runs").exists()
-
-
 def test_pictures_that_are_not_used_are_told_of(capsys):
     train.main([*SMALL, *SHORT, "--data", "somewhere"])
     err = capsys.readouterr().err
