@@ -12,20 +12,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from acla.checkpoint import load_model
-from acla.cli import add_common_flags, check_json, notice, pick_device, progress, publish, run
+from acla.cli import (
+    add_common_flags,
+    add_task_flags,
+    names_no_setting,
+    pick_device,
+    run,
+    task_from_flags,
+)
 from acla.config import SETTING_DEFAULT, Task
-from acla.data import find_set, match_stems
-from acla.degrade import generator_for, pair, untouched
+from acla.console import check_json, notice, progress, publish
+from acla.data.datasets import find_set, match_stems
+from acla.data.degradations import generator_for, pair, untouched
+from acla.data.image import fit_channels, load, save
+from acla.data.metrics import TASK_OF_SET, line, published, score, table, task_of_set
+from acla.distributed import Processes, join
 from acla.errors import CheckpointError, DataError, UsageError
-from acla.flags import add_task_flags, names_no_setting, task_from_flags
-from acla.image import fit_channels, load, save
-from acla.processes import Processes, join
-from acla.protocol import TASK_OF_SET, line, published, score, table, task_of_set
-from acla.provenance import provenance
-from acla.restore import check_ensemble, restored_pair
-from acla.tiles import check_tile
-from acla.weights import Weights
+from acla.files import provenance
+from acla.models.serialization import load_model
+from acla.restore.inference import check_ensemble, check_tile, restored_pair
+from acla.restore.pretrained import Weights
 
 DEFAULT_CHECKPOINT = Path("runs/train/model.safetensors")
 

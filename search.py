@@ -13,14 +13,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from acla import cli, config, flags, training
-from acla.architecture import for_task
-from acla.checkpoint import write_atomically
+from acla import cli, config, console
 from acla.config import SearchConfig, Task
+from acla.distributed import Processes, join
 from acla.errors import CheckpointError, UsageError
-from acla.processes import Processes, join
-from acla.searching import Found, Plan, Sets, run, search_sets, table, undecided
-from acla.selection import (
+from acla.files import write_atomically
+from acla.search.architecture import for_task
+from acla.search.lambda_selection import (
     GRID,
     agreement,
     agreement_table,
@@ -28,6 +27,8 @@ from acla.selection import (
     publish,
     within_budget,
 )
+from acla.search.loop import Found, Plan, Sets, run, search_sets, table, undecided
+from acla.training import run_dir, validation
 
 OUT = Path("runs/search")
 PLAN = "plan.json"
@@ -37,7 +38,7 @@ KEPT_FLAGS = ("preset", "auto", "grid", "budget", "seeds")  # in the plan, for -
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     processes = join(cli.pick_device(args.device))
-    written = training.open_run(args.out, PLAN, args.resume)
+    written = run_dir.open_run(args.out, PLAN, args.resume)
     if written is None:
         preset = cli.pick_preset(args.preset, processes.device)
         plan = plan_from_flags(args, preset)
@@ -55,14 +56,14 @@ def main(argv: list[str] | None = None) -> None:
         write_atomically(args.out / PLAN, json.dumps(begun, indent=2).encode())
     tell(plan, sets, processes)
     found = search(plan, flags, sets, args, processes)
-    cli.say(table(found))
+    console.say(table(found))
     if count := undecided(found):
-        cli.notice(
+        console.notice(
             f"{count} of {len(found.architecture.alpha)} gates are still undecided "
             "(chance between 0.1 and 0.9): a longer search, --steps, settles them"
         )
     files = " · ".join(str(args.out / name) for name in ("arch.json", "search.jsonl"))
-    cli.say(f"written: {files} · {args.out / 'model.safetensors'}")
+    console.say(f"written: {files} · {args.out / 'model.safetensors'}")
     processes.leave()
 
 
@@ -100,8 +101,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         type=int,
         help="searches, from --seed on, and their agreement (default: 1)",
     )
-    flags.add_flags(parser, SearchConfig, but=("lam",))
-    flags.add_flags(parser, config.ModelConfig, but=("attention", "positions"))
+    cli.add_flags(parser, SearchConfig, but=("lam",))
+    cli.add_flags(parser, config.ModelConfig, but=("attention", "positions"))
     args = parser.parse_args(argv)
     args.auto = None
     if getattr(args, "lam", None) == "auto":
@@ -137,12 +138,12 @@ def parse_grid(text: str) -> list[float]:
 
 def plan_from_flags(args: argparse.Namespace, preset: str) -> Plan:
     """The search that the flags describe; the preset's unless they say otherwise."""
-    task = flags.task_from_flags(args) or Task()
+    task = cli.task_from_flags(args) or Task()
     backbone = getattr(args, "backbone", "edsr")
-    model = for_task(flags.override(config.model_preset(preset, task, backbone), args), task)
-    flags.refuse_unused(args, model)
+    model = for_task(cli.override(config.model_preset(preset, task, backbone), args), task)
+    cli.refuse_unused(args, model)
     how = config.search_preset(preset, task, backbone)
-    return Plan(task, model, flags.override_length(how, args))
+    return Plan(task, model, cli.override_length(how, args))
 
 
 def read_plan(path: Path, args: argparse.Namespace) -> tuple[Plan, dict[str, Any]]:
@@ -150,7 +151,7 @@ def read_plan(path: Path, args: argparse.Namespace) -> tuple[Plan, dict[str, Any
     try:
         begun = json.loads(path.read_text(encoding="utf-8"))
         flags = {name: begun["flags"][name] for name in KEPT_FLAGS}
-        return training.resumed_plan(Plan, begun, args, path), flags
+        return run_dir.resumed_plan(Plan, begun, args, path), flags
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a plan of search.py: {error!r}") from error
 
@@ -158,13 +159,13 @@ def read_plan(path: Path, args: argparse.Namespace) -> tuple[Plan, dict[str, Any
 def tell(plan: Plan, sets: Sets, processes: Processes) -> None:
     """What is about to happen, in one line."""
     how = plan.search
-    cli.notice(
+    console.notice(
         f"{plan.task}: {plan.model.backbone} of {plan.model.blocks} blocks × {plan.model.width}; "
         f"{how.steps} steps of {how.batch} patches of {how.patch}², the first {how.first_stage} "
         f"for the weights alone; {len(sets.weights)} pictures of {how.train_set} for the weights, "
         f"{len(sets.alpha)} for α; on {processes}"
     )
-    cli.notice(training.validation_protocol(plan.task, plan.model.channels))
+    console.notice(validation.validation_protocol(plan.task, plan.model.channels))
 
 
 def search(
@@ -182,26 +183,26 @@ def search(
         notes = {"cross_validation": rows}
         plan = dataclasses.replace(plan, search=dataclasses.replace(plan.search, lam=lam))
         for row in rows:
-            cli.say(
+            console.say(
                 f"λ {row['lambda']:<6g} {row['psnr']:.3f} dB, {row['lost']:.3f} ± "
                 f"{row['lost_error']:.3f} below the best; {max(row['macs']) / 1e6:.1f} M "
                 "multiply-adds"
             )
-    cli.notice(f"λ {plan.search.lam:g}" if flags["budget"] is None else "λ by bisection")
+    console.notice(f"λ {plan.search.lam:g}" if flags["budget"] is None else "λ by bisection")
     seeds = range(plan.search.seed, plan.search.seed + (flags["seeds"] or 1))
     if len(seeds) == 1:
         return search_once(plan, flags, sets, out, processes, notes)
     found = []
     for seed in seeds:
-        cli.notice(f"seed {seed}")
+        console.notice(f"seed {seed}")
         how = dataclasses.replace(plan.search, seed=seed)
         one = dataclasses.replace(plan, search=how)
         found.append(search_once(one, flags, sets, out / f"seed-{seed}", processes, notes))
     report = agreement(found)
-    cli.say(agreement_table(report))
+    console.say(agreement_table(report))
     best = max(found, key=lambda one: one.mean_psnr)
     chosen = best.architecture.seed
-    cli.say(f"the best by PSNR, seed {chosen}:")
+    console.say(f"the best by PSNR, seed {chosen}:")
     return publish(best, out / f"seed-{chosen}", out, processes, {"agreement": report})
 
 

@@ -17,10 +17,15 @@ from typing import NamedTuple
 
 import torch
 
-from acla import cli, config, flags, training
-from acla.architecture import choose_network, read_architecture
-from acla.checkpoint import (
-    clear_temporary,
+from acla import cli, config, console
+from acla.config import AT_SEARCHED, ModelConfig, Task, TrainConfig
+from acla.data import datasets
+from acla.data.datasets import Loader, PatchSampler, Pictures, training_sets
+from acla.distributed import Processes, join
+from acla.errors import UsageError
+from acla.files import clear_temporary, provenance
+from acla.models.factory import describe
+from acla.models.serialization import (
     fitting_weights,
     load_model,
     load_state,
@@ -28,15 +33,10 @@ from acla.checkpoint import (
     save_model,
     save_state,
 )
-from acla.config import AT_SEARCHED, ModelConfig, Task, TrainConfig
-from acla.data import PatchSampler, Pictures, training_sets
-from acla.errors import UsageError
-from acla.learner import Learner
-from acla.loader import Loader
-from acla.networks import describe
-from acla.processes import Processes, join
-from acla.provenance import provenance
-from acla.stopping import Stop
+from acla.search.architecture import choose_network, read_architecture
+from acla.training import run_dir, validation
+from acla.training.run_dir import Stop
+from acla.training.trainer import Learner
 
 SEARCHED = Path("runs/search/arch.json")
 OUT = Path("runs/train")
@@ -56,23 +56,23 @@ class Plan:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.log:
-        training.tensorboard()
+        run_dir.tensorboard()
     processes = join(cli.pick_device(args.device))
     state = None
     if not args.describe:
-        state = training.open_run(args.out, STATE, args.resume)
+        state = run_dir.open_run(args.out, STATE, args.resume)
     if state is None:
         preset = cli.pick_preset(args.preset, processes.device)
         plan = plan_from_flags(args, preset)
         args.preset = preset  # as --resume may repeat it
         if args.describe:
-            cli.say(json.dumps(describe(plan.model)))
+            console.say(json.dumps(describe(plan.model)))
             return
         cli.tell_of_sample(args)
         train(plan, args, processes)
     else:
         tensors, progress = load_state(state)
-        plan = training.resumed_plan(Plan, progress, args, state)
+        plan = run_dir.resumed_plan(Plan, progress, args, state)
         require_network(plan.model, tensors, state)
         train(plan, args, processes, tensors, progress)
     processes.leave()
@@ -113,8 +113,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="threads that make patches ahead; they change no bit of the result (default: 0 on a "
         "CPU, up to 4 on a GPU)",
     )
-    flags.add_flags(parser, TrainConfig)
-    flags.add_flags(parser, ModelConfig)
+    cli.add_flags(parser, TrainConfig)
+    cli.add_flags(parser, ModelConfig)
     return parser.parse_args(argv)
 
 
@@ -125,20 +125,20 @@ def plan_from_flags(args: argparse.Namespace, preset: str) -> Plan:
     if args.arch not in (None, "paper", "none"):
         source = read_architecture(Path(args.arch))
     elif args.arch is None and SEARCHED.is_file() and asks_for_searched(args):
-        found, asked = read_architecture(SEARCHED), flags.task_from_flags(args)
+        found, asked = read_architecture(SEARCHED), cli.task_from_flags(args)
         same_task = asked is None or asked.name == found.task.name
         if same_task and getattr(args, "backbone", found.model.backbone) == found.model.backbone:
             source = found
         taken = f"{SEARCHED} ({found.task})" if source else f"the paper's ({SEARCHED} does not fit)"
-        cli.notice(f"architecture: {taken}; --arch chooses another")
+        console.notice(f"architecture: {taken}; --arch chooses another")
     if args.inherit and args.init:
         raise UsageError("--inherit and --init both say which weights to begin with: give one")
     if args.inherit and source is None:
         raise UsageError("--inherit goes with a searched architecture: --arch FILE of search.py")
     args.arch = args.arch or (str(SEARCHED) if source else "paper")  # as --resume may repeat it
     task, model = choose_network(args, preset, source)
-    flags.refuse_unused(args, model)
-    return Plan(task, model, flags.override_length(config.train_preset(preset), args))
+    cli.refuse_unused(args, model)
+    return Plan(task, model, cli.override_length(config.train_preset(preset), args))
 
 
 def asks_for_searched(args: argparse.Namespace) -> bool:
@@ -167,9 +167,9 @@ def prepare(plan: Plan, args: argparse.Namespace, processes: Processes) -> Data:
     return Data(
         sampler,
         Loader(sampler, processes.device, args.workers),
-        training.validation_set(val_paths, plan.task, channels),
+        validation.validation_set(val_paths, plan.task, channels),
         val_sets,
-        {"train": training.digest(paths), "val": training.digest(val_paths)},
+        {"train": datasets.digest(paths), "val": datasets.digest(val_paths)},
     )
 
 
@@ -192,12 +192,12 @@ def train(
     if processes.first:
         out.mkdir(parents=True, exist_ok=True)
         clear_temporary(out)
-        log = training.Log(out / LOG, start, out / "tensorboard" if args.log else None)
+        log = run_dir.Log(out / LOG, start, out / "tensorboard" if args.log else None)
         if not start:
             write_state(out, learner, progress)
     tell(plan, data, processes)
     made, begun = provenance(processes.device), time.monotonic()
-    bar = cli.progress(
+    bar = console.progress(
         range(start, how.steps), initial=start, total=how.steps, unit="step", desc="train"
     )
     with Stop(processes.world == 1) as stop:
@@ -223,14 +223,14 @@ def train(
                     write(out, learner, plan, progress, info, better)
             else:
                 losses = [loss.item() for loss in learner.losses]
-                training.require_finite_steps(losses, None, done, data.sampler, kept)
+                run_dir.require_finite_steps(losses, None, done, data.sampler, kept)
                 progress |= {"step": done, "seconds": seconds}
                 write_state(out, learner, progress)
             if asked and done < how.steps:
                 raise stop.at(done, out / STATE)
     psnr, best = progress["val_psnr"], progress["best"]["step"]
-    cli.say(f"{plan.task}: {psnr:.2f} dB on the validation pictures after {how.steps} steps")
-    cli.say(f"written: {out / MODEL} · {out / BEST}, of step {best} · {out / LOG}")
+    console.say(f"{plan.task}: {psnr:.2f} dB on the validation pictures after {how.steps} steps")
+    console.say(f"written: {out / MODEL} · {out / BEST}, of step {best} · {out / LOG}")
 
 
 def take_up(
@@ -244,7 +244,7 @@ def take_up(
     """The network as the run begins, or as its state left it, and the progress so far."""
     learner = Learner(plan.model, plan.train, processes)
     if progress:
-        training.require_same_data(progress, data.digests)
+        run_dir.require_same_data(progress, data.digests)
         learner.unpack(tensors, progress, args.out / STATE)
     else:
         given = {name: getattr(args, name) for name in ("preset", "arch", "inherit", "init")}
@@ -259,9 +259,9 @@ def row_of(
     """The row of the log after `done` steps, but for their time: what they met, and the validation.
     Raises AclaError, which names `kept`, where one of them diverged."""
     losses, norms = learner.met()
-    each = training.each_psnr(learner.result, data.validation, plan.task, learner.device)
-    found = training.by_set(each, data.val_sets)
-    training.require_finite_steps(losses, found["val_psnr"], done, data.sampler, kept)
+    each = validation.each_psnr(learner.result, data.validation, plan.task, learner.device)
+    found = validation.by_set(each, data.val_sets)
+    run_dir.require_finite_steps(losses, found["val_psnr"], done, data.sampler, kept)
     row = {"step": done, "loss": sum(losses) / len(losses), "rate": learner.rate(done - 1)}
     return row | ({"norm": sum(norms) / len(norms)} if norms else {}) | found
 
@@ -302,7 +302,7 @@ def begin(learner: Learner, plan: Plan, args: argparse.Namespace) -> dict[str, s
     held = {name.split(".")[1] for name in weights if name.startswith("attention.")}
     new = tuple(p for p in plan.model.positions if str(p) not in held)
     told = f"; the attention behind {config.format_positions(new)} is new" if new else ""
-    cli.notice(f"weights: {path}, trained for {task}{told}")
+    console.notice(f"weights: {path}, trained for {task}{told}")
     return {
         "file": f"{path.resolve().parent.name}/{path.name}",
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
@@ -313,14 +313,14 @@ def tell(plan: Plan, data: Data, processes: Processes) -> None:
     """What is about to happen, in one line, and how it is judged, in another."""
     size = describe(plan.model)
     where = config.format_positions(plan.model.positions)
-    cli.notice(
+    console.notice(
         f"{plan.task}: {plan.model.backbone} of {plan.model.blocks} blocks × {plan.model.width}, "
         f"{plan.model.attention} at {where} ({size['params']:,} parameters); "
         f"{plan.train.steps} steps of {plan.train.batch} patches of {plan.train.patch}² from "
         f"{len(data.sampler.pictures)} pictures of {plan.train.train_set}, "
         f"{len(data.validation)} for validation; on {processes}"
     )
-    cli.notice(training.validation_protocol(plan.task, plan.model.channels))
+    console.notice(validation.validation_protocol(plan.task, plan.model.channels))
 
 
 if __name__ == "__main__":

@@ -1,302 +1,250 @@
-"""Checkpoints: safetensors with the whole configuration inside, written atomically, read as
-untrusted data.
+"""Networks that were published as PyTorch files, made into model files of this project:
 
-A model file rebuilds its network alone; `python -m acla.checkpoint import` makes one of a published
-PyTorch file. A state file holds what resuming needs besides: optimiser, averages, progress."""
+    python -m acla.checkpoint import edsr_x2.pt edsr_x2.safetensors
 
-import dataclasses
-import json
+Known are EDSR, RCAN, HAN, A2N and A2N-M, in the parameter names of their public PyTorch releases.
+These work on pictures in 0..255, and ours on 0..1. Convolutions and ReLUs make features 255 times
+smaller of smaller pictures if their biases are divided too. Where features are read to make factors
+of 0..1, which shall stay, weights are multiplied instead and biases kept. That is the same
+function, to rounding. HAN's layer attention, which no weight can convert, multiplies by 255
+itself."""
+
+import argparse
+import hashlib
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+import warnings
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
-from acla.backbone import Backbone
-from acla.config import SAME_MODULE, ModelConfig, Task, from_dict
-from acla.errors import NOT_VALID, CheckpointError, UsageError
-from acla.networks import build_network
+from acla.cli import run
+from acla.config import ModelConfig, Task
+from acla.console import say
+from acla.errors import CheckpointError, UsageError
+from acla.models.backbones import LEVELS, Backbone
+from acla.models.factory import build_network
+from acla.models.serialization import FORMAT, load_strictly, save_model
 
-FORMAT = "acla-1"
-STATES = "state.safetensors of train.py or supernet.safetensors of search.py"
-ANEW = "; begin anew with --out DIR"  # the end of what is said of a state
-PUBLISHED = {".pt", ".pth", ".bin", ".ckpt"}  # suffixes of PyTorch files
-IMPORTED = "; a published PyTorch file becomes one by python -m acla.checkpoint import FILE OUT"
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A network that was read, ready for use (evaluation mode, on the CPU), its task, and the notes
-    beside it."""
-
-    model: Backbone
-    config: ModelConfig
-    task: Task
-    info: dict[str, Any]
+# A tensor that tells the network; HAN has RCAN's too
+MARKS = {
+    "AAB_trunk.0.conv_first.weight": "a2n",
+    "la.gamma": "han",
+    "body.0.body.0.body.0.weight": "rcan",
+    "body.0.body.0.weight": "edsr",
+}
+KNOWN = "EDSR (EDSR-PyTorch), RCAN, HAN and A2N, as their authors published them"
+WRAPPERS = ("state_dict", "model", "params")
+# The biases of what makes factors of features
+FACTORS = re.compile(r".*(conv_du\.\d|k2|tail\.\d\.2\.conv|csa)\.bias")
 
 
-def save_model(path: Path, model: nn.Module, config: ModelConfig, task: Task, info: dict) -> None:
-    """Write a network that `load_model` rebuilds from the file alone. info: JSON values, kept
-    beside it."""
-    header = {
-        "kind": "model",
-        "model": json.dumps(dataclasses.asdict(config)),
-        "task": json.dumps(dataclasses.asdict(task)),
-        "info": json.dumps(info),
-    }
-    write_tensors(path, model.state_dict(), header)
+def import_network(path: Path, scale: int | None = None) -> Backbone:
+    """The network of a published file, for pictures in 0..1, in evaluation mode.
 
-
-def load_model(path: Path) -> Checkpoint:
-    """Read a network. Raises CheckpointError with the file and the reason: missing, broken, another
-    kind, another shape."""
-    tensors, header = read_tensors(path, "model")
+    scale: enlargement per side, which the shapes of A2N ×2 and ×3 do not tell. Raises
+    CheckpointError for a file that is broken, needs code, or is of no known network, UsageError for
+    a scale that is missing or another than the file's."""
+    tensors = read_published(path)
+    kind = next((kind for name, kind in MARKS.items() if name in tensors), None)
+    if kind is None:
+        raise CheckpointError(f"{path}: of no network that is known; known: {KNOWN}")
     try:
-        config = from_dict(ModelConfig, from_json(header["model"]))
-        task = from_dict(Task, from_json(header["task"]))
-        info = from_json(header["info"])
-        require_types("the notes", info, {})
-    except (*NOT_VALID, UsageError) as error:
-        reason = in_one_line(error)
-        raise CheckpointError(f"{path}: the configuration inside is not valid: {reason}") from error
-    if task.scale != config.scale:
-        raise CheckpointError(f"{path}: a network for ×{config.scale} with the task {task}")
-    model = without_memory(config, tensors, path)
-    load_strictly(model, tensors, path)
-    return Checkpoint(model.eval(), config, task, info)
-
-
-def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Take over tensors whose names, shapes and types are the network's, all of them. Raises
-    CheckpointError."""
-    wanted = model.state_dict()
-    require_fitting(wanted, tensors, path)
-    if any(tensor.is_meta for tensor in wanted.values()):
-        model.to_empty(device="cpu")
-    model.load_state_dict(tensors)
-
-
-def require_network(config: ModelConfig, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Refuse a training's state whose network, 'model.<name>', is not the plan's, before memory is
-    taken for it. Raises CheckpointError."""
-    own = {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
-    wanted = without_memory(config, own, path, ANEW).state_dict()
-    require_fitting({f"model.{name}": tensor for name, tensor in wanted.items()}, own, path, ANEW)
-
-
-def without_memory(
-    config: ModelConfig, tensors: Mapping[str, Tensor], path: Path, fix: str = ""
-) -> Backbone:
-    """The network on the device meta, to compare names and shapes with. Raises CheckpointError
-    where it has more blocks than there are tensors, for even so a large one takes minutes."""
-    blocks = config.blocks * (config.group_blocks if config.backbone in ("rcan", "han") else 1)
-    if blocks > len(tensors):
+        tensors = renamed(tensors, kind)
+        config = find_config(tensors, kind)
+        scales = find_scales(tensors, config)
+        small = "sub_mean.bias" in tensors and bool((tensors["sub_mean.bias"].abs() <= 1).all())
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, UsageError) as error:
         raise CheckpointError(
-            f"{path}: does not fit its network: {len(tensors)} tensors for {blocks} blocks{fix}"
-        )
-    with torch.device("meta"):
-        return build_network(config)
-
-
-def require_fitting(
-    wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path, fix: str = ""
-) -> None:
-    """Refuse tensors of other names, shapes or types than the wanted ones. fix: the end of the
-    message. Raises CheckpointError."""
-    odd = sorted(wanted.keys() ^ tensors.keys())
-    if odd:
-        missing = sum(name in wanted for name in odd)
+            f"{path}: has the names of {kind.upper()}, but not its tensors: {error!r}"
+        ) from error
+    if small:
         raise CheckpointError(
-            f"{path}: does not fit its network: {missing} tensors are missing and "
-            f"{len(odd) - missing} are unknown, for instance {in_one_line(odd[0])}{fix}"
+            f"{path}: its mean colour is that of pictures in 0..1; published files are for 0..255"
         )
-    for name, tensor in tensors.items():
-        if tensor.shape != wanted[name].shape or tensor.dtype != wanted[name].dtype:
-            raise CheckpointError(
-                f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}, "
-                f"but the network's is {wanted[name].dtype} {list(wanted[name].shape)}{fix}"
-            )
+    config = replace(config, scale=choose_scale(scales, scale, path))
+    with torch.device("meta"):  # no memory before names and shapes are known to fit
+        network = build_network(config)
+    load_strictly(network, tensors, path)
+    to_unit_range(network)
+    return network.eval()
 
 
-def fitting_weights(path: Path, config: ModelConfig) -> tuple[dict[str, Tensor], Task]:
-    """What a network can begin with from the file of a trained one, and that one's task: the whole
-    backbone, which must be the same, and every attention module that is the same as here, with the
-    same layers to refer to. Raises CheckpointError."""
-    given = load_model(path)
-    begun, wanted = (backbone_alone(one) for one in (given.config, config))
-    for name, value in dataclasses.asdict(wanted).items():
-        if getattr(begun, name) != value:
-            raise CheckpointError(
-                f"{path}: another backbone than the one to begin, its {name} is "
-                f"{getattr(begun, name)}, not {value}: give the flags of that network, or its file"
-            )
-    same = {f"attention.{p}" for p in config.positions if same_module(given.config, config, p)}
-    tensors = {
-        name: tensor
-        for name, tensor in given.model.state_dict().items()
-        if not name.startswith("attention.") or ".".join(name.split(".")[:2]) in same
-    }
-    return tensors, given.task
+# Reading
 
 
-def backbone_alone(config: ModelConfig) -> ModelConfig:
-    """A configuration without what says how its attention is."""
-    plain = ModelConfig(attention="none", keys=0)
-    fields = ("attention", "keys", "positions", "ring", "open_logit")
-    return dataclasses.replace(config, **{name: getattr(plain, name) for name in fields})
-
-
-def same_module(one: ModelConfig, other: ModelConfig, position: int) -> bool:
-    """Whether the module behind a position is of one kind in two networks and refers to the same
-    layers."""
-    kinds = [(SAME_MODULE.get(c.attention, c.attention), c.keys) for c in (one, other)]
-    referred = [[p for p in c.positions if p <= position] for c in (one, other)]
-    return kinds[0] == kinds[1] and referred[0] == referred[1]
-
-
-def save_state(path: Path, tensors: Mapping[str, Tensor], progress: dict[str, Any]) -> None:
-    """Write what resuming needs: tensors by name and JSON values."""
-    write_tensors(path, tensors, {"kind": "state", "progress": json.dumps(progress)})
-
-
-def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `save_state` wrote in a run. Raises CheckpointError."""
-    tensors, header = read_tensors(path, "state")
-    try:
-        progress = from_json(header["progress"])
-        require_progress(progress)
-    except NOT_VALID as error:
-        raise CheckpointError(f"{path}: the progress inside is not valid: {error}{ANEW}") from error
-    return tensors, progress
-
-
-def require_progress(progress: Any) -> None:
-    """Refuse what neither train.py nor search.py writes as its progress. Raises ValueError."""
-    kinds, noted = {"step": int, "seconds": float, "plan": dict, "data": dict}, r"seen|count"
-    require_types("the progress", progress, kinds)
-    if progress["step"] < 0:
-        raise ValueError(f"step must be 0 or more, not {progress['step']}")
-    for name in ("losses", "norms", "seen"):  # of the steps since the last row of the log
-        met = progress.get(name, [])
-        if type(met) is not list or any(type(value) is not float for value in met):
-            raise ValueError(f"{name} must be a list of numbers")
-    if "train" in progress["plan"]:
-        kinds |= {"flags": dict, "scaler": dict, "best": type(None)}
-        noted = r"begun_with|losses|norms|loss|rate|norm|val_psnr(_.+)?"
-        validated = progress["step"] > 0 and ("val_psnr" in progress or not progress.get("losses"))
-        if validated:
-            kinds |= {"best": dict, "val_psnr": float}
-        require_types("the progress", progress, kinds)
-        if validated:
-            require_types("best", progress["best"], {"step": int, "val_psnr": float})
-    elif len(progress.get("seen", [0, 0])) != 2:
-        raise ValueError("seen must be two sums")
-    elif type(progress.get("count", 0)) is not int or progress.get("count", 0) < 0:
-        raise ValueError("count must be a number of steps, 0 or more")
-    odd = [name for name in progress if name not in kinds and not re.fullmatch(noted, name)]
-    if odd:
-        raise ValueError(f"{odd[0]!r} is unknown")
-
-
-def from_json(text: str) -> Any:
-    """What a header holds. Raises RecursionError, and ValueError, also for whole numbers of more
-    than 64 bits, on which arithmetic fails."""
-
-    def whole(digits: str) -> int:
-        if not -(2**63) <= int(digits) < 2**63:
-            raise ValueError(f"a number of {len(digits)} digits")
-        return int(digits)
-
-    return json.loads(text, parse_int=whole)
-
-
-def in_one_line(text: object) -> str:
-    """A message that may hold names from a file, without their line breaks."""
-    return " ".join(str(text).split())
-
-
-def require_types(what: str, values: Any, kinds: Mapping[str, type]) -> None:
-    """Refuse what is no JSON object or holds no value of its type under a name. Raises
-    ValueError."""
-    if type(values) is not dict:
-        raise ValueError(f"{what} must be a JSON object, not {type(values).__name__}")
-    for name, kind in kinds.items():
-        if name not in values:
-            raise ValueError(f"{what} has no {name}")
-        if type(values[name]) is not kind:
-            raise ValueError(f"{name} must be {kind.__name__}, not {type(values[name]).__name__}")
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
-    """Write a safetensors file so that a reader sees the old one or the new one, never a part:
-    temporary file, fsync, rename."""
-    plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    write_atomically(Path(path), save(plain, metadata={"format": FORMAT, **header}))
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file's bytes at once; on any failure the old file stays as it was."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk does not say which file
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def clear_temporary(folder: Path) -> None:
-    """Remove what writes that were killed left in a folder, which no other process may be writing
-    to."""
-    for path in folder.iterdir():
-        if re.fullmatch(r"\..+\.[0-9]+\.tmp", path.name):
-            path.unlink(missing_ok=True)
-
-
-def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A safetensors file of ours and its header. Raises CheckpointError, which names the file that
-    is wanted instead."""
-    path = Path(path)
-    wanted = {"model": "model.safetensors", "state": STATES}[kind]
-    if path.is_dir():
-        raise CheckpointError(f"{path}: that is a folder; the file wanted is {wanted} in it")
+def read_published(path: Path) -> dict[str, Tensor]:
+    """The tensors of a PyTorch file or of somebody else's safetensors file, by name. Code in a file
+    is never run. Raises CheckpointError."""
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such file")
+    found = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+    for name in 2 * WRAPPERS:  # one may lie in another
+        if isinstance(found, dict) and isinstance(found.get(name), dict):
+            found = found[name]
+    if not isinstance(found, dict) or not all(
+        isinstance(name, str)
+        and isinstance(tensor, Tensor)
+        and (tensor.device.type, tensor.layout) == ("cpu", torch.strided)
+        for name, tensor in found.items()
+    ):
+        raise CheckpointError(f"{path}: holds other things than tensors by name (a state_dict)")
+    parallel = all(name.startswith("module.") for name in found)
+    return {name.removeprefix("module.") if parallel else name: t for name, t in found.items()}
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """A safetensors file that is not ours: biases must not be converted twice."""
     try:
         with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
+            if (file.metadata() or {}).get("format") == FORMAT:
+                raise CheckpointError(f"{path}: one of our files already; use it as it is")
             names = file.keys()
-            # Cloned, for arithmetic on memory of another alignment may round differently.
-            tensors = {name: file.get_tensor(name).clone() for name in names}
+            return {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, ValueError) as error:
-        hint = IMPORTED if path.suffix in PUBLISHED else ""
-        raise CheckpointError(f"{path}: not a whole safetensors file ({error}){hint}") from error
-    if header.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
+
+
+def read_pickle(path: Path) -> object:
+    """What a PyTorch file holds, if that is made of tensors and plain values."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of broken files too; one line will tell
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a broken pickle raises whatever its next step raises
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if code:
+            raise CheckpointError(
+                f"{path}: needs pickled code ({code[1]}), which is never run; only files that hold "
+                "a state_dict alone can be read"
+            ) from error
         raise CheckpointError(
-            f"{path}: a safetensors file, but not one of ours ({FORMAT}); the file wanted is "
-            f"{wanted} of a run"
-        )
-    if header.get("kind") != kind:
-        raise CheckpointError(
-            f"{path}: holds a {header.get('kind')}, not a {kind}; the file wanted is {wanted}"
-        )
-    return tensors, header
+            f"{path}: not a whole PyTorch file of tensors ({type(error).__name__})"
+        ) from error
+
+
+# Which network it is
+
+
+def renamed(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """The tensors by our names, in our shapes."""
+    if kind == "han":
+        kernel = tensors["csa.conv.weight"].flatten(0, 2)  # [1,1,3,3,3]
+        given = {"csa.kernel": kernel, "csa.bias": tensors["csa.conv.bias"]}
+        return {n: t for n, t in tensors.items() if not n.startswith("csa.conv.")} | given
+    if kind != "a2n":
+        return tensors
+    own = {
+        "conv_first": "head.0",
+        "AAB_trunk": "body",
+        "trunk_conv": f"body.{count(tensors, 'AAB_trunk')}",
+        "conv_last": f"tail.{count(tensors, 'upconv', '')}",
+    }
+    for step in (1, 2):
+        names = {"upconv": "1", "att": "2", "HRconv": "4"}
+        own |= {f"{name}{step}": f"tail.{step - 1}.{place}" for name, place in names.items()}
+    parts = [(*name.partition("."), tensor) for name, tensor in tensors.items()]
+    return {own.get(first, first) + dot + rest: tensor for first, dot, rest, tensor in parts}
+
+
+def count(tensors: dict[str, Tensor], name: str, dot: str = ".") -> int:
+    """How many numbers follow a name."""
+    found = (re.match(rf"{re.escape(name + dot)}(\d+)\.", other) for other in tensors)
+    return len({match[1] for match in found if match})
+
+
+def find_config(tensors: dict[str, Tensor], kind: str) -> ModelConfig:
+    """The network that the shapes of its tensors tell, but for its scale. Raises whatever shapes
+    and names lead to that are not a network's; `load_strictly` looks at all of them later."""
+    width, channels = tensors["head.0.weight"].shape[:2]
+    size = {"width": width, "channels": channels, "attention": "none", "keys": 0}
+    size["blocks"] = blocks = count(tensors, "body") - 1
+    match kind:
+        case "edsr":
+            size["residual_scale"] = 0.1 if (blocks, width) == (32, 256) else 1.0
+        case "rcan" | "han":
+            size["group_blocks"] = count(tensors, "body.0.body") - 1
+            size["reduction"] = width // len(tensors["body.0.body.0.body.3.conv_du.0.weight"])
+        case "a2n":
+            size["reduction"] = width // len(tensors["body.0.ADM.0.weight"])
+            kind = "a2n-m" if tensors["body.0.non_attention.weight"].shape[-1] == 1 else "a2n"
+    return ModelConfig(backbone=kind, **size)
+
+
+def find_scales(tensors: dict[str, Tensor], config: ModelConfig) -> tuple[int, ...]:
+    """The enlargements that a tail may be for."""
+    if config.backbone in ("a2n", "a2n-m"):
+        return (4,) if "tail.1.1.weight" in tensors else (2, 3)
+    names = [f"tail.0.{layer}.weight" for layer in (0, 2, 4)]
+    grown = tuple(len(tensors[name]) / config.width for name in names if name in tensors)
+    found = {(4,): 2, (9,): 3, (4, 4): 4}.get(grown)
+    if found is None:
+        raise ValueError("its tail enlarges neither ×2 nor ×3 nor ×4")
+    return (found,)
+
+
+def choose_scale(scales: tuple[int, ...], given: int | None, path: Path) -> int:
+    """The scale that was given, if it can be; else the only one. Raises UsageError."""
+    if given is None and len(scales) > 1:
+        raise UsageError(f"{path}: its shapes fit ×2 and ×3: give --scale 2 or --scale 3")
+    if given not in (None, *scales):
+        known = " or ".join(f"×{scale}" for scale in scales)
+        raise UsageError(f"--scale {given}: the network of {path} enlarges {known}")
+    return given or scales[0]
+
+
+@torch.no_grad()
+def to_unit_range(network: Backbone) -> None:
+    """Turn f(x) for pictures x in 0..255 into f(255 x) / 255 for those in 0..1."""
+    for name, parameter in network.named_parameters():
+        if name.endswith(".bias") and not FACTORS.fullmatch(name):
+            parameter /= LEVELS
+
+
+# The command
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m acla.checkpoint")
+    commands = parser.add_subparsers(required=True, metavar="import")
+    told = f"make a model file of a published PyTorch file: {KNOWN}"
+    command = commands.add_parser("import", help=told, description=told)
+    command.add_argument("file", type=Path, metavar="FILE", help="a .pt, .pth or .safetensors file")
+    command.add_argument("out", type=Path, metavar="OUT", help="the file to write, .safetensors")
+    command.add_argument(
+        "--task", choices=("sr",), default="sr", help="what it is for: all that are known enlarge"
+    )
+    command.add_argument(
+        "--scale",
+        type=int,
+        choices=(2, 3, 4),
+        help="enlargement per side; needed where shapes do not tell it, for A2N ×2 and ×3",
+    )
+    command.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    if os.path.realpath(args.file) == os.path.realpath(args.out):
+        raise UsageError(f"{args.file} and {args.out} are the same; OUT needs a place of its own")
+    if os.path.lexists(args.out) and not args.overwrite:
+        raise UsageError(f"{args.out} is there already; --overwrite replaces it")
+    network = import_network(args.file, args.scale)
+    with open(args.file, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    config = network.config
+    task = Task(args.task, config.scale)
+    save_model(args.out, network, config, task, {"imported": args.file.name, "sha256": digest})
+    params = sum(parameter.numel() for parameter in network.parameters())
+    say(
+        f"{args.out}: {task}, {config.backbone} of {config.blocks} blocks × {config.width}, "
+        f"{params:,} parameters"
+    )
 
 
 if __name__ == "__main__":
-    # Only here: they write through this room
-    from acla.cli import run
-    from acla.importing import main
-
     run(main)

@@ -1,55 +1,32 @@
 """What every script does the same way: common flags, the device, notices, exit status."""
 
 import argparse
-import json
-import math
+import dataclasses
 import os
+import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import torch
-from tqdm import tqdm
 
-from acla.config import PRESETS
-from acla.errors import AclaError, UsageError
-from acla.flags import add_task_flags
-from acla.stopping import Stopped
+from acla.config import (
+    DEFAULT_KEYS,
+    MASKED,
+    PRESETS,
+    SETTING_DEFAULT,
+    SETTING_FLAG,
+    TASKS,
+    ModelConfig,
+    Task,
+    flag_name,
+)
+from acla.console import notice, tell_error
+from acla.errors import AclaError, Stopped, UsageError, out_of_memory
 from kernels import available_backends, why_not
 
 DEVICES = ("auto", "cpu", "cuda")
-NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
-
-
-def is_first() -> bool:
-    """Whether this is the first of the processes that torchrun started: the one that speaks."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def notice(text: str) -> None:
-    """Progress and notices go to standard error; results alone go to standard output."""
-    if is_first():
-        print(text, file=sys.stderr, flush=True)
-
-
-def tell_error(text: str) -> None:
-    """An error, on standard error, from whichever process met it."""
-    where = "" if is_first() else f" in process {os.environ['RANK']}"
-    print(f"error{where}: {text}", file=sys.stderr, flush=True)
-
-
-def say(text: str) -> None:
-    """A result, on standard output."""
-    if is_first():
-        print(text, flush=True)
-
-
-def progress(steps: Iterable, **options: object) -> tqdm:
-    """A progress bar on standard error; where that is a file, a line now and then."""
-    often = 0.1 if sys.stderr.isatty() else 10
-    options = {"disable": not is_first(), **options}
-    return tqdm(steps, mininterval=often, file=sys.stderr, **options)
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
@@ -110,66 +87,6 @@ def pick_preset(name: str | None, device: torch.device) -> str:
     return preset
 
 
-def require_pyplot() -> Any:
-    """matplotlib.pyplot, drawing to files. Raises UsageError without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UsageError("figures need matplotlib: pip install '.[report]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def check_json(where: str | None, made: Path | None = None) -> None:
-    """Refuse a --json that cannot be written, before any work is done; - is standard output, and
-    `made` a folder that is made in time. Raises UsageError."""
-    if where in (None, "-"):
-        return
-    if not (Path(where).parent.is_dir() or Path(where).parent == made):
-        raise UsageError(f"--json {where}: there is no folder {Path(where).parent}")
-    if Path(where).is_dir():
-        raise UsageError(f"--json {where}: that is a folder; name a file in it")
-
-
-def publish(told: str | None, result: Any, where: str | None) -> None:
-    """What a command found: as text (None: it is printed already) to standard output and as JSON to
-    a file, --json FILE, or as JSON alone to standard output, --json -."""
-    text = json.dumps(finite(result), indent=1, ensure_ascii=False, allow_nan=False)
-    if where == "-":
-        say(text)
-        return
-    if told is not None:
-        say(told)
-    if where:
-        Path(where).write_text(text + "\n", encoding="utf-8")
-
-
-def finite(value: Any) -> Any:
-    """The value with null for what JSON cannot hold: the infinite PSNR of equal pictures."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table whose columns are aligned, so that it reads well as it is."""
-    table = [list(head), *map(list, rows)]
-    widths = [max(3, *map(len, column)) for column in zip(*table, strict=True)]
-    table.insert(1, ["-" * width for width in widths])
-    padded = ([c.ljust(w) for c, w in zip(line, widths, strict=True)] for line in table)
-    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory ran out, on the GPU or not."""
-    said = isinstance(error, RuntimeError) and any(sign in str(error) for sign in NO_MEMORY)
-    return said or isinstance(error, MemoryError | torch.OutOfMemoryError)
-
-
 def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> None:
     """Run a script: errors that the user can mend become one line and an exit status (1 the work
     failed, 2 the call was wrong)."""
@@ -197,3 +114,137 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
     except KeyboardInterrupt:
         notice("stopped; --resume goes on from the last checkpoint of a training or a search")
         sys.exit(130)
+
+
+def parse_positions(text: str) -> tuple[int, ...]:
+    """'2,7,10' → (2, 7, 10); '' or 'none' → ()."""
+    try:
+        return () if text in ("", "none") else tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        wanted = f"wants positions, 2,7,10, or none, not {text!r}"
+        raise argparse.ArgumentTypeError(wanted) from error
+
+
+def parse_quality(text: str) -> tuple[int, int]:
+    """'10' → (10, 0); '5-60' → (5, 60): a Task's setting and until."""
+    found = re.fullmatch(r"(\d+)(?:-(0*[1-9]\d*))?", text, re.ASCII)
+    if not found:
+        raise argparse.ArgumentTypeError(f"wants a quality, 10, or a range, 5-60, not {text!r}")
+    return int(found[1]), int(found[2] or 0)
+
+
+def add_flags(parser: argparse.ArgumentParser, kind: type, but: tuple[str, ...] = ()) -> None:
+    """Add a flag for each field of a configuration, but for the named ones. A flag that is not
+    given leaves no trace in the parsed arguments, so that a preset can fill it."""
+    group = parser.add_argument_group((kind.__doc__ or kind.__name__).splitlines()[0].rstrip("."))
+    for item in dataclasses.fields(kind):
+        if item.metadata["help"] is None or item.name in but:
+            continue
+        how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+        if item.type is not bool:
+            choices = item.metadata["choices"]
+            how = {
+                "type": parse_positions if get_origin(item.type) is tuple else item.type,
+                "choices": choices,
+                "metavar": None if choices else item.name.upper(),
+            }
+        group.add_argument(
+            f"--{flag_name(item.name)}",
+            dest=item.name,
+            default=argparse.SUPPRESS,
+            help=f"{item.metadata['help']} (default: {item.metadata['shown']})",
+            **how,
+        )
+
+
+def as_flag(name: str, value: Any) -> str:
+    """A field of a configuration as the flag that says it: --positions 1,3 or --no-ema."""
+    flag = flag_name(name)
+    if value is False:
+        return f"--no-{flag}"
+    if isinstance(value, tuple):
+        value = ",".join(map(str, value)) or "none"
+    return f"no --{flag}" if value == "" else f"--{flag}" if value is True else f"--{flag} {value}"
+
+
+def override(config: Any, args: argparse.Namespace) -> Any:
+    """The configuration with the flags that were given in place of the preset's values."""
+    names = {item.name for item in dataclasses.fields(config)}
+    return dataclasses.replace(config, **{k: v for k, v in vars(args).items() if k in names})
+
+
+def override_length(config: Any, args: argparse.Namespace) -> Any:
+    """`override`, and --epochs as another way to say --steps."""
+    config = override(config, args)
+    if args.epochs is None:
+        return config
+    if "steps" in args:
+        raise UsageError("--steps and --epochs say the same thing: give one of them")
+    if args.epochs < 1:
+        raise UsageError(f"--epochs must be above 0, not {args.epochs}")
+    return dataclasses.replace(config, steps=args.epochs * config.epoch_steps)
+
+
+def refuse_unused(args: argparse.Namespace, network: ModelConfig) -> None:
+    """Refuse flags that nothing in this network listens to. Raises UsageError."""
+    backbone, attention = network.backbone, network.attention
+    grouped = backbone in ("rcan", "han")
+    heard = dict.fromkeys(("keys", "ring", "offset_rate"), attention in DEFAULT_KEYS)
+    heard |= dict.fromkeys(("open_logit", "mask_temperature"), attention in MASKED)
+    heard |= {"group_blocks": grouped, "residual_scale": backbone == "edsr"}
+    heard |= {"reduction": grouped or backbone in ("a2n", "a2n-m")}
+    for name, does in heard.items():
+        if name in args and not does and not (name == "keys" and args.keys == 0):
+            of_backbone = name in ("group_blocks", "residual_scale", "reduction")
+            where = f"--backbone {backbone}" if of_backbone else f"--attention {attention}"
+            raise UsageError(f"--{flag_name(name)} changes nothing with {where}: leave it out")
+
+
+def add_task_flags(parser: argparse.ArgumentParser, usual: str = "car") -> None:
+    """--task and the setting of each task. usual: the task where none is named, for --help."""
+    group = parser.add_argument_group("The task")
+    group.add_argument("--task", choices=TASKS, help=f"what is restored (default: {usual})")
+    group.add_argument(
+        "--scale",
+        dest="task_scale",
+        metavar="SCALE",
+        type=int,
+        help="sr: enlargement per side, 2, 3 or 4 (default: 2)",
+    )
+    group.add_argument(
+        "--sigma",
+        dest="task_sigma",
+        metavar="SIGMA",
+        type=float,
+        help="denoise: noise in 8-bit levels (default: 30)",
+    )
+    group.add_argument(
+        "--q",
+        dest="task_q",
+        metavar="Q",
+        type=parse_quality,
+        help="car: JPEG quality, 1 to 100, or a range that pictures draw theirs from, 5-60 "
+        "(default: 10)",
+    )
+
+
+def task_from_flags(args: argparse.Namespace) -> Task | None:
+    """The task that the flags name, or None if they name none. A setting alone names its task: --q
+    20 is car."""
+    given = {task: getattr(args, f"task_{flag}") for task, flag in SETTING_FLAG.items()}
+    given = {task: value for task, value in given.items() if value is not None}
+    names = {args.task} if args.task else set(given)
+    if not names:
+        return None
+    (name, *more) = sorted(names)
+    stray = [f"--{SETTING_FLAG[task]} belongs to --task {task}" for task in given if task != name]
+    if more or stray:
+        raise UsageError("; ".join(stray) + f"; this call is for --task {name}")
+    setting = given.get(name, SETTING_DEFAULT[name])
+    return Task(name, *(setting if name in given and name == "car" else (setting,)))
+
+
+def names_no_setting(args: argparse.Namespace, name: str) -> bool:
+    """Whether the flags leave the setting of this task open: --task car without --q."""
+    flag = SETTING_FLAG.get(name)
+    return flag is None or getattr(args, f"task_{flag}") is None

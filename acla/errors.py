@@ -1,6 +1,8 @@
 """The errors a user can mend. The scripts print their message in one line; anything else is a bug
 and keeps its traceback."""
 
+import torch
+
 # What reading somebody's JSON as something may raise
 NOT_VALID = (KeyError, ValueError, TypeError, OverflowError, RecursionError)
 
@@ -23,3 +25,21 @@ class DataError(AclaError):
 
 class CheckpointError(AclaError):
     """A checkpoint is missing, broken, of another kind or of another network."""
+
+
+NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out, on the GPU or not."""
+    said = isinstance(error, RuntimeError) and any(sign in str(error) for sign in NO_MEMORY)
+    return said or isinstance(error, MemoryError | torch.OutOfMemoryError)
+
+
+class Stopped(KeyboardInterrupt):
+    """A run that was asked to stop has written its state. `status` is its exit status, as a shell
+    tells the signal."""
+
+    def __init__(self, number: int, text: str):
+        super().__init__(text)
+        self.status = 128 + number

@@ -1,6 +1,7 @@
 """Cross-layer attention's operator, and every way to compute it."""
 
-from kernels.ops import Attended, attend, available_backends, to_rows, why_not
+from kernels.dispatch import available_backends, why_not
+from kernels.ops import Attended, attend, to_rows
 from kernels.reference import binary_gate, logistic_noise
 
 __all__ = [

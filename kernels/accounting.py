@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.autotune import Call, launch
-from kernels.bilinear import decide, layers
+from kernels.launch import Call, launch
+from kernels.primitives import decide, layers
 
 
 @triton.jit

@@ -16,159 +16,31 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 
-from kernels.cache import cache_directory, is_writable
+from kernels.cache import is_writable
+from kernels.launch import (
+    CONFIGS,
+    REPOSITORY_COPY,
+    Call,
+    Config,
+    call_key,
+    choose,
+    hardware,
+    read_choices,
+    recording,
+    user_copy,
+)
 
-REPOSITORY_COPY = Path(__file__).with_name("tuned.json")
-VECTOR = 16  # bytes that one thread loads at once
-KEYS_OF_TILE = 16
-NARROWEST = 16  # channels of the least tile, where there are as many
 # What users meet, as (B, H, W, C, L, K): a patch, a batch of patches, a picture; EDSR, RCAN, CLA.
 SIZES = [
     (B, H, W, C, L, K)
     for C, L, K in ((256, 5, 16), (64, 4, 16), (128, 5, 16), (256, 5, 8), (64, 4, 8))
     for B, H, W in ((1, 48, 48), (16, 48, 48), (1, 256, 256))
 ]
-SMALL, LARGE = 1 << 15, 1 << 18  # queries times layers times images, that divide sizes in classes
-
-
-class Config(NamedTuple):
-    """A program's tile, in queries (or list entries) times channels, and its warps.
-
-    No channels: the tile's other dimension is all K keys, and `rows` is for KEYS_OF_TILE of them.
-    """
-
-    rows: int
-    channels: int
-    warps: int
-
-
-# Eight values to a thread come first: they leave registers for many warps to wait side by side.
-GATHER = [(16, 64, 4), (32, 64, 8), (8, 128, 4), (32, 32, 4), (32, 64, 4), (16, 128, 4)]
-KEYS = [(32, 0, 8), (16, 0, 4), (32, 0, 4), (16, 0, 2)]
-CONFIGS: dict[str, list[Config]] = {
-    name: [Config(*values) for values in listed]
-    for name, listed in {
-        "_plan": KEYS,
-        "_spread": KEYS,
-        "_count": KEYS,
-        "_aggregate": GATHER,
-        "_dots": [(16, 32, 4), (16, 64, 4), (32, 32, 4), (32, 32, 8)],
-        "_scatter": GATHER,
-        "_sum_rows": [(8, 64, 2), (8, 128, 4), (4, 64, 1)],
-        "_sum_maps": [(16, 0, 2), (32, 0, 4)],
-    }.items()
-}
-
-
-class Call(NamedTuple):
-    """One launch of a kernel, all but its tile."""
-
-    kernel: Any
-    arguments: dict[str, Any]
-    grid: tuple[int, int, int]  # rows (queries, or pixels to sum for), layers, images
-    rows_block: str | None = "BLOCK_N"  # None: a program owns one row, and takes BLOCK_E entries
-
-    @property
-    def name(self) -> str:
-        return self.kernel.__name__
-
-    @property
-    def size_class(self) -> str:
-        rows = self.grid[0] * self.grid[1] * self.grid[2]
-        return "small" if rows < SMALL else "medium" if rows < LARGE else "large"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type that the tile loads."""
-        wide = self.arguments.get("features") or (self.arguments.get("grad_ptr"),)
-        return torch.float32 if wide[0] is None else wide[0].dtype
-
-    def blocks(self, config: Config, lanes: int) -> dict[str, int]:
-        """The tile, for warps of so many lanes: as asked, but with rows enough to give every
-        thread a load of 16 bytes (of one value, where C forbids that)."""
-        rows_block = self.rows_block or "BLOCK_E"
-        if not config.channels:
-            keys = power_of_two(self.arguments["K"])
-            return {rows_block: max(1, config.rows * KEYS_OF_TILE // keys), "BLOCK_K": keys}
-        channels = channel_block(self.arguments["C"], config.channels)
-        vector = VECTOR // self.dtype.itemsize
-        vector = vector if self.arguments["C"] % vector == 0 else 1
-        least = lanes * config.warps * vector // channels
-        rows = config.rows if self.rows_block is None else max(config.rows, least)
-        return {rows_block: rows, "BLOCK_C": channels}
-
-    def programs(self, blocks: dict[str, int]) -> tuple[int, int, int]:
-        """The grid: rows and channels along its first axis, which alone may pass 65,535."""
-        rows, layers, images = self.grid
-        tiles = -(-rows // blocks.get(self.rows_block, 1))
-        chunks = -(-self.arguments["C"] // blocks["BLOCK_C"]) if "BLOCK_C" in blocks else 1
-        return tiles * chunks, layers, images
-
-    def run(self, config: Config, lanes: int) -> None:
-        blocks = self.blocks(config, lanes)
-        options = {"num_warps": config.warps, "enable_fp_fusion": True}
-        self.kernel[self.programs(blocks)](**self.arguments, **blocks, **options)
-
-
-hooks: list[Callable[[Call], None]] = []  # the last one gets the calls instead of the GPU
-
-
-@contextmanager
-def recording(hook: Callable[[Call], None]) -> Iterator[None]:
-    """Inside, launches are handed to `hook` and do not run."""
-    hooks.append(hook)
-    try:
-        yield
-    finally:
-        hooks.pop()
-
-
-def launch(call: Call) -> None:
-    """Run a kernel with the tile chosen for it."""
-    if hooks:
-        hooks[-1](call)
-        return
-    device = next(a for a in call.arguments.values() if isinstance(a, torch.Tensor)).device
-    name, lanes = hardware(device)
-    call.run(choose(name, call.name, call_key(call)), lanes)
-
-
-@functools.cache
-def hardware(device: torch.device) -> tuple[str, int]:
-    """A GPU's name and the lanes of its warps; of a CPU, which interprets, what costs least."""
-    if device.type != "cuda":
-        return device.type, 1
-    properties = torch.cuda.get_device_properties(device)
-    return properties.name, properties.warp_size
-
-
-def call_key(call: Call) -> str:
-    """What a choice is saved under: the kernel, the type it loads, K, C and the class of sizes."""
-    K, C = call.arguments["K"], call.arguments.get("C", 0)
-    return key_of(call.name, call.dtype, K, C, call.size_class)
-
-
-@functools.cache
-def key_of(kernel: str, dtype: torch.dtype, K: int, C: int, size_class: str) -> str:
-    dtype_name = str(dtype).removeprefix("torch.")
-    return f"{kernel.strip('_')} {dtype_name} K{K} C{C} {size_class}"
-
-
-@functools.cache
-def choose(gpu: str, kernel: str, key: str) -> Config:
-    """The saved choice for this GPU, the user's before the repository's; else the default."""
-    for path in (user_copy(), REPOSITORY_COPY):
-        saved = read_choices(path).get(gpu, {}).get(key)
-        if saved is not None:
-            return Config(*saved)
-    return CONFIGS[kernel][0]
 
 
 def candidates(call: Call, lanes: int) -> list[Config]:
@@ -214,7 +86,7 @@ def problem(
 def trace(inputs: tuple, run: bool) -> list[Call]:
     """The launches of a forward pass, of both backward passes and of a count. Where they do not
     `run`, they are only listed, and no GPU is needed."""
-    from kernels import accounting, gpu
+    from kernels import accounting, triton_backend
 
     features, points, maps, _, seeds = inputs
     wanted = ([True] * len(features), True, [True] * len(maps), True)
@@ -228,34 +100,14 @@ def trace(inputs: tuple, run: bool) -> list[Call]:
     before = torch.are_deterministic_algorithms_enabled()
     with recording(note):
         try:
-            gradients = tuple(torch.ones_like(result) for result in gpu.forward(*inputs))
+            gradients = tuple(torch.ones_like(result) for result in triton_backend.forward(*inputs))
             accounting.count(points, maps, seeds)
             for deterministic in (False, True):
                 torch.use_deterministic_algorithms(deterministic)
-                gpu.backward(*inputs, 1.0, gradients, wanted)
+                triton_backend.backward(*inputs, 1.0, gradients, wanted)
         finally:
             torch.use_deterministic_algorithms(before)
     return calls
-
-
-def read_choices(path: Path) -> dict[str, dict[str, list[int]]]:
-    """GPU name → key → configuration; empty where the file is missing or is no such table."""
-    try:
-        choices = json.loads(path.read_text(encoding="utf-8"))
-        return {
-            gpu: {key: list(valid(Config(*saved))) for key, saved in table.items()}
-            for gpu, table in choices.items()
-        }
-    except (OSError, ValueError, TypeError, AttributeError):
-        return {}
-
-
-def valid(config: Config) -> Config:
-    """The configuration, if its numbers are powers of two (or no channels); else ValueError."""
-    rows, channels, warps = config
-    if any(power_of_two(number) != number for number in (rows, channels or 1, warps)):
-        raise ValueError(f"not a tile: {config}")
-    return config
 
 
 def save_choices(path: Path, gpu: str, chosen: dict[str, list[int]]) -> None:
@@ -273,23 +125,6 @@ def save_choices(path: Path, gpu: str, chosen: dict[str, list[int]]) -> None:
         file.write("{\n" + ",\n".join(rows) + "\n}\n")
     os.replace(file.name, path)
     choose.cache_clear()
-
-
-def user_copy() -> Path:
-    """tuned.json in $ACLA_CACHE, else in the user's cache directory."""
-    return cache_directory() / "tuned.json"
-
-
-def channel_block(C: int, most: int) -> int:
-    """The power of two up to `most` that leaves the fewest lanes idle; the largest of several."""
-    whole = power_of_two(C)
-    sizes = [size for size in (most >> i for i in range(8)) if NARROWEST <= size <= whole]
-    return min(sizes or [whole], key=lambda size: -(-C // size) * size)
-
-
-def power_of_two(n: int) -> int:
-    """The least power of two that is not below n."""
-    return 1 << (n - 1).bit_length()
 
 
 def show() -> str:
@@ -355,6 +190,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from kernels import autotune
-
-    sys.exit(autotune.main())  # the module that the launchers know, not this second copy of it
+    sys.exit(main())

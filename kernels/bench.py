@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from kernels import available_backends, floor
-from kernels.contenders import (
+from kernels.baselines import (
     KEYS,
     LAYERS,
     Case,
@@ -186,8 +186,8 @@ def network_rows(args: argparse.Namespace) -> Iterator[Row]:
     also as graphs, which are replayed."""
     from dataclasses import replace
 
-    from acla.backbone import Backbone
     from acla.config import PAPER_POSITIONS, Task, model_preset
+    from acla.models.backbones import Backbone
 
     for name, (task, preset, backbone) in NETWORKS.items():
         config = model_preset(preset, Task(task, {"sr": 2, "car": 10}[task]), backbone)
@@ -216,7 +216,7 @@ def supernet_rows(args: argparse.Namespace) -> Iterator[Row]:
     48×48: with every gate open, and with every second one shut, its module computed nevertheless or
     skipped. Beside it what `grid_sample` saves for backward in one pair, times the pairs."""
     from acla.config import ModelConfig
-    from acla.supernet import Supernet
+    from acla.search.supernet import Supernet
 
     size = (16, 48, 48, 64)
     net = Supernet(ModelConfig(blocks=16, width=64, channels=1)).train().to(args.device)
@@ -351,7 +351,7 @@ def written(rows: Iterable[Row], path: str | None) -> list[Row]:
     """The rows, each of which is in the file (or on the output) as soon as it is measured: what
     fails later, for want of memory for instance, takes none with it. A file that is there is
     replaced at the first row."""
-    from acla.provenance import commit
+    from acla.files import commit
 
     stamp = {"commit": commit()}
     done = []

@@ -22,12 +22,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kernels import autotune
+from kernels import autotune, launch
 
 # The name → Triton's backend and architecture, and the lanes of a warp.
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 GATHERS = {"_aggregate": 4, "_dots": 5}  # wide loads to a tile: four corners, and the gradient
-WIDE = autotune.VECTOR
+WIDE = launch.VECTOR
 TYPES = {
     torch.float32: "fp32",
     torch.float64: "fp64",
@@ -48,7 +48,7 @@ class Job(NamedTuple):
     module: str
     variant: str  # what tells it from the kernel's other launches
     target: str
-    config: autotune.Config
+    config: launch.Config
     signature: dict[str, Any]
     constants: dict[tuple[int, ...], Any]
     attributes: dict[tuple[int, ...], list]
@@ -88,7 +88,7 @@ def jobs(targets: Sequence[str], quick: bool) -> list[Job]:
     return list(found.values())
 
 
-def describe(call: autotune.Call, target: str, config: autotune.Config) -> Job:
+def describe(call: launch.Call, target: str, config: launch.Config) -> Job:
     """A launch as Triton's compiler is told of it, specialised as the launch would be."""
     lanes = TARGETS[target][2]
     blocks = call.blocks(config, lanes)

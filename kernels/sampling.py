@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.accounting import tally
-from kernels.autotune import Call, launch
-from kernels.bilinear import (
+from kernels.launch import Call, launch
+from kernels.primitives import (
     blend,
     decide,
     entries_of,

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import evaluate
-from acla.backbone import Backbone
-from acla.checkpoint import save_model
 from acla.cli import run
 from acla.config import ModelConfig, Task
+from acla.models.backbones import Backbone
+from acla.models.serialization import save_model
 
 
 def results(capsys: pytest.CaptureFixture, *argv: object) -> list[dict]:

@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from acla import restore
-from acla.backbone import Backbone
-from acla.checkpoint import save_model
 from acla.cli import run
 from acla.config import ModelConfig, Task
+from acla.models.backbones import Backbone
+from acla.models.serialization import save_model
+from acla.restore import __main__ as restore
 
 CAR, NOISE = Task("car", 10), Task("denoise", 30)
 MOSAIC, DOUBLE = Task("demosaic", 0), Task("sr", 2)

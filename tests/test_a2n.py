@@ -7,9 +7,9 @@ import pytest
 import torch
 from published import a2n
 
-from acla.checkpoint import load_model, save_model
 from acla.config import ModelConfig, Task, model_preset
-from acla.networks import build_network
+from acla.models.factory import build_network
+from acla.models.serialization import load_model, save_model
 
 SMALL = ModelConfig("a2n", blocks=2, width=8, reduction=4, keys=4, positions=(1, 2))
 

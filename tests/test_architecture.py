@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 
 import train
-from acla.architecture import (
+from acla.config import PAPER_POSITIONS, ModelConfig, Task
+from acla.errors import AclaError, UsageError
+from acla.search.architecture import (
     Architecture,
     choose_network,
     even_positions,
     paper_positions,
     read_architecture,
 )
-from acla.config import PAPER_POSITIONS, ModelConfig, Task
-from acla.errors import AclaError, UsageError
 
 FOUND = Architecture(
     task=Task("car", 10),

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from acla import attention
-from acla.attention import CrossLayerAttention, pointwise, rings
+from acla.models import attention
+from acla.models.attention import CrossLayerAttention, pointwise, rings
 from kernels import binary_gate, logistic_noise, to_rows
 
 

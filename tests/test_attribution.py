@@ -9,11 +9,11 @@ from scipy import ndimage
 from torch import nn
 from torch.nn import functional as F
 
-from acla import attribution as room
-from acla.attribution import FIXED_MASKS, gini, keys_of, local_attribution, observe
-from acla.backbone import Backbone
+from acla.analysis import attribution
+from acla.analysis.attribution import FIXED_MASKS, gini, keys_of, local_attribution, observe
 from acla.config import ModelConfig
-from acla.networks import build_network
+from acla.models.backbones import Backbone
+from acla.models.factory import build_network
 from kernels import reference, to_rows
 
 SMALL = {"blocks": 3, "width": 8, "keys": 4, "channels": 1, "group_blocks": 1, "reduction": 4}
@@ -50,12 +50,12 @@ def test_the_detector_adds_slopes_in_the_window(y, x):
                 down = picture[0, c, i + 1, j] - here if i + 1 < 9 else 0.0
                 right = picture[0, c, i, j + 1] - here if j + 1 < 8 else 0.0
                 total += math.hypot(down, right)
-    assert room.detail(picture, (y, x, side)).item() == pytest.approx(total)
+    assert attribution.detail(picture, (y, x, side)).item() == pytest.approx(total)
 
 
 def test_a_flat_window_has_no_gradient():
     picture = torch.full((1, 1, 9, 8), 0.5, requires_grad=True)
-    room.detail(picture, WINDOW).backward()
+    attribution.detail(picture, WINDOW).backward()
     assert torch.equal(picture.grad, torch.zeros_like(picture))
 
 
@@ -63,11 +63,13 @@ def test_a_flat_window_has_no_gradient():
 def test_blurring_is_scipys(sigma):
     picture = torch.rand(2, 7, 3, dtype=torch.float64)
     wanted = [
-        ndimage.gaussian_filter(plane, sigma, radius=room.REACH, mode="nearest")
+        ndimage.gaussian_filter(plane, sigma, radius=attribution.REACH, mode="nearest")
         for plane in picture.numpy()
     ]
-    torch.testing.assert_close(room.blurred(picture, sigma), torch.from_numpy(np.stack(wanted)))
-    assert torch.equal(room.blurred(picture, 0), picture)
+    torch.testing.assert_close(
+        attribution.blurred(picture, sigma), torch.from_numpy(np.stack(wanted))
+    )
+    assert torch.equal(attribution.blurred(picture, 0), picture)
 
 
 @pytest.mark.parametrize("along", [1, 2], ids=["down", "to the right"])
@@ -82,7 +84,7 @@ def test_attribution_of_the_identity_is_known_and_ends_behind_the_window(along):
     rows, columns = slice(top, top + side), slice(left, left + side)
     for at, sign in ((0, -1), (side, 1)):
         slope[0, top + at if along == 1 else rows, columns if along == 1 else left + at] = sign
-    change = picture[None].double() - room.blurred(picture[None].double(), room.SIGMA)
+    change = picture[None].double() - attribution.blurred(picture[None].double(), attribution.SIGMA)
     torch.testing.assert_close(found.map, slope * change, rtol=0, atol=1e-7)
     assert found.map.count_nonzero() == 2 * side
 
@@ -112,8 +114,8 @@ def test_attributions_add_up_to_what_the_detector_gains(fields, make_picture):
     found = local_attribution(as_used(model), picture, WINDOW, 160)
     with torch.no_grad():
         answers = [
-            room.detail(model(p.float()[None]), WINDOW).item()
-            for p in (room.blurred(picture.double(), room.SIGMA), picture)
+            attribution.detail(model(p.float()[None]), WINDOW).item()
+            for p in (attribution.blurred(picture.double(), attribution.SIGMA), picture)
         ]
     assert (found.before, found.after) == pytest.approx(answers, rel=1e-5)
     assert found.map.sum().item() == pytest.approx(found.after - found.before, rel=0.01)

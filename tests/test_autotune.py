@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from kernels import autotune
+from kernels import autotune, launch
 
 ROOT = Path(__file__).resolve().parents[1]
 BAD_TILE = '{"GPU": {"_plan float32": [32, 0, 4], "key": [24, 0, 4]}}'
@@ -21,10 +21,10 @@ CPU_SIZE = (1, 4, 4, 64, 2, 16)
 def own_cache(tmp_path, monkeypatch):
     """Nobody's saved choices but those of the test."""
     monkeypatch.setenv("ACLA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(autotune, "REPOSITORY_COPY", tmp_path / "repository.json")
-    autotune.choose.cache_clear()
+    monkeypatch.setattr(launch, "REPOSITORY_COPY", tmp_path / "repository.json")
+    launch.choose.cache_clear()
     yield
-    autotune.choose.cache_clear()
+    launch.choose.cache_clear()
 
 
 @pytest.fixture
@@ -37,14 +37,14 @@ def find(calls, name):
 
 
 def test_a_trace_launches_every_kernel_and_runs_none(calls):
-    assert {call.name for call in calls} == set(autotune.CONFIGS)
+    assert {call.name for call in calls} == set(launch.CONFIGS)
     assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_without_a_saved_choice_the_first_configuration_is_taken(calls):
     for call in calls:
-        chosen = autotune.choose("GPU", call.name, autotune.call_key(call))
-        assert chosen == autotune.CONFIGS[call.name][0]
+        chosen = launch.choose("GPU", call.name, launch.call_key(call))
+        assert chosen == launch.CONFIGS[call.name][0]
 
 
 def test_the_fastest_is_chosen_and_a_tie_goes_to_the_first(calls):
@@ -57,31 +57,31 @@ def test_the_fastest_is_chosen_and_a_tie_goes_to_the_first(calls):
 
     chosen = autotune.tune(calls, 32, timer)
     for call in calls:
-        config = autotune.Config(*chosen[autotune.call_key(call)])
+        config = launch.Config(*chosen[launch.call_key(call)])
         listed = autotune.candidates(call, 32)
         least = min(abs(other.warps - 8) for other in listed)
         assert config == next(c for c in listed if abs(c.warps - 8) == least)
-    assert set(seen) >= set(autotune.CONFIGS["_plan"])
+    assert set(seen) >= set(launch.CONFIGS["_plan"])
 
 
 def test_a_kernel_that_is_launched_twice_is_timed_as_a_whole(calls):
     times = iter([5, 1, 5, 1, 1, 1, 9, 9])  # configuration by configuration, forward and backward
     plans = [call for call in calls if call.name == "_plan"][:2]
     chosen = autotune.tune(plans, 32, lambda run: next(times))
-    assert list(chosen.values()) == [list(autotune.CONFIGS["_plan"][2])]
+    assert list(chosen.values()) == [list(launch.CONFIGS["_plan"][2])]
 
 
 def test_choices_are_saved_and_the_users_come_first(calls, tmp_path):
     call = find(calls, "_aggregate")
-    key = autotune.call_key(call)
+    key = launch.call_key(call)
     assert key == "aggregate bfloat16 K16 C64 small"
-    autotune.save_choices(autotune.REPOSITORY_COPY, "GPU", {key: [32, 32, 4], "other": [8, 64, 2]})
-    assert autotune.choose("GPU", call.name, key) == (32, 32, 4)
-    assert autotune.choose("another GPU", call.name, key) == autotune.CONFIGS[call.name][0]
-    autotune.save_choices(autotune.user_copy(), "GPU", {key: [16, 128, 4]})
-    assert autotune.choose("GPU", call.name, key) == (16, 128, 4)
-    autotune.save_choices(autotune.REPOSITORY_COPY, "Another", {key: [16, 64, 4]})
-    saved = json.loads(autotune.REPOSITORY_COPY.read_text())
+    autotune.save_choices(launch.REPOSITORY_COPY, "GPU", {key: [32, 32, 4], "other": [8, 64, 2]})
+    assert launch.choose("GPU", call.name, key) == (32, 32, 4)
+    assert launch.choose("another GPU", call.name, key) == launch.CONFIGS[call.name][0]
+    autotune.save_choices(launch.user_copy(), "GPU", {key: [16, 128, 4]})
+    assert launch.choose("GPU", call.name, key) == (16, 128, 4)
+    autotune.save_choices(launch.REPOSITORY_COPY, "Another", {key: [16, 64, 4]})
+    saved = json.loads(launch.REPOSITORY_COPY.read_text())
     assert saved["GPU"] == {key: [32, 32, 4], "other": [8, 64, 2]}
     assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".json"]
 
@@ -90,9 +90,9 @@ def test_choices_are_saved_and_the_users_come_first(calls, tmp_path):
     "text", ["", "{", "[1]", '{"GPU": [1]}', '{"GPU": {"key": [1, 2]}}', BAD_TILE]
 )
 def test_a_file_that_is_no_table_is_ignored(calls, text):
-    autotune.user_copy().parent.mkdir(parents=True)
-    autotune.user_copy().write_text(text)
-    assert autotune.choose("GPU", "_plan", "key") == autotune.CONFIGS["_plan"][0]
+    launch.user_copy().parent.mkdir(parents=True)
+    launch.user_copy().write_text(text)
+    assert launch.choose("GPU", "_plan", "key") == launch.CONFIGS["_plan"][0]
 
 
 @pytest.mark.parametrize("lanes", [32, 64])
@@ -103,7 +103,7 @@ def test_every_thread_of_a_gather_loads_sixteen_bytes(lanes, dtype, C):
     inputs = autotune.problem((1, 4, 4, C, 2, 4), dtype, "cpu")
     for call in autotune.trace(inputs, run=False):
         if call.name in ("_aggregate", "_dots", "_scatter"):
-            for config in autotune.CONFIGS[call.name]:
+            for config in launch.CONFIGS[call.name]:
                 tile = call.blocks(config, lanes)
                 size = tile["BLOCK_N"] * tile["BLOCK_C"] * dtype.itemsize
                 assert size >= 16 * lanes * config.warps
@@ -114,23 +114,23 @@ def test_every_thread_of_a_gather_loads_sixteen_bytes(lanes, dtype, C):
     [(1, 64, 1), (3, 64, 4), (24, 64, 32), (96, 64, 32), (256, 64, 64), (40, 64, 16)],
 )
 def test_channel_blocks_leave_few_lanes_idle(C, most, block):
-    assert autotune.channel_block(C, most) == block
+    assert launch.channel_block(C, most) == block
 
 
 def test_choices_do_not_depend_on_the_pictures_height_and_width(calls):
-    keys = {autotune.call_key(call) for call in calls}
+    keys = {launch.call_key(call) for call in calls}
     other = autotune.trace(autotune.problem((1, 5, 7, 64, 2, 16), torch.bfloat16, "cpu"), run=False)
-    assert {autotune.call_key(call) for call in other} == keys
+    assert {launch.call_key(call) for call in other} == keys
 
 
 def test_the_grid_covers_everything_once(calls):
     call = find(calls, "_aggregate")._replace(grid=(35, 2, 3))
     call.arguments["C"] = 96
-    tile = call.blocks(autotune.Config(16, 64, 1), 32)
+    tile = call.blocks(launch.Config(16, 64, 1), 32)
     assert tile == {"BLOCK_N": 16, "BLOCK_C": 32}
     assert call.programs(tile) == (3 * 3, 2, 3)
     sums = find(calls, "_sum_maps")._replace(grid=(50, 1, 1))
-    assert sums.programs(sums.blocks(autotune.Config(16, 0, 1), 32)) == (50, 1, 1)
+    assert sums.programs(sums.blocks(launch.Config(16, 0, 1), 32)) == (50, 1, 1)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -152,11 +152,11 @@ def no_home(monkeypatch):
 
 
 def test_without_a_home_the_kernels_run_with_other_choices(no_home, calls):
-    key = autotune.call_key(calls[0])
-    assert autotune.choose("GPU", calls[0].name, key) == autotune.CONFIGS[calls[0].name][0]
-    autotune.choose.cache_clear()
-    autotune.save_choices(autotune.REPOSITORY_COPY, "GPU", {key: [16, 0, 2]})
-    assert autotune.choose("GPU", calls[0].name, key) == (16, 0, 2)
+    key = launch.call_key(calls[0])
+    assert launch.choose("GPU", calls[0].name, key) == launch.CONFIGS[calls[0].name][0]
+    launch.choose.cache_clear()
+    autotune.save_choices(launch.REPOSITORY_COPY, "GPU", {key: [16, 0, 2]})
+    assert launch.choose("GPU", calls[0].name, key) == (16, 0, 2)
 
 
 def test_where_nothing_can_be_saved_nothing_is_tuned(no_home, monkeypatch, capsys):

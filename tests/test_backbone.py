@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from acla.backbone import Backbone
 from acla.config import PAPER_POSITIONS, ModelConfig, Task, model_preset
-from acla.networks import build_network, describe
+from acla.models.backbones import Backbone
+from acla.models.factory import build_network, describe
 from kernels import to_rows
 
 SMALL = ModelConfig(blocks=4, width=8, group_blocks=2, reduction=4, keys=4, positions=(1, 3, 4))

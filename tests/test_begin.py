@@ -9,8 +9,8 @@ from running import SHORT, SMALL, rows
 
 import search
 import train
-from acla.checkpoint import load_model
 from acla.errors import CheckpointError, UsageError
+from acla.models.serialization import load_model
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import kernels
-from acla.attention import CrossLayerAttention
-from acla.backbone import Backbone
 from acla.config import ModelConfig
+from acla.models.attention import CrossLayerAttention
+from acla.models.backbones import Backbone
 from kernels import bench, timing
 
 TINY = ["--sizes", "1x6x5x8", "--seconds", "0"]
@@ -277,7 +277,7 @@ def test_the_network_that_is_replayed_depends_on_the_operator(monkeypatch, spoil
         out = kernels.attend(*args, **options)
         return out._replace(**{spoiled: torch.zeros_like(getattr(out, spoiled))})
 
-    monkeypatch.setattr("acla.attention.attend", garbage)
+    monkeypatch.setattr("acla.models.attention.attend", garbage)
     change = (bench.without_gradients(net, picture) - expected).abs().max()
     assert change > 0.01 * expected.abs().max()
 

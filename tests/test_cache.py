@@ -10,7 +10,7 @@ import pytest
 import torch
 from operator_cases import make
 
-from kernels import attend, available_backends, bags, cache, cpu, ops
+from kernels import attend, available_backends, cache, cpp_backend, dispatch, torch_backend
 
 ROOT = Path(__file__).parents[1]
 POINTS = torch.zeros(1, 1, 1, 1, 3, 1)
@@ -21,24 +21,24 @@ def fresh_choice(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixtu
     """As in a process that has not chosen yet."""
     monkeypatch.delenv("ACLA_BACKEND", raising=False)
     caplog.set_level(logging.INFO, "kernels")
-    ops.say.cache_clear()
+    dispatch.say.cache_clear()
     yield
-    ops.say.cache_clear()
+    dispatch.say.cache_clear()
 
 
 def test_auto_takes_the_compiled_kernel_and_says_so_once(fresh_choice, caplog):
-    reason = cpu.why_not_cpp(POINTS)
+    reason = cpp_backend.why_not_cpp(POINTS)
     if reason:
         pytest.skip(reason)
-    assert [ops.choose_backend("auto", POINTS) for _ in range(3)] == ["cpp"] * 3
+    assert [dispatch.choose_backend("auto", POINTS) for _ in range(3)] == ["cpp"] * 3
     assert [r.levelname for r in caplog.records] == ["INFO"]
     assert "'cpp'" in caplog.text
 
 
 def test_the_environment_presets_auto_and_nothing_else(fresh_choice, monkeypatch):
     taken = []
-    forward = bags.forward
-    monkeypatch.setattr(bags, "forward", lambda *a: taken.append("torch") or forward(*a))
+    forward = torch_backend.forward
+    monkeypatch.setattr(torch_backend, "forward", lambda *a: taken.append("torch") or forward(*a))
     arguments = [torch.zeros(1, 3, 3, 1)], POINTS
     monkeypatch.setenv("ACLA_BACKEND", "torch")
     attend(*arguments)
@@ -51,7 +51,7 @@ def test_the_environment_presets_auto_and_nothing_else(fresh_choice, monkeypatch
 
 def test_a_named_backend_is_refused_with_the_reason():
     with pytest.raises(RuntimeError, match="'cpp' refused: tensors are on meta, cpp needs cpu"):
-        ops.choose_backend("cpp", POINTS.to("meta"))
+        dispatch.choose_backend("cpp", POINTS.to("meta"))
     assert {"reference", "torch", "cpp"} <= set(available_backends())
 
 
@@ -81,7 +81,7 @@ shutil.copy(made, target)
 @pytest.fixture
 def compiler(tmp_path, monkeypatch, fresh_choice):
     """Sets CXX to the compiler above and ACLA_CACHE to an empty folder; counts its runs."""
-    made = cpu.library()
+    made = cpp_backend.library()
     if isinstance(made, str):
         pytest.skip(made)
     script, notes = tmp_path / "compiler.py", tmp_path / "notes"
@@ -92,14 +92,14 @@ def compiler(tmp_path, monkeypatch, fresh_choice):
         command = [sys.executable, str(script), made._name, str(notes), mode]
         monkeypatch.setenv("CXX", " ".join(f"'{word}'" for word in command))
         monkeypatch.setenv("ACLA_CACHE", str(cache))
-        cpu.library.cache_clear()
+        cpp_backend.library.cache_clear()
 
     use.runs = lambda: len(notes.read_text().splitlines())
     use.cache = tmp_path / "cache"
     yield use
     monkeypatch.undo()
-    cpu.library.cache_clear()
-    cpu.library()
+    cpp_backend.library.cache_clear()
+    cpp_backend.library()
 
 
 def runs_in_cpp() -> bool:
@@ -175,7 +175,7 @@ def test_a_compiler_that_dies_leaves_nothing_and_is_asked_once(compiler):
         with pytest.raises(RuntimeError, match=r"'cpp' refused: .* failed: killed"):
             runs_in_cpp()
     assert list(compiler.cache.iterdir()) == []
-    assert compiler.runs() == len(cpu.EXTRAS)
+    assert compiler.runs() == len(cpp_backend.EXTRAS)
 
 
 def test_flags_that_a_compiler_does_not_know_are_left_out(compiler):
@@ -185,10 +185,10 @@ def test_flags_that_a_compiler_does_not_know_are_left_out(compiler):
 
 def test_a_broken_compiler_is_named_and_auto_settles_for_torch(compiler, monkeypatch, caplog):
     monkeypatch.setenv("CXX", "false")
-    cpu.library.cache_clear()
+    cpp_backend.library.cache_clear()
     with pytest.raises(RuntimeError, match="backend='cpp' refused: false failed"):
         runs_in_cpp()
-    assert [ops.choose_backend("auto", POINTS) for _ in range(2)] == ["torch"] * 2
+    assert [dispatch.choose_backend("auto", POINTS) for _ in range(2)] == ["torch"] * 2
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert "took 'torch': cpp, which is faster, was refused: false failed" in record.getMessage()
@@ -197,7 +197,7 @@ def test_a_broken_compiler_is_named_and_auto_settles_for_torch(compiler, monkeyp
 def test_no_compiler_at_all(compiler, monkeypatch, tmp_path):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    cpu.library.cache_clear()
+    cpp_backend.library.cache_clear()
     with pytest.raises(RuntimeError, match=r"no C\+\+ compiler was found \(set CXX\)"):
         runs_in_cpp()
 

@@ -13,12 +13,13 @@ import torch
 from published import random_tensors
 from safetensors.torch import save_file
 
-from acla import checkpoint
-from acla.backbone import Backbone
-from acla.checkpoint import load_model, load_state, save_model, save_state
+from acla import files
 from acla.config import BACKBONES, ModelConfig, Task
 from acla.errors import CheckpointError
-from acla.networks import build_network
+from acla.models import serialization
+from acla.models.backbones import Backbone
+from acla.models.factory import build_network
+from acla.models.serialization import load_model, load_state, save_model, save_state
 
 ROOT = Path(__file__).parents[1]
 RUN = {"step": 3, "seconds": 0.5, "plan": {}, "data": {}}  # the progress of a search
@@ -103,7 +104,7 @@ def test_a_broken_file_is_refused(written, spoil):
 
 
 def rewrite(path, tensors=None, **header):
-    found, old = checkpoint.read_tensors(path, "model")
+    found, old = serialization.read_tensors(path, "model")
     save_file(found if tensors is None else tensors(found), path, metadata={**old, **header})
 
 
@@ -152,21 +153,23 @@ def test_notes_that_are_no_object_are_refused(written, info):
 
 
 def test_more_blocks_than_tensors_are_refused_before_they_are_built(written, monkeypatch):
-    monkeypatch.setattr(checkpoint, "build_network", lambda *_: pytest.fail("built"))
+    monkeypatch.setattr(serialization, "build_network", lambda *_: pytest.fail("built"))
     config = replace(SMALL, backbone="rcan", blocks=256, group_blocks=256)
     rewrite(written, model=json.dumps(asdict(config)))
     with pytest.raises(CheckpointError, match=r"does not fit its network: \d+ tensors for 65536 "):
         load_model(written)
     with pytest.raises(CheckpointError, match=r"1 tensors for 65536 blocks; begin anew with --out"):
-        checkpoint.require_network(config, {"model.a": torch.ones(1), "b": torch.ones(1)}, written)
+        serialization.require_network(
+            config, {"model.a": torch.ones(1), "b": torch.ones(1)}, written
+        )
 
 
 def test_a_state_s_network_is_compared_before_memory_is_taken_for_it(tmp_path):
     tensors = {f"model.{name}": t for name, t in random_network().state_dict().items()}
-    checkpoint.require_network(SMALL, {**tensors, "averaged.x": torch.ones(1)}, tmp_path)
+    serialization.require_network(SMALL, {**tensors, "averaged.x": torch.ones(1)}, tmp_path)
     wide = replace(SMALL, width=4096, keys=1024)
     with pytest.raises(CheckpointError, match=r"model\.\S+ is torch\.float32 .*; begin anew with"):
-        checkpoint.require_network(wide, tensors, tmp_path)
+        serialization.require_network(wide, tensors, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +229,7 @@ def test_what_killed_writes_left_is_removed_and_nothing_else(written):
     kept = [".hidden", ".notes.tmp", "model.1.tmp", written.name]
     for name in [*kept[:-1], ".state.safetensors.123.tmp", ".train.jsonl.4.tmp"]:
         (folder / name).touch()
-    checkpoint.clear_temporary(folder)
+    files.clear_temporary(folder)
     assert sorted(path.name for path in folder.iterdir()) == sorted(kept)
 
 

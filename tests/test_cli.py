@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from acla import cli
+from acla import cli, console
 from acla.errors import AclaError, DataError, UsageError
 
 
@@ -45,8 +45,8 @@ def test_a_bug_keeps_its_traceback():
 
 def test_every_process_tells_its_own_error_and_the_first_the_rest(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    cli.notice("preset tiny")
-    cli.say("29.33 dB")
+    console.notice("preset tiny")
+    console.say("29.33 dB")
     with pytest.raises(SystemExit):
         cli.run(fails(UsageError("every process says this")))
     with pytest.raises(SystemExit):
@@ -58,7 +58,7 @@ def test_every_process_tells_its_own_error_and_the_first_the_rest(capsys, monkey
 def test_a_terminal_without_greek_does_not_end_the_work(monkeypatch):
     terminal = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(terminal, encoding="latin-1"))
-    cli.run(lambda argv: cli.say('{"σ": 30}'))
+    cli.run(lambda argv: console.say('{"σ": 30}'))
     sys.stdout.flush()
     assert terminal.getvalue() == b'{"\\u03c3": 30}\n'
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from acla import compare
-from acla.checkpoint import save_model
+from acla.analysis import compare
 from acla.cli import run
 from acla.config import ModelConfig, Task, TrainConfig
 from acla.errors import AclaError
-from acla.networks import build_network, describe
+from acla.models.factory import build_network, describe
+from acla.models.serialization import save_model
 
 RESULTS = Path(__file__).parents[1] / "results"
 SIZE = {"blocks": 2, "width": 4, "channels": 1}
@@ -226,6 +226,6 @@ def test_a_network_that_train_did_not_write_is_refused(capsys, write, tmp_path):
 @pytest.mark.parametrize("file", sorted(RESULTS.glob("trial-*.json")), ids=lambda path: path.stem)
 def test_the_tables_of_the_trials_are_those_of_their_runs(capsys, file):
     text = (RESULTS / "README.md").read_text(encoding="utf-8")
-    assert f"python -m acla.compare results/{file.name}\n" in text
+    assert f"python -m acla.analysis.compare results/{file.name}\n" in text
     compare.main([str(file)])
     assert capsys.readouterr().out in text

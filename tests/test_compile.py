@@ -7,21 +7,21 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from kernels import autotune, compile
+from kernels import autotune, compile, launch
 
 
 def gather_job(target="sm_80", dtype=torch.float32, config=None):
     """The compilation of the gather's default, or of another configuration."""
     calls = autotune.trace(autotune.problem((1, 4, 4, 64, 2, 16), dtype, "cpu"), run=False)
     call = next(call for call in calls if call.name == "_aggregate")
-    return compile.describe(call, target, config or autotune.CONFIGS["_aggregate"][0])
+    return compile.describe(call, target, config or launch.CONFIGS["_aggregate"][0])
 
 
 @pytest.mark.slow
 def test_every_kernel_compiles_for_three_gpus_without_spills_or_narrow_loads(capsys):
     assert compile.main(["--quick", "--json", "-"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    names = {name.strip("_") for name in autotune.CONFIGS}
+    names = {name.strip("_") for name in launch.CONFIGS}
     pairs = {(row["kernel"], row["target"]) for row in rows}
     assert pairs == {(name, target) for name in names for target in compile.TARGETS}
     gathers = [row for row in rows if row["kernel"] in ("aggregate", "dots")]
@@ -34,14 +34,14 @@ def test_every_kernel_compiles_for_three_gpus_without_spills_or_narrow_loads(cap
 def test_strides_of_one_compile_too():
     calls = autotune.trace(autotune.problem((1, 1, 1, 1, 3, 1), torch.float32, "cpu"), run=False)
     for call in calls:
-        config = autotune.CONFIGS[call.name][0]
+        config = launch.CONFIGS[call.name][0]
         assert compile.compile_job(compile.describe(call, "sm_90", config)).registers > 0
 
 
 def test_the_full_list_holds_every_configuration():
     todo = compile.jobs(["sm_80"], quick=False)
     compiled = {(job.kernel, job.config) for job in todo}
-    for kernel, configs in autotune.CONFIGS.items():
+    for kernel, configs in launch.CONFIGS.items():
         assert {config for name, config in compiled if name == kernel} == set(configs)
 
 
@@ -56,7 +56,7 @@ def test_narrow_loads_are_found(target):
 
 
 def test_spills_are_found():
-    row = compile.compile_job(gather_job(config=autotune.Config(128, 64, 1)))
+    row = compile.compile_job(gather_job(config=launch.Config(128, 64, 1)))
     assert row.spills > 0
     assert "spills" in row.problem
 

@@ -6,16 +6,16 @@ import json
 
 import pytest
 
-from acla import config, flags
+from acla import cli, config
 from acla.config import ModelConfig, SearchConfig, Task, TrainConfig
 from acla.errors import UsageError
 
 
 def parse(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    flags.add_task_flags(parser)
-    flags.add_flags(parser, TrainConfig)
-    flags.add_flags(parser, ModelConfig)
+    cli.add_task_flags(parser)
+    cli.add_flags(parser, TrainConfig)
+    cli.add_flags(parser, ModelConfig)
     parser.add_argument("--epochs", type=int)
     return parser.parse_args(words)
 
@@ -33,7 +33,7 @@ def parse(*words: str) -> argparse.Namespace:
     ],
 )
 def test_flags_name_the_task(words, task):
-    assert flags.task_from_flags(parse(*words)) == task
+    assert cli.task_from_flags(parse(*words)) == task
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_flags_name_the_task(words, task):
 )
 def test_wrong_tasks_are_refused(words, message):
     with pytest.raises(UsageError, match=message):
-        flags.task_from_flags(parse(*words))
+        cli.task_from_flags(parse(*words))
 
 
 @pytest.mark.parametrize(
@@ -150,10 +150,10 @@ def test_files_from_before_a_field_mean_its_default():
 
 def test_flags_override_the_preset_and_nothing_else():
     args = parse("--positions", "2,5", "--amp", "--batch", "4", "--scale", "2")
-    network = flags.override(config.model_preset("tiny", Task("car", 10)), args)
+    network = cli.override(config.model_preset("tiny", Task("car", 10)), args)
     assert network.positions == (2, 5)
     assert network.scale == 1  # the task's, not a field's flag
-    length = flags.override_length(config.train_preset("tiny"), args)
+    length = cli.override_length(config.train_preset("tiny"), args)
     assert (length.amp, length.ema, length.batch) == (True, False, 4)
 
 
@@ -167,10 +167,10 @@ def test_offsets_learn_at_ten_times_the_rate_where_training_is_short():
 
 
 def test_epochs_are_another_way_to_say_steps():
-    length = flags.override_length(config.train_preset("tiny"), parse("--epochs", "3"))
+    length = cli.override_length(config.train_preset("tiny"), parse("--epochs", "3"))
     assert length.steps == 3 * length.epoch_steps
     with pytest.raises(UsageError, match="--steps and --epochs"):
-        flags.override_length(length, parse("--epochs", "3", "--steps", "7"))
+        cli.override_length(length, parse("--epochs", "3", "--steps", "7"))
 
 
 @pytest.mark.parametrize("preset", config.PRESETS)

@@ -9,9 +9,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from acla.backbone import build_module
 from acla.config import ATTENTIONS, DEFAULT_KEYS, MASKED, ModelConfig
-from acla.cost import (
+from acla.models.backbones import build_module
+from acla.models.cost import (
     attention_flops,
     full_attention_flops,
     head_count,

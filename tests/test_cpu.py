@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from operator_cases import Inputs, far_apart, gate_terms, make, make_clear, sparse_memory
 from torch import Tensor
 
-from kernels import attend, bags, cpu, logistic_noise, ops
+from kernels import attend, cpp_backend, dispatch, logistic_noise, torch_backend
 
 BACKENDS = ["cpp", "torch"]
 TYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -23,7 +23,7 @@ TYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
-    reason = ops.why_not(request.param, torch.zeros(1))
+    reason = dispatch.why_not(request.param, torch.zeros(1))
     if reason:
         pytest.skip(reason)
     return request.param
@@ -111,7 +111,7 @@ def test_positions_that_are_no_numbers(backend, dtype):
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.data(), dtype=st.sampled_from(TYPES), backend=st.sampled_from(BACKENDS))
 def test_random_shapes(data, dtype, backend):
-    assume(ops.why_not(backend, torch.zeros(1)) is None)
+    assume(dispatch.why_not(backend, torch.zeros(1)) is None)
     limits = {"B": 2, "H": 11, "W": 11, "L": 2, "K": 4, "C": 40}
     size = tuple(data.draw(st.integers(1, limit), label=name) for name, limit in limits.items())
     inputs = make(
@@ -167,11 +167,11 @@ def narrow_vectors(tmp_path, monkeypatch):
         pytest.skip("this is about g++ on x86-64")
     monkeypatch.setenv("CXX", "g++ -mno-avx512f")
     monkeypatch.setenv("ACLA_CACHE", str(tmp_path))
-    cpu.library.cache_clear()
-    assert not isinstance(cpu.library(), str), cpu.library()
+    cpp_backend.library.cache_clear()
+    assert not isinstance(cpp_backend.library(), str), cpp_backend.library()
     yield
     monkeypatch.undo()
-    cpu.library.cache_clear()
+    cpp_backend.library.cache_clear()
 
 
 def test_other_processors_vectors_are_right_too(narrow_vectors):
@@ -299,7 +299,7 @@ def test_bits_do_not_depend_on_threads_or_runs(backend):
 def test_pure_torch_does_not_depend_on_its_chunks(monkeypatch):
     inputs = make_clear((2, 9, 7, 2, 3, 6), seeds=True, gates=[1.0, 0.0])
     whole = inputs.run("torch")
-    monkeypatch.setattr(bags, "CHUNK", 32)
+    monkeypatch.setattr(torch_backend, "CHUNK", 32)
     for name, value in inputs.run("torch").items():
         torch.testing.assert_close(value, whole[name])
 

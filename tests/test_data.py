@@ -8,9 +8,9 @@ import skimage
 import torch
 from PIL import Image
 
-from acla import data
 from acla.config import Task
-from acla.data import (
+from acla.data import datasets
+from acla.data.datasets import (
     SAMPLE,
     UNKNOWN_MEMORY,
     PatchSampler,
@@ -24,9 +24,9 @@ from acla.data import (
     split_validation,
     training_sets,
 )
-from acla.degrade import mosaic, pair, patch_offset
+from acla.data.degradations import mosaic, pair, patch_offset
+from acla.data.image import from_levels, luma, round_8bit
 from acla.errors import DataError, PictureError, UsageError
-from acla.image import from_levels, luma, round_8bit
 
 TASKS = [Task("sr", 2), Task("sr", 3), Task("denoise", 30), Task("car", 10), Task("demosaic", 0)]
 
@@ -206,8 +206,10 @@ def test_walk_meets_every_picture_once(tmp_path):
 @pytest.mark.parametrize("task", [t for t in TASKS if t.name != "denoise"], ids=str)
 def test_patch_is_degraded_like_the_whole_picture(pictures, monkeypatch, task):
     y, x = 24, 48  # on the grids of JPEG blocks, Bayer cells and both scales
-    monkeypatch.setattr(data, "augment", lambda picture, which: picture)
-    monkeypatch.setattr(data, "cut_window", lambda p, side, rng: p[:, y : y + side, x : x + side])
+    monkeypatch.setattr(datasets, "augment", lambda picture, which: picture)
+    monkeypatch.setattr(
+        datasets, "cut_window", lambda p, side, rng: p[:, y : y + side, x : x + side]
+    )
     one = Pictures(pictures.paths[:1])
     clean = from_levels(one[0])
     whole, truth = pair(clean, task)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from acla.config import Task
-from acla.degrade import (
+from acla.data.degradations import (
     add_noise,
     bicubic,
     crop_to_multiple,
@@ -23,8 +23,8 @@ from acla.degrade import (
     untouched,
     window,
 )
+from acla.data.image import from_levels, luma, round_8bit, to_levels
 from acla.errors import DataError
-from acla.image import from_levels, luma, round_8bit, to_levels
 
 
 def matlab_line(line: list[float], out_length: int) -> list[float]:

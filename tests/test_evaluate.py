@@ -14,9 +14,9 @@ from PIL import Image
 
 import evaluate
 from acla.config import Task
-from acla.degrade import pair
-from acla.image import load, save
-from acla.provenance import provenance
+from acla.data.degradations import pair
+from acla.data.image import load, save
+from acla.files import provenance
 
 ROOT = Path(evaluate.__file__).parent
 

@@ -9,12 +9,12 @@ from evaluating import failure, results, write_network
 from PIL import Image
 
 import evaluate
-from acla import weights
-from acla.backbone import Backbone
-from acla.checkpoint import load_model, save_model
 from acla.config import ModelConfig, Task
-from acla.degrade import generator_for, pair
-from acla.image import load
+from acla.data.degradations import generator_for, pair
+from acla.data.image import load
+from acla.models.backbones import Backbone
+from acla.models.serialization import load_model, save_model
+from acla.restore import pretrained
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_a_network_for_many_qualities_is_scored_on_one(capsys, root, tmp_path):
 
 def test_default_checkpoint(capsys, root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(weights, "PLACES", (tmp_path / "weights",))
+    monkeypatch.setattr(pretrained, "PLACES", (tmp_path / "weights",))
     code, err = failure(capsys, "--dataset", "Mine", "--data", root)
     assert code == 2
     assert err.startswith("error: there is no runs/train/model.safetensors to score and no network")

@@ -12,28 +12,28 @@ import torch
 from PIL import Image
 from restoring import CAR, DOUBLE, MOSAIC, NOISE, write_network
 
-from acla import explain as room
-from acla.attention import rings
-from acla.attribution import FIXED_MASKS
-from acla.backbone import Backbone
-from acla.checkpoint import load_model, save_model
+from acla.analysis import explain
+from acla.analysis.attribution import FIXED_MASKS
 from acla.cli import run
 from acla.config import ModelConfig, Task
-from acla.degrade import generator_for, mosaic, pair
-from acla.image import load
-from acla.networks import build_network
+from acla.data.degradations import generator_for, mosaic, pair
+from acla.data.image import load
+from acla.models.attention import rings
+from acla.models.backbones import Backbone
+from acla.models.factory import build_network
+from acla.models.serialization import load_model, save_model
 
 
 def told(capsys: pytest.CaptureFixture, *argv: object) -> dict:
     """The numbers of a call in this process."""
-    room.main([*map(str, argv), "--device", "cpu", "--steps", "2", "--json", "-"])
+    explain.main([*map(str, argv), "--device", "cpu", "--steps", "2", "--json", "-"])
     return json.loads(capsys.readouterr().out)
 
 
 def failure(capsys: pytest.CaptureFixture, *argv: object) -> tuple[int, str]:
     """The exit status and the message of a call that must fail."""
     with pytest.raises(SystemExit) as stop:
-        run(room.main, [*map(str, argv), "--device", "cpu"])
+        run(explain.main, [*map(str, argv), "--device", "cpu"])
     return stop.value.code, capsys.readouterr().err
 
 
@@ -60,9 +60,9 @@ def test_the_window_is_where_detail_varies_most():
     detail = noisy[0].double().numpy() - blocks.mean((2, 3))
     variance = np.lib.stride_tricks.sliding_window_view(detail, (7, 7)).var((2, 3))
     wanted = np.unravel_index(variance.argmax(), variance.shape)
-    assert room.busiest(noisy, 7) == tuple(wanted)
+    assert explain.busiest(noisy, 7) == tuple(wanted)
     assert np.abs(np.array(wanted) - (7, 12)).max() <= 1
-    assert room.busiest(torch.zeros(3, 9, 9), 4) == (0, 0)
+    assert explain.busiest(torch.zeros(3, 9, 9), 4) == (0, 0)
 
 
 @pytest.mark.parametrize("scale", [1, 2, 3])
@@ -71,7 +71,7 @@ def test_the_window_is_where_detail_varies_most():
 def test_the_part_holds_the_window_and_begins_at_an_even_pixel(scale, length, crop):
     for side in range(2, min(crop, length * scale) + 1, 3):
         for start in range(length * scale - side + 1):
-            first, last = room.span(start, side, scale, length, crop)
+            first, last = explain.span(start, side, scale, length, crop)
             assert 0 <= first <= start // scale
             assert math.ceil((start + side) / scale) <= last <= length
             assert first % 2 == 0
@@ -98,7 +98,7 @@ def test_numbers_are_in_pixels_of_the_whole_picture(tmp_path, capsys, picture):
 def test_the_input_is_evaluates(tmp_path, picture):
     for task in (NOISE, CAR, DOUBLE, MOSAIC):
         network = load_model(write_network(tmp_path / "n.safetensors", task))
-        low, seen, same = room.read_input(picture, network, as_is=False)
+        low, seen, same = explain.read_input(picture, network, as_is=False)
         wanted, target = pair(load(picture), task, generator_for("in"))
         assert torch.equal(low, wanted)
         assert torch.equal(seen, target)
@@ -107,7 +107,7 @@ def test_the_input_is_evaluates(tmp_path, picture):
 
 def test_a_range_of_qualities_is_drawn_once(tmp_path, picture):
     network = load_model(write_network(tmp_path / "n.safetensors", Task("car", 5, 60)))
-    low, _, task = room.read_input(picture, network, as_is=False)
+    low, _, task = explain.read_input(picture, network, as_is=False)
     assert task.until == 0
     assert 5 <= task.setting <= 60
     assert torch.equal(low, pair(load(picture), task)[0])
@@ -117,7 +117,7 @@ def test_a_range_of_qualities_is_drawn_once(tmp_path, picture):
 def test_a_mosaic_stays_one_when_it_is_cut(tmp_path, capsys, picture):
     file = write_network(tmp_path / "m.safetensors", MOSAIC)
     argv = [str(picture), "--checkpoint", str(file), "--crop", "16", "--window", "13", "9", "5"]
-    scene = room.find_scene(room.parse(argv), load_model(file))
+    scene = explain.find_scene(explain.parse(argv), load_model(file))
     assert scene.low.shape == (3, 16, 16)
     assert torch.equal(mosaic(scene.low), scene.low)
     assert "16×16 of 37×30 low-quality pixels" in capsys.readouterr().err
@@ -135,9 +135,9 @@ def test_a_degraded_picture_is_taken_as_it_is(tmp_path, capsys, picture):
     assert 0 <= y <= 74 - 16
     assert 0 <= x <= 60 - 16
     network = load_model(file)
-    low, seen, _ = room.read_input(picture, network, as_is=True)
+    low, seen, _ = explain.read_input(picture, network, as_is=True)
     assert torch.equal(low, load(picture))
-    assert room.busiest(seen, 8) == (y // 2, x // 2)
+    assert explain.busiest(seen, 8) == (y // 2, x // 2)
     file = write_network(tmp_path / "m.safetensors", MOSAIC)
     status, err = failure(capsys, picture, "--checkpoint", file, "--as-is")
     assert (status, err.count("in.png")) == (1, 1)
@@ -155,7 +155,7 @@ def test_it_tells_numbers_without_matplotlib(tmp_path, capsys, monkeypatch, pict
     assert status == 2
     assert "pip install '.[report]'" in err
     assert not (tmp_path / "figures").exists()
-    room.main([*map(str, argv), "--json", str(tmp_path / "n.json"), "--device", "cpu"])
+    explain.main([*map(str, argv), "--json", str(tmp_path / "n.json"), "--device", "cpu"])
     out = capsys.readouterr().out
     found = json.loads((tmp_path / "n.json").read_text())
     index = found["attribution"]["diffusion_index"]
@@ -178,7 +178,7 @@ def test_what_is_attributed_is_the_network_with_its_masks_fixed(tmp_path, monkey
     monkeypatch.setattr(Backbone, "attended", noted)
     file = attentive(tmp_path / "car.safetensors", CAR)
     words = [picture, "--checkpoint", file, "--steps", 2, "--device", "cpu", "--json", "-"]
-    room.main(list(map(str, words)))
+    explain.main(list(map(str, words)))
     assert {temperature for learns, temperature in seen if learns} == {FIXED_MASKS}
 
 
@@ -186,7 +186,7 @@ def test_figures_are_those_that_apply(tmp_path, capsys, picture):
     out = tmp_path / "new" / "out"
     file = attentive(tmp_path / "car.safetensors", CAR)
     argv = [picture, "--steps", 1, "--out", out, "--checkpoint"]
-    room.main([*map(str, [*argv, file, "--json", out / "n.json"]), "--device", "cpu"])
+    explain.main([*map(str, [*argv, file, "--json", out / "n.json"]), "--device", "cpu"])
     assert {path.name for path in out.iterdir()} == {
         "attribution.png",
         "kept.png",
@@ -201,7 +201,7 @@ def test_figures_are_those_that_apply(tmp_path, capsys, picture):
     config = ModelConfig("a2n", blocks=2, width=8, attention="none", keys=0, channels=1)
     file = tmp_path / "a2n.safetensors"
     save_model(file, build_network(config), config, CAR, {})
-    room.main([*map(str, [*argv, file, "--overwrite"]), "--device", "cpu"])
+    explain.main([*map(str, [*argv, file, "--overwrite"]), "--device", "cpu"])
     told = capsys.readouterr()
     assert "weight of the branch with attention, block by block: 0." in told.out
     assert "attention none: samples no keys" in told.err
@@ -214,7 +214,7 @@ def test_a_flat_window_has_no_index(tmp_path, capsys):
     found = told(capsys, tmp_path / "flat.png", "--checkpoint", file)
     assert found["attribution"]["diffusion_index"] is None
     assert found["window"] == [0, 0, 16]
-    room.main([str(tmp_path / "flat.png"), "--checkpoint", str(file), "--steps", "1"])
+    explain.main([str(tmp_path / "flat.png"), "--checkpoint", str(file), "--steps", "1"])
     assert "diffusion index none: the window is flat" in capsys.readouterr().out
 
 
@@ -278,15 +278,24 @@ def test_a_tiny_picture_and_a_broken_network_are_refused(tmp_path, capsys, pictu
     def short(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(room, "observe", short)
+    monkeypatch.setattr(explain, "observe", short)
     code, err = failure(capsys, picture, "--checkpoint", file)
     assert (code, err) == (1, "error: out of memory; a --crop below 256 needs less\n")
 
 
 def test_it_is_a_module_to_run(tmp_path, capsys, monkeypatch, picture):
     file = write_network(tmp_path / "car.safetensors", CAR)
-    given = ["acla.explain", picture, "--checkpoint", file, "--steps", 1, "--device", "cpu"]
+    given = [
+        "acla.analysis.explain",
+        picture,
+        "--checkpoint",
+        file,
+        "--steps",
+        1,
+        "--device",
+        "cpu",
+    ]
     monkeypatch.setattr(sys, "argv", [*map(str, given)])
-    monkeypatch.delitem(sys.modules, "acla.explain")
-    runpy.run_module("acla.explain", run_name="__main__")
+    monkeypatch.delitem(sys.modules, "acla.analysis.explain")
+    runpy.run_module("acla.analysis.explain", run_name="__main__")
     assert capsys.readouterr().out.startswith(f"{picture}: car q10, {file}\nwindow (")

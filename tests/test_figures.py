@@ -3,15 +3,14 @@
 import pytest
 import torch
 
-from acla import cli
-from acla import figures as room
-from acla.attribution import Attribution, Keys, Scene
+from acla.analysis import figures, plots
+from acla.analysis.attribution import Attribution, Keys, Scene
 from acla.config import Task
 
 
 @pytest.fixture
 def pyplot():
-    module = cli.require_pyplot()
+    module = plots.require_pyplot()
     yield module
     module.close("all")
 
@@ -31,14 +30,14 @@ def sampled(*offsets: tuple[float, float], layers: int = 1) -> Keys:
 
 
 def test_some_of_many_positions_are_drawn():
-    assert room.spread([3, 12, 26], 6) == [3, 12, 26]
-    assert room.spread(list(range(1, 33)), 6) == [1, 7, 13, 20, 26, 32]
+    assert figures.spread([3, 12, 26], 6) == [3, 12, 26]
+    assert figures.spread(list(range(1, 33)), 6) == [1, 7, 13, 20, 26, 32]
 
 
 def test_keys_stand_where_they_are(pyplot):
     offsets = [(2.0, -1.0), (-3.5, 4.0), (0.0, 0.5)]
     keys = {2: sampled(*offsets), 5: sampled(*offsets, layers=2)}
-    figure = room.draw_keys(pyplot, scene(), keys)
+    figure = figures.draw_keys(pyplot, scene(), keys)
     panels = [axis for axis in figure.axes if axis.get_title()]
     assert [axis.get_title() for axis in panels] == ["2 → 2", "5 → 2", "5 → 5"]
     for axis in panels:
@@ -52,11 +51,11 @@ def test_keys_stand_where_they_are(pyplot):
 
 
 def test_the_frame_holds_the_keys(pyplot):
-    assert room.frame(scene(), [sampled((0.0, 0.0))]) == 8
-    assert room.frame(scene(), [sampled((-20.0, 1.0), (20.0, 3.0))]) == 22
-    assert room.frame(scene(), [sampled((torch.nan, 0.0), (1.0, 1.0))]) == 8
+    assert figures.frame(scene(), [sampled((0.0, 0.0))]) == 8
+    assert figures.frame(scene(), [sampled((-20.0, 1.0), (20.0, 3.0))]) == 22
+    assert figures.frame(scene(), [sampled((torch.nan, 0.0), (1.0, 1.0))]) == 8
     many = [(1.0, 1.0)] * 99 + [(500.0, 0.0)]
-    assert room.frame(scene(), [sampled(*many)]) == 8
+    assert figures.frame(scene(), [sampled(*many)]) == 8
 
 
 def test_shares_are_cells(pyplot):
@@ -65,7 +64,7 @@ def test_shares_are_cells(pyplot):
         {"position": 9, "layer": 3, "share": 0.25},
         {"position": 9, "layer": 9, "share": 0.5},
     ]
-    axis = room.draw_kept(pyplot, kept).axes[0]
+    axis = figures.draw_kept(pyplot, kept).axes[0]
     cells = {text.get_position(): text.get_text() for text in axis.texts}
     assert cells == {(0, 0): "100", (0, 1): "25", (1, 1): "50"}
     assert [text.get_text() for text in axis.get_yticklabels()] == ["3", "9"]
@@ -77,7 +76,7 @@ def test_the_window_is_framed_on_every_picture(pyplot, scale):
     channels = given.task.channels
     restored = torch.rand(channels, 24 * scale, 24 * scale)
     found = Attribution(torch.rand(channels, 24, 24), 0.0, 1.0)
-    figure = room.draw_attribution(pyplot, given, restored, found, 12.345)
+    figure = figures.draw_attribution(pyplot, given, restored, found, 12.345)
     wanted = [(6, 4, scale), (6 * scale, 4 * scale, 1), (6, 4, scale)]
     for axis, (x, y, factor) in zip(figure.axes, wanted, strict=False):
         (frame,) = axis.patches
@@ -90,6 +89,6 @@ def test_the_window_is_framed_on_every_picture(pyplot, scale):
 
 
 def test_branches_are_a_curve(pyplot):
-    axis = room.draw_branches(pyplot, [0.5, 0.6, 0.45]).axes[0]
+    axis = figures.draw_branches(pyplot, [0.5, 0.6, 0.45]).axes[0]
     assert axis.lines[0].get_xydata().tolist() == [[1, 0.5], [2, 0.6], [3, 0.45]]
     assert axis.get_ylim() == pytest.approx((0.39, 0.61))

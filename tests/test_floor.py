@@ -49,7 +49,7 @@ def test_backward_by_hand():
 
 
 def test_flops_are_those_that_torch_counts_when_every_key_is_kept():
-    from kernels.library import attend_backward_flops, attend_flops
+    from kernels.registration import attend_backward_flops, attend_flops
 
     every = (*SIZE[:-1], 1.0, torch.float32)
     shapes = [(1, 6, 7, 8)] * 2, (1, 4, 5, 2, 3, 3)

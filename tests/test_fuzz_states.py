@@ -11,8 +11,8 @@ import torch
 
 import search
 import train
-from acla.checkpoint import load_state, save_state
 from acla.cli import run
+from acla.models.serialization import load_state, save_state
 
 SMALL = ["--preset", "tiny", "--blocks", "2", "--width", "4", "--batch", "1", "--patch", "8"]
 LONG = -(10**400)

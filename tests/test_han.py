@@ -6,10 +6,10 @@ import pytest
 import torch
 from published import han
 
-from acla.checkpoint import load_model, save_model
 from acla.config import ModelConfig, Task, model_preset
-from acla.han import ChannelSpatialAttention, LayerAttention
-from acla.networks import build_network
+from acla.models.factory import build_network
+from acla.models.han import ChannelSpatialAttention, LayerAttention
+from acla.models.serialization import load_model, save_model
 from kernels import to_rows
 
 SMALL = ModelConfig("han", blocks=2, width=8, group_blocks=2, reduction=4, keys=4, positions=(1, 2))

@@ -10,8 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from acla.errors import PictureError
-from acla.image import (
+from acla.data.image import (
     BROKEN,
     fit_channels,
     forget_orientation,
@@ -26,6 +25,7 @@ from acla.image import (
     to_studio,
     ycc_to_rgb,
 )
+from acla.errors import PictureError
 
 
 def png_16bit(path: Path, colour: int, samples: int) -> None:

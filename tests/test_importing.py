@@ -9,12 +9,12 @@ import torch
 from published import NETWORKS, random_tensors
 from safetensors.torch import save_file
 
-from acla.checkpoint import load_model
+from acla.checkpoint import find_config, import_network, main
 from acla.cli import run
 from acla.config import Task, model_preset
 from acla.errors import CheckpointError, UsageError
-from acla.importing import find_config, import_network, main
-from acla.networks import build_network
+from acla.models.factory import build_network
+from acla.models.serialization import load_model
 
 WIDTHS = {"edsr": 8, "rcan": 16, "han": 16, "a2n": 8, "a2n-m": 8}
 

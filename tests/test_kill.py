@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from acla.checkpoint import load_model, load_state
+from acla.models.serialization import load_model, load_state
 
 ROOT = Path(__file__).parents[1]
 KILLS = 20

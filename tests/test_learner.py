@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from acla import learner, training
 from acla.config import MASKED, ModelConfig, TrainConfig
+from acla.distributed import Processes
 from acla.errors import AclaError, CheckpointError, UsageError
-from acla.learner import Learner
-from acla.processes import Processes
+from acla.training import trainer
+from acla.training.trainer import Learner
 
 ALONE = Processes(torch.device("cpu"))
 PLAIN = ModelConfig(attention="none", keys=0, blocks=2, width=4, channels=1)
@@ -30,8 +30,8 @@ def same(one: Learner, other: Learner) -> bool:
 
 def test_averages_forget_the_start_and_then_move_slowly():
     average, current = torch.tensor(0.0), torch.tensor(1.0)
-    assert learner.moving_average(average, current, torch.tensor(0)) == pytest.approx(0.9)
-    assert learner.moving_average(average, current, torch.tensor(10**6)) == pytest.approx(0.001)
+    assert trainer.moving_average(average, current, torch.tensor(0)) == pytest.approx(0.9)
+    assert trainer.moving_average(average, current, torch.tensor(10**6)) == pytest.approx(0.001)
 
 
 def test_the_result_is_the_average_of_the_steps():
@@ -156,7 +156,7 @@ def test_fp16_is_refused_on_a_cpu():
 
 def test_a_scaler_leaves_out_steps_and_is_resumed(monkeypatch):
     # As on a GPU, whose arithmetic the CPU can do too, slowly
-    monkeypatch.setattr(learner, "require_amp", lambda how, device: None)
+    monkeypatch.setattr(trainer, "require_amp", lambda how, device: None)
     how = replace(HOW, amp=True, amp_dtype="fp16", ema=True, clip=1e4)
     straight = Learner(PLAIN, how, ALONE)
     before = straight.model.head[0].weight.detach().clone()
@@ -192,7 +192,7 @@ def test_a_scaler_leaves_out_steps_and_is_resumed(monkeypatch):
     ids=str,
 )
 def test_a_scaler_of_another_kind_is_refused(monkeypatch, change):
-    monkeypatch.setattr(learner, "require_amp", lambda how, device: None)
+    monkeypatch.setattr(trainer, "require_amp", lambda how, device: None)
     one = Learner(PLAIN, replace(HOW, amp=True, amp_dtype="fp16"), ALONE)
     tensors, values = one.pack()
     one.unpack(tensors, values, Path("state"))
@@ -236,6 +236,6 @@ def test_a_network_that_cannot_be_compiled_is_told_of_with_the_flag(monkeypatch)
         step(one, 0)
     monkeypatch.undo()
     plain = Learner(PLAIN, HOW, ALONE)
-    monkeypatch.setattr(training, "restoration_loss", lambda *_: 1 / 0)
+    monkeypatch.setattr(trainer, "restoration_loss", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # a bug keeps its name
         step(plain, 0)

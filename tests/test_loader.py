@@ -8,11 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from acla import loader
+from acla.analysis import loading
 from acla.config import Task
-from acla.data import PatchSampler, Pictures
+from acla.data.datasets import Loader, PatchSampler, Pictures, default_workers
 from acla.errors import PictureError, UsageError
-from acla.loader import Loader, default_workers
 
 CPU = torch.device("cpu")
 
@@ -68,7 +67,7 @@ def test_an_unreadable_picture_is_named(sampler):
 
 def test_how_many_workers(monkeypatch):
     assert default_workers(CPU) == 0
-    monkeypatch.setattr(loader.os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(datasets.os, "cpu_count", lambda: 6)
     assert default_workers(torch.device("cuda")) == 4
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert default_workers(torch.device("cuda")) == 3
@@ -79,8 +78,8 @@ def test_how_many_workers(monkeypatch):
 
 
 def test_the_benchmark_prints_rows(capsys, monkeypatch):
-    monkeypatch.setattr(loader, "training_step", lambda *_: lambda step: None)
-    loader.main(["--preset", "tiny", "--device", "cpu", "--workers", "0", "2", "--batches", "1"])
+    monkeypatch.setattr(loading, "training_step", lambda *_: lambda step: None)
+    loading.main(["--preset", "tiny", "--device", "cpu", "--workers", "0", "2", "--batches", "1"])
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row.get("workers") for row in rows] == [0, 2, None]
     assert all(row["patches_per_second"] > 0 for row in rows)
@@ -89,18 +88,18 @@ def test_the_benchmark_prints_rows(capsys, monkeypatch):
 @pytest.mark.parametrize(("batches", "steps"), [(2, 2), (7, 5)])
 def test_the_benchmark_trains_for_a_few_steps_at_most(batches, steps, monkeypatch):
     done = []
-    monkeypatch.setattr(loader, "training_step", lambda *_: done.append)
+    monkeypatch.setattr(loading, "training_step", lambda *_: done.append)
     words = ["--preset", "tiny", "--device", "cpu", "--workers", "0"]
-    loader.main([*words, "--batches", str(batches)])
+    loading.main([*words, "--batches", str(batches)])
     assert done == list(range(steps + 1))  # the first is not counted
 
 
 def test_the_benchmark_wants_batches():
     for words in (["--batches", "0"], ["--workers", "0", "-1"]):
         with pytest.raises(UsageError, match="must be 1 or more, and --workers 0 or more"):
-            loader.main(words)
+            loading.main(words)
 
 
 def test_the_benchmark_trains(sampler):
     sampler = PatchSampler(sampler.pictures, Task("sr", 2), 4, 1)
-    loader.training_step(Task("sr", 2), "tiny", sampler, CPU)(0)
+    loading.training_step(Task("sr", 2), "tiny", sampler, CPU)(0)

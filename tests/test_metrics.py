@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from acla.metrics import psnr, ssim
+from acla.data.metrics import psnr, ssim
 
 
 def ssim_by_hand(a: np.ndarray, b: np.ndarray) -> float:

@@ -14,10 +14,10 @@ import pytest
 from PIL import Image, ImageCms
 from restoring import DOUBLE, call, write_network
 
-from acla import page
+from acla.analysis import gallery
 from acla.cli import run
 from acla.errors import DataError, PictureError, UsageError
-from acla.photo import Photo
+from acla.restore.photo import Photo
 
 pytest.importorskip("jinja2", reason="needs the extra report")
 
@@ -55,7 +55,7 @@ class Reader(HTMLParser):
 def make(before: Path, after: Path, *flags: str) -> Reader:
     """The page of two paths."""
     out = before.parent / "page.html"
-    page.main([str(before), str(after), str(out), *flags])
+    gallery.main([str(before), str(after), str(out), *flags])
     return Reader(out.read_text(encoding="utf-8"))
 
 
@@ -184,7 +184,7 @@ def test_sixteen_bits_are_rounded_to_eight(tmp_path, make_scene):
     assert levels.dtype == np.uint8
     assert np.array_equal(levels, wanted)
     colour = np.dstack([deep, deep[::-1], deep[:, ::-1]])
-    rgba = decoded(page.to_png(Photo(colour, alpha=deep.T.reshape(5, 7))))
+    rgba = decoded(gallery.to_png(Photo(colour, alpha=deep.T.reshape(5, 7))))
     assert rgba.dtype == np.uint8
     assert np.array_equal(rgba[:, :, :3], np.round(colour / 257))
     assert np.array_equal(rgba[:, :, 3], np.round(deep.T.reshape(5, 7) / 257))
@@ -327,7 +327,7 @@ def test_another_proportion_is_an_error_that_names_both(tmp_path, make_scene):
 def failure(capsys: pytest.CaptureFixture, *argv: object) -> tuple[int, str]:
     """The exit status and the message of a call that must fail."""
     with pytest.raises(SystemExit) as stop:
-        run(page.main, [str(word) for word in argv])
+        run(gallery.main, [str(word) for word in argv])
     return stop.value.code, capsys.readouterr().err
 
 
@@ -365,9 +365,9 @@ def test_a_page_is_overwritten_when_asked(tmp_path, two, capsys):
 
 def test_a_page_has_a_bound(two, monkeypatch):
     size = sum(len(image["src"]) for image in make(*two).all("img"))
-    monkeypatch.setattr(page, "LIMIT", size)
+    monkeypatch.setattr(gallery, "LIMIT", size)
     make(*two, "--overwrite")
-    monkeypatch.setattr(page, "LIMIT", size - 1)
+    monkeypatch.setattr(gallery, "LIMIT", size - 1)
     (two[0].parent / "page.html").unlink()
     with pytest.raises(UsageError, match=rf"more than .* MiB at {two[0]}; give fewer pictures"):
         make(*two)
@@ -382,7 +382,7 @@ def test_without_jinja2_it_says_what_to_install(two, monkeypatch):
 
 def test_the_template_comes_along():
     setup = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    shipped = setup["tool"]["setuptools"]["package-data"]["acla"]
-    assert Path(page.__file__).with_name("page.html").is_file()
+    shipped = setup["tool"]["setuptools"]["package-data"]["acla.analysis"]
+    assert Path(gallery.__file__).with_name("page.html").is_file()
     assert any(fnmatch("page.html", pattern) for pattern in shipped)
     assert any("jinja2" in need for need in setup["project"]["optional-dependencies"]["report"])

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image, ImageCms, ImageOps
 from test_image import png_16bit
 
-from acla import photo
+from acla.data.image import from_levels, load, to_levels, ycc_to_rgb
 from acla.errors import PictureError
-from acla.image import from_levels, load, to_levels, ycc_to_rgb
+from acla.restore import photo
 
 ORIENTATION, EXIF_PART, WIDTH, HEIGHT = 0x0112, 0x8769, 0xA002, 0xA003
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

@@ -10,9 +10,9 @@ import torch
 
 import search
 import train
-from acla.checkpoint import load_state
+from acla.distributed import Processes, means
 from acla.errors import UsageError
-from acla.processes import Processes, means
+from acla.models.serialization import load_state
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--preset", "tiny", "--blocks", "2", "--width", "8", "--keys", "3", "--device", "cpu"]

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from acla.config import Task
+from acla.data.image import luma, round_8bit, to_levels
+from acla.data.metrics import line, psnr, published, published_rows, score, ssim, table, task_of_set
 from acla.errors import DataError, UsageError
-from acla.image import luma, round_8bit, to_levels
-from acla.metrics import psnr, ssim
-from acla.protocol import line, published, published_rows, score, table, task_of_set
 
 
 @pytest.fixture

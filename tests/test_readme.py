@@ -10,13 +10,27 @@ import pytest
 import evaluate
 import search
 import train
-from acla import compare, explain, importing, loader, page, report, restore, scores, tables
+from acla import checkpoint
+from acla.analysis import compare, explain, gallery, loading, plots, scores, tables
+from acla.restore import __main__ as restore
 from kernels import autotune, bench, compile
 
 TEXT = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 SCRIPTS = {"train.py": train, "search.py": search, "evaluate.py": evaluate}
-PARTS = (autotune, bench, compile, compare, explain, loader, page, report, restore, scores, tables)
-MODULES = {module.__name__: module for module in PARTS} | {"acla.checkpoint": importing}
+PARTS = (
+    autotune,
+    bench,
+    compile,
+    compare,
+    explain,
+    loading,
+    gallery,
+    plots,
+    restore,
+    scores,
+    tables,
+)
+MODULES = {module.__name__: module for module in PARTS} | {"acla.checkpoint": checkpoint}
 
 
 def blocks(language: str) -> list[str]:
@@ -53,7 +67,9 @@ def test_the_two_commands_are_there():
 
 
 def test_scores_are_those_of_the_results(capsys, monkeypatch):
-    (words,) = [w for w in commands() if w[1] == "acla.scores" and w[2].startswith("results/")]
+    (words,) = [
+        w for w in commands() if w[1] == "acla.analysis.scores" and w[2].startswith("results/")
+    ]
     monkeypatch.chdir(Path(__file__).parents[1])
     scores.main(words[2:])
     assert capsys.readouterr().out in TEXT

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from acla import report
+from acla.analysis import plots
 from acla.errors import AclaError, UsageError
 
 
@@ -30,8 +30,8 @@ def write_log(folder: Path, steps: int = 3) -> Path:
 
 def test_every_search_is_a_column(tmp_path, capsys):
     folders = [write_log(tmp_path / name) for name in "ab"]
-    report.main([str(folders[0])])
-    report.main([*map(str, folders), "--out", str(tmp_path / "both.png")])
+    plots.main([str(folders[0])])
+    plots.main([*map(str, folders), "--out", str(tmp_path / "both.png")])
     with Image.open(folders[0] / "search.png") as one, Image.open(tmp_path / "both.png") as two:
         assert two.size[0] == one.size[0] * 3 // 2
         assert len(two.convert("L").histogram()) - two.convert("L").histogram().count(0) > 20
@@ -42,8 +42,8 @@ def test_positions_that_end_open_are_named(tmp_path):
     from matplotlib import pyplot
 
     _, axis = pyplot.subplots()
-    rows = report.read_log(write_log(tmp_path / "a"))
-    report.draw_alpha(axis, rows, "a")
+    rows = plots.read_log(write_log(tmp_path / "a"))
+    plots.draw_alpha(axis, rows, "a")
     assert [text.get_text() for text in axis.texts] == ["1"]
     assert [list(line.get_ydata()) for line in axis.lines[:2]] == [
         [row["alpha"][j] for row in rows] for j in (0, 1)
@@ -53,18 +53,18 @@ def test_positions_that_end_open_are_named(tmp_path):
 
 def test_what_is_no_log_is_refused(tmp_path, monkeypatch):
     with pytest.raises(AclaError, match="there is no such file"):
-        report.main([str(tmp_path)])
+        plots.main([str(tmp_path)])
     (tmp_path / "search.jsonl").write_text("{")
     with pytest.raises(AclaError, match="not a log"):
-        report.main([str(tmp_path)])
+        plots.main([str(tmp_path)])
     (tmp_path / "search.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(AclaError, match=r"not a log of search.py: no alpha, cost"):
-        report.main([str(tmp_path)])
+        plots.main([str(tmp_path)])
     (tmp_path / "search.jsonl").write_text("5\n")
     with pytest.raises(AclaError, match=r"not a log of search.py: no alpha"):
-        report.main([str(tmp_path)])
+        plots.main([str(tmp_path)])
     with pytest.raises(UsageError, match="must end in"):
-        report.main([str(tmp_path), "--out", "x.txt"])
+        plots.main([str(tmp_path), "--out", "x.txt"])
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UsageError, match=r"pip install '.\[report\]'"):
-        report.main([str(write_log(tmp_path / "a"))])
+        plots.main([str(write_log(tmp_path / "a"))])

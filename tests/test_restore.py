@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 from restoring import CAR, DOUBLE, MOSAIC, NOISE, call, failure, stored, write_network
 
-from acla import photo
-from acla import restore as room
-from acla.backbone import Backbone
-from acla.checkpoint import load_model
-from acla.colour import network_input
-from acla.degrade import mosaic
-from acla.image import from_levels, luma
-from acla.restore import restore
+from acla.data.degradations import mosaic
+from acla.data.image import from_levels, luma
+from acla.models.backbones import Backbone
+from acla.models.serialization import load_model
+from acla.restore import __main__ as command
+from acla.restore import colour, inference, photo
+from acla.restore.colour import network_input
+from acla.restore.inference import restore
 
 ROOT = Path(__file__).parents[1]
 ORIENTATION = 0x0112
@@ -46,7 +46,7 @@ def restored(path: Path, file: Path, jpeg: bool) -> np.ndarray:
     """Levels before they are encoded."""
     network = load_model(file)
     source = photo.read(path, ycc=True)
-    return room.restore_photo(source, network, jpeg=jpeg).levels
+    return colour.restore_photo(source, network, jpeg=jpeg).levels
 
 
 def test_identity_changes_nothing(tmp_path, jpeg):
@@ -92,7 +92,7 @@ def test_other_gray_networks_see_the_y_they_were_trained_on(tmp_path, make_scene
     torch.testing.assert_close(
         seen, luma(from_levels(stored(path).transpose(2, 0, 1))), atol=3e-3, rtol=0
     )
-    after = room.restore_photo(source, load_model(file)).levels.astype(int)
+    after = colour.restore_photo(source, load_model(file)).levels.astype(int)
     # Of 219 levels, 2.19 are what 2.55 are of 255
     assert np.abs(after - stored(path) - 2.55).max() < 1.6
     assert np.abs((after - stored(path)).mean() - 2.55) < 0.5
@@ -213,16 +213,16 @@ def test_16_bits_in_colour_survive(tmp_path):
 
 
 def test_large_photos_are_tiled_by_default():
-    assert room.default_tile(1, 384, 384) is None
-    assert room.default_tile(1, 385, 384) == 384
-    assert room.default_tile(2, 4000, 6000) == 192
+    assert inference.default_tile(1, 384, 384) is None
+    assert inference.default_tile(1, 385, 384) == 384
+    assert inference.default_tile(2, 4000, 6000) == 192
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the unit of ru_maxrss")
 def test_24_megapixels_fit_into_little_memory(tmp_path, make_scene):
     """The photo may be held, as bytes and as the network's input, but no feature map of it all."""
     code = (
-        "import resource, sys; from acla import restore; restore.main(sys.argv[1:]); "
+        "import resource, sys; from acla.restore import __main__ as command; command.main(sys.argv[1:]); "
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
     file, peaks = write_network(tmp_path / "car.safetensors", CAR), []
@@ -253,7 +253,7 @@ def test_the_readme_commands_are_understood():
     lines = [line for line in text.splitlines() if line.startswith("python -m acla.restore ")]
     assert lines
     for line in lines:
-        room.parse(shlex.split(line, comments=True)[3:])
+        command.parse(shlex.split(line, comments=True)[3:])
 
 
 def test_it_is_a_module_to_run(tmp_path, jpeg):

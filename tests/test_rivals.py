@@ -13,12 +13,12 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import train
-from acla import rivals
-from acla.attention import CrossLayerAttention
-from acla.backbone import Backbone, build_module
-from acla.checkpoint import load_model, save_model
 from acla.config import ATTENTIONS, DEFAULT_KEYS, ModelConfig, Task
-from acla.rivals import MultiHeadAttention, NonLocal, SqueezedAttention, SqueezeExcitation
+from acla.models import baselines
+from acla.models.attention import CrossLayerAttention
+from acla.models.backbones import Backbone, build_module
+from acla.models.baselines import MultiHeadAttention, NonLocal, SqueezedAttention, SqueezeExcitation
+from acla.models.serialization import load_model, save_model
 from kernels import to_rows
 from kernels.timing import allocations
 
@@ -66,7 +66,7 @@ def config(attention, **changes):
 @pytest.mark.parametrize("name", ["nl", "clnl", "mha", "se", "acla+se"])
 @pytest.mark.parametrize(("H", "W"), AWKWARD)
 def test_gradients_are_those_of_finite_differences(name, H, W, monkeypatch):
-    monkeypatch.setattr(rivals, "RADIUS", 1)  # less than a side: offsets are clipped
+    monkeypatch.setattr(baselines, "RADIUS", 1)  # less than a side: offsets are clipped
     module = random_module(make(name, 4, 2))
     names, parameters = zip(*module.named_parameters(), strict=True)
     query, *maps = random_maps(3, (2, 4, H, W))
@@ -209,7 +209,7 @@ def test_heads_have_sixteen_channels_or_more():
 
 @pytest.mark.parametrize(("H", "W"), [*AWKWARD, pytest.param(7, 2, id="farther-than-the-radius")])
 def test_mha_with_positions_is_bello_et_al(H, W, monkeypatch):
-    monkeypatch.setattr(rivals, "RADIUS", 2)
+    monkeypatch.setattr(baselines, "RADIUS", 2)
     module = random_module(MultiHeadAttention(6, heads=2))
     (x,) = random_maps(1, (1, 6, H, W))
     heads, d = 2, 3
@@ -238,7 +238,7 @@ def test_mha_with_positions_is_bello_et_al(H, W, monkeypatch):
 
 @pytest.mark.parametrize("limit", [2**24, 13 * 2 * 2 * 35, 1])  # all queries, thirteen, and one
 def test_multi_head_attention_is_the_same_without_gradients(limit, monkeypatch):
-    monkeypatch.setattr(rivals, "LOGITS", limit)
+    monkeypatch.setattr(baselines, "LOGITS", limit)
     module = random_module(MultiHeadAttention(32))
     (x,) = random_maps(1, (2, 32, 7, 5))
     expected = module(x, [to_rows(x)])[0]

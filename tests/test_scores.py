@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from acla import scores
+from acla.analysis import scores
 from acla.cli import run
 from acla.errors import AclaError
 

@@ -14,12 +14,11 @@ import torch
 import evaluate
 import search
 import train
-from acla.architecture import read_architecture
-from acla.checkpoint import load_model, load_state
 from acla.config import Task
-from acla.errors import UsageError
-from acla.searching import Search, search_sets
-from acla.stopping import Stopped
+from acla.errors import Stopped, UsageError
+from acla.models.serialization import load_model, load_state
+from acla.search.architecture import read_architecture
+from acla.search.loop import Search, search_sets
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--preset", "tiny", "--blocks", "3", "--width", "8", "--keys", "3"]

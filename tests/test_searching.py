@@ -4,14 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from acla import training
 from acla.config import ModelConfig, SearchConfig, Task
-from acla.cost import full_attention_flops
-from acla.data import sample
-from acla.gate import draw_gates
-from acla.loader import Loader
-from acla.processes import Processes
-from acla.searching import ALPHA, WEIGHTS, Plan, Search, Sets, temperature
+from acla.data.datasets import Loader, sample
+from acla.distributed import Processes
+from acla.models.cost import full_attention_flops
+from acla.models.gumbel import draw_gates
+from acla.search.loop import ALPHA, WEIGHTS, Plan, Search, Sets, temperature
+from acla.training import trainer
 
 ALONE = Processes(torch.device("cpu"))
 
@@ -75,7 +74,7 @@ def test_a_weight_step_computes_open_modules_only():
     for position, module in search.net.backbone.attention.items():
         module.register_forward_hook(lambda *_, position=position: seen.append(int(position)))
     for step in range(6):
-        gates = draw_gates(search.net.alpha.detach(), training.gate_seed(0, step, WEIGHTS), 1.0)
+        gates = draw_gates(search.net.alpha.detach(), trainer.gate_seed(0, step, WEIGHTS), 1.0)
         seen.clear()
         search.weight_step(step)
         assert seen == [j for j, s in enumerate(gates.tolist(), 1) if s]
@@ -103,7 +102,7 @@ def test_each_kind_of_step_draws_its_own_gates_and_patches(monkeypatch):
     monkeypatch.setattr(Search, "batch", lambda *a: taken.append(a[1:]) or batch(*a))
     search.step(4)  # of the second stage
     assert drawn == taken == [(4, WEIGHTS), (4, ALPHA)]
-    seeds = [training.gate_seed(0, 4, stream) for stream in (WEIGHTS, ALPHA)]
+    seeds = [trainer.gate_seed(0, 4, stream) for stream in (WEIGHTS, ALPHA)]
     assert seeds[0] != seeds[1]
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import search
-from acla import selection
-from acla.architecture import Architecture, read_architecture
 from acla.config import ModelConfig, Task
+from acla.data.image import save
 from acla.errors import AclaError, DataError, UsageError
-from acla.image import save
-from acla.searching import Found
+from acla.search import lambda_selection
+from acla.search.architecture import Architecture, read_architecture
+from acla.search.loop import Found
 
 SMALL = ["--preset", "tiny", "--blocks", "3", "--width", "8", "--keys", "3"]
 SHORT = ["--batch", "2", "--patch", "16", "--steps", "8", "--epoch-steps", "4"]
@@ -43,7 +43,7 @@ def answers(monkeypatch, by_lambda):
             (out / name).write_text(str(plan.search.lam))
         return by_lambda(plan.search.lam)
 
-    monkeypatch.setattr(selection, "run", run)
+    monkeypatch.setattr(lambda_selection, "run", run)
     return asked
 
 
@@ -63,11 +63,11 @@ def answers(monkeypatch, by_lambda):
 def test_the_largest_lambda_that_is_not_measurably_worse_is_chosen(monkeypatch, psnr, chosen):
     answers(monkeypatch, lambda lam: found((1, 2), psnr[lam], lam))
     plan = search.plan_from_flags(search.parse([*SMALL, *SHORT]), "tiny")
-    lam, rows = selection.cross_validate(plan, None, Path("trials"), tuple(psnr), None)
+    lam, rows = lambda_selection.cross_validate(plan, None, Path("trials"), tuple(psnr), None)
     assert lam == chosen
     assert [row["lambda"] for row in rows] == sorted(psnr)
     assert rows[0]["psnr"] == pytest.approx(np.mean(psnr[0.1]))
-    assert all(len(row["macs"]) == selection.FOLDS for row in rows)
+    assert all(len(row["macs"]) == lambda_selection.FOLDS for row in rows)
 
 
 def test_folds_use_a_fifth_of_the_pictures_and_keep_the_scored_ones_apart(tmp_path):
@@ -76,7 +76,7 @@ def test_folds_use_a_fifth_of_the_pictures_and_keep_the_scored_ones_apart(tmp_pa
     (tmp_path / "many").mkdir()
     for i in range(45):
         Image.new("L", (16, 16), i).save(tmp_path / "many" / f"{i:02d}.png")
-    folds = selection.fold_sets("many", tmp_path)
+    folds = lambda_selection.fold_sets("many", tmp_path)
     used = {path for sets in folds for part in vars(sets).values() for path in part}
     assert len(used) == 9
     scored = [path for sets in folds for path in sets.score]
@@ -94,7 +94,7 @@ def test_too_few_pictures_to_cross_validate_are_refused(tmp_path):
     for i in range(3):
         Image.new("L", (16, 16), i).save(tmp_path / "few" / f"{i}.png")
     with pytest.raises(DataError, match="too few to cross-validate"):
-        selection.fold_sets("few", tmp_path)
+        lambda_selection.fold_sets("few", tmp_path)
 
 
 def test_lambda_auto_keeps_its_table_in_arch_json(capsys):
@@ -123,15 +123,15 @@ def test_a_budget_is_met_as_closely_as_modules_allow(monkeypatch):
 
     asked = answers(monkeypatch, by_lambda)
     plan = search.plan_from_flags(search.parse([*SMALL, *SHORT, "--blocks", "4"]), "tiny")
-    two = selection.macs(selection.with_modules(plan.model, 2))
+    two = lambda_selection.macs(lambda_selection.with_modules(plan.model, 2))
     processes = search.join(search.cli.pick_device("cpu"))
     for budget, count in ((two, 2), (two * 1.2, 2), (two - 1, 1), (1, 0), (1e12, 4)):
         asked.clear()
-        best = selection.within_budget(plan, None, Path("trials"), budget, processes, {})
+        best = lambda_selection.within_budget(plan, None, Path("trials"), budget, processes, {})
         assert len(best.architecture.model.positions) == count
         rows = best.architecture.evidence["budget"]["trials"]
         assert [row["lambda"] for row in rows] == asked
-        assert len(asked) <= selection.BUDGET_TRIALS
+        assert len(asked) <= lambda_selection.BUDGET_TRIALS
         assert read_architecture(Path("arch.json")) == best.architecture
 
 
@@ -140,7 +140,7 @@ def test_a_budget_that_no_lambda_meets_says_what_was_tried(monkeypatch):
     plan = search.plan_from_flags(search.parse([*SMALL, *SHORT]), "tiny")
     processes = search.join(search.cli.pick_device("cpu"))
     with pytest.raises(AclaError, match=r"no λ up to .* raise --budget"):
-        selection.within_budget(plan, None, Path("trials"), 1, processes, {})
+        lambda_selection.within_budget(plan, None, Path("trials"), 1, processes, {})
     assert asked == sorted(asked)
 
 
@@ -155,7 +155,7 @@ def test_a_budget_search_shares_its_first_stage():
 
 
 def test_every_trial_of_a_budget_has_the_rows_of_the_first_stage(monkeypatch):
-    monkeypatch.setattr(selection, "BUDGET_TRIALS", 2)
+    monkeypatch.setattr(lambda_selection, "BUDGET_TRIALS", 2)
     words = ["--budget", "1", "--warmup", "0.5", "--steps", "8", "--epoch-steps", "2"]
     with pytest.raises(AclaError, match="no λ up to"):
         search.main([*SMALL, *SHORT, *words, "--lambda", "1e-9"])
@@ -169,7 +169,7 @@ def test_every_trial_of_a_budget_has_the_rows_of_the_first_stage(monkeypatch):
 
 
 def test_agreement_counts_positions_and_spread():
-    report = selection.agreement(
+    report = lambda_selection.agreement(
         [found((1, 2), [30.0, 31.0], seed=4), found((2, 3), [30.5, 31.5], seed=5)]
     )
     assert report["seeds"] == [4, 5]
@@ -178,11 +178,11 @@ def test_agreement_counts_positions_and_spread():
     assert (report["cost_mean"], report["cost_std"]) == (2e6, 0.0)
     assert report["psnr_mean"] == pytest.approx(30.75)
     assert report["psnr_std"] == pytest.approx(np.std([30.5, 31.0], ddof=1))
-    text = selection.agreement_table(report)
+    text = lambda_selection.agreement_table(report)
     assert "2 in 2 of 2; 1, 3 in 1 of 2" in text
-    nothing = selection.agreement([found((), [30.0]), found((), [30.0])])
+    nothing = lambda_selection.agreement([found((), [30.0]), found((), [30.0])])
     assert nothing["overlap"] == 1
-    assert "no position is open in any run" in selection.agreement_table(nothing)
+    assert "no position is open in any run" in lambda_selection.agreement_table(nothing)
 
 
 def test_several_seeds_are_searched_and_compared(capsys):

@@ -5,21 +5,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from acla import weights
-from acla.checkpoint import load_model
-from acla.data import find_set
-from acla.degrade import generator_for, pair
-from acla.image import load
-from acla.protocol import score
-from acla.restore import restore
-from acla.training import middle
+from acla.data.datasets import find_set
+from acla.data.degradations import generator_for, pair
+from acla.data.image import load
+from acla.data.metrics import score
+from acla.models.serialization import load_model
+from acla.restore import pretrained
+from acla.restore.inference import restore
+from acla.training.validation import middle
 
-PLACE = weights.PLACES[0]
+PLACE = pretrained.PLACES[0]
 FILES = sorted(PLACE.glob("*.safetensors"))
 
 
 def test_a_network_for_quality_10_and_one_for_many_come_along():
-    offered = weights.Weights(None, None, torch.device("cpu"))
+    offered = pretrained.Weights(None, None, torch.device("cpu"))
     assert {task.label for task in offered.files} == {"q10", "q5-60"}
 
 

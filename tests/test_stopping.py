@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from acla import cli
-from acla.stopping import Stop, Stopped
+from acla.training.run_dir import Stop, Stopped
 
 
 @pytest.fixture(params=[signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])

@@ -6,11 +6,11 @@ from itertools import accumulate
 import pytest
 import torch
 
-from acla import backbone
 from acla.config import ATTENTIONS, DEFAULT_KEYS, ModelConfig
 from acla.errors import UsageError
-from acla.gate import draw_gates, expected_gates, position_seeds
-from acla.supernet import Supernet
+from acla.models import backbones
+from acla.models.gumbel import draw_gates, expected_gates, position_seeds
+from acla.search.supernet import Supernet
 from kernels.timing import allocations
 
 SMALL = ModelConfig(blocks=4, width=6, group_blocks=1, reduction=2, keys=3, channels=1)
@@ -156,8 +156,8 @@ def test_a_layers_rows_are_made_once_and_shared_by_all_modules(monkeypatch, limi
         made.append(kernels_to_rows(feature))
         return made[-1]
 
-    kernels_to_rows = backbone.to_rows
-    monkeypatch.setattr(backbone, "to_rows", to_rows)
+    kernels_to_rows = backbones.to_rows
+    monkeypatch.setattr(backbones, "to_rows", to_rows)
     net = random_supernet()
     net.backbone.sample_limit = limit
     for module in net.backbone.attention.values():

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 import evaluate
-from acla import tables
-from acla.backbone import Backbone
-from acla.checkpoint import save_model
+from acla.analysis import tables
 from acla.cli import run
 from acla.config import ModelConfig, Task, from_dict, model_preset
+from acla.models.backbones import Backbone
+from acla.models.serialization import save_model
 
 ROOT = Path(tables.__file__).parents[1]
 DOUBLE = Task("sr", 2)

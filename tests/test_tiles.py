@@ -6,11 +6,10 @@ from itertools import pairwise
 import pytest
 import torch
 
-from acla.backbone import Backbone
 from acla.config import ModelConfig
 from acla.errors import AclaError, UsageError
-from acla.restore import restore
-from acla.tiles import overlap, starts
+from acla.models.backbones import Backbone
+from acla.restore.inference import overlap, restore, starts
 
 NO_CUDA_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 NO_CPU_MEMORY = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")

@@ -15,13 +15,14 @@ from PIL import Image
 from running import SHORT, SMALL, rows
 
 import train
-from acla import checkpoint, cli, training
-from acla.checkpoint import load_model, load_state, save_state
+from acla import cli, files
 from acla.config import Task
-from acla.data import PatchSampler, Pictures
-from acla.errors import AclaError, DataError, UsageError
-from acla.learner import Learner
-from acla.stopping import Stopped
+from acla.data.datasets import PatchSampler, Pictures
+from acla.errors import AclaError, DataError, Stopped, UsageError
+from acla.models import serialization
+from acla.models.serialization import load_model, load_state, save_state
+from acla.training import validation
+from acla.training.trainer import Learner
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -131,7 +132,7 @@ def test_workers_change_no_bit(small_sets):
 def test_the_best_network_is_kept_beside_the_last(small_sets, monkeypatch, capsys):
     def score(*values: float) -> None:
         found = iter(values)
-        monkeypatch.setattr(training, "each_psnr", lambda *_: [next(found)])
+        monkeypatch.setattr(validation, "each_psnr", lambda *_: [next(found)])
 
     def kept(name: str) -> tuple[int, float]:
         info = load_model(Path("runs/train", name)).info
@@ -175,7 +176,7 @@ def failing(words: list[str], capsys) -> str:
     ("file", "module", "function", "code", "reason"),
     [
         ("model", os, "fsync", errno.ENOSPC, "No space left on device"),
-        ("best", checkpoint, "open", errno.EROFS, "Read-only file system"),
+        ("best", serialization, "open", errno.EROFS, "Read-only file system"),
         ("state", os, "fsync", errno.ENOSPC, "No space left on device"),
     ],
     ids=["full-disk-model", "read-only-best", "full-disk-state"],
@@ -187,7 +188,7 @@ def test_a_write_that_fails_leaves_the_checkpoint_whole(
     train.main([*words, "--steps", "2"])
     failed = Path(f"runs/train/{file}.safetensors")
     before = [path.read_bytes() for path in (failed, Path("runs/train/state.safetensors"))]
-    write = checkpoint.write_atomically
+    write = files.write_atomically
 
     def fail(*_, **__):
         raise OSError(code, os.strerror(code))
@@ -199,8 +200,8 @@ def test_a_write_that_fails_leaves_the_checkpoint_whole(
                 patched.setattr(module, function, fail, raising=False)
             write(path, data)
 
-        patched.setattr(checkpoint, "write_atomically", write_until)
-        patched.setattr(training, "each_psnr", lambda *_: [1e3])  # the best so far
+        patched.setattr(files, "write_atomically", write_until)
+        patched.setattr(validation, "each_psnr", lambda *_: [1e3])  # the best so far
         line = failing(["--resume", *small_sets, "--steps", "4"], capsys)
     assert line.startswith(f"error: {failed}: {reason}; check the path")
     after = [path.read_bytes() for path in (failed, Path("runs/train/state.safetensors"))]

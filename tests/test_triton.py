@@ -31,8 +31,8 @@ from operator_cases import FAR, Inputs, far_apart, gate_terms, sparse_memory  # 
 from triton.runtime.interpreter import InterpreterBuilder  # noqa: E402
 from triton_cases import CASES, NAMES, Case, small_cases  # noqa: E402
 
-from kernels import accounting, gpu  # noqa: E402
-from kernels.bilinear import logistic_noise  # noqa: E402
+from kernels import accounting, triton_backend  # noqa: E402
+from kernels.primitives import logistic_noise  # noqa: E402
 
 
 def named(features, points, mask_maps, gates) -> dict[str, torch.Tensor]:
@@ -68,12 +68,14 @@ def by_kernels(inputs: Inputs, case: Case, device: str) -> dict[str, torch.Tenso
         "gates" in case.wanted and gates is not None,
     )
     with filled_memory():
-        out = gpu.forward(*arguments)
+        out = triton_backend.forward(*arguments)
         pairs = zip(out, inputs.cotangents, strict=True)
         gradients = [None if c is None else c.to(o) for o, c in pairs]
-        found = gpu.backward(*arguments, inputs.temperature, gradients, wanted)
+        found = triton_backend.backward(*arguments, inputs.temperature, gradients, wanted)
         if case.ordered:
-            again = named(*gpu.backward(*arguments, inputs.temperature, gradients, wanted))
+            again = named(
+                *triton_backend.backward(*arguments, inputs.temperature, gradients, wanted)
+            )
             for name, gradient in named(*found).items():
                 assert torch.equal(gradient, again[name]), f"{name} varies"
     found, leaves = named(*found), inputs.leaves()
@@ -158,10 +160,10 @@ def check_shut_layers_are_not_read(device: str) -> None:
     inputs = Case(1, 2, 3, 4, 5, 8, gates=(0, 1)).build()
     inputs.features[0].fill_(torch.nan)
     arguments = arguments_of(inputs, device)
-    out = gpu.forward(*arguments)
+    out = triton_backend.forward(*arguments)
     gradients = tuple(torch.ones_like(result) for result in out)
     wanted = ([True, True], True, [True, True], False)
-    found = named(*gpu.backward(*arguments, inputs.temperature, gradients, wanted))
+    found = named(*triton_backend.backward(*arguments, inputs.temperature, gradients, wanted))
     assert all(tensor.isfinite().all() for tensor in (*out, *found.values()))
 
 

@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 from restoring import DOUBLE, call, failure, stored, write_network
 
-from acla import weights
 from acla.config import Task
+from acla.restore import pretrained
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def networks(tmp_path, monkeypatch):
     for q in (10, 20, 40):
         write_network(folder / f"car-q{q}-paper.safetensors", Task("car", q), shift=q / 255)
     write_network(folder / "sr-x2-paper.safetensors", DOUBLE)
-    monkeypatch.setattr(weights, "PLACES", (folder,))
+    monkeypatch.setattr(pretrained, "PLACES", (folder,))
     return folder
 
 
@@ -61,7 +61,7 @@ def test_a_network_for_many_qualities_takes_what_no_other_serves(
 ):
     for task in (Task("car", 10), Task("car", 5, 60)):
         write_network(tmp_path / "weights" / f"car-{task.label}-a.safetensors", task)
-    monkeypatch.setattr(weights, "PLACES", (tmp_path / "weights",))
+    monkeypatch.setattr(pretrained, "PLACES", (tmp_path / "weights",))
     Image.fromarray(make_scene(16, 16, 1)).save(tmp_path / "in.jpg", quality=quality)
     call(tmp_path / "in.jpg", tmp_path / "out.png")
     out, err = capsys.readouterr()
@@ -100,7 +100,7 @@ def test_quality_is_nothing_to_other_networks(tmp_path, capsys, make_scene):
 
 def test_a_name_that_is_no_task_is_named(tmp_path, capsys, monkeypatch):
     write_network(tmp_path / "car-q60-5-a.safetensors", Task("car", 10))
-    monkeypatch.setattr(weights, "PLACES", (tmp_path,))
+    monkeypatch.setattr(pretrained, "PLACES", (tmp_path,))
     (tmp_path / "in.png").touch()
     status, err = failure(capsys, tmp_path / "in.png", tmp_path / "out.png")
     assert (status, err.count("\n")) == (2, 1)
@@ -117,7 +117,7 @@ def test_a_name_that_is_no_task_is_named(tmp_path, capsys, monkeypatch):
     ],
 )
 def test_without_a_network_it_is_said_how_to_get_one(tmp_path, capsys, monkeypatch, flags, advice):
-    monkeypatch.setattr(weights, "PLACES", (tmp_path / "none",))
+    monkeypatch.setattr(pretrained, "PLACES", (tmp_path / "none",))
     (tmp_path / "in.png").touch()
     status, err = failure(capsys, tmp_path / "in.png", tmp_path / "out.png", *flags)
     assert (status, err.count("\n")) == (2, 1)

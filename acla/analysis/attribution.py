@@ -1,0 +1,239 @@
+"""What a restored pixel comes from: local attribution maps, keys, weights of branches.
+
+B batch · L referred layers · K sampled keys per layer and query · H,W grid · C channels
+offsets are (dy, dx) in pixels, y first
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from acla.config import Task
+from acla.console import progress
+from acla.models.a2n import BranchWeights
+from acla.models.attention import CrossLayerAttention, pointwise
+from acla.models.backbones import Backbone
+
+SIGMA = 1.2  # pixels; where the path begins, as Gu and Dong begin it
+REACH = math.ceil(3 * SIGMA)
+FLAT = 1e-20  # so that the gradient of a slope of 0 is 0
+# A temperature at which masks have no gradient of their own. What is attributed is the network as
+# it restores, whose masks are steps; the slope of a sigmoid is for training alone.
+FIXED_MASKS = 1e30
+
+
+# What is looked at
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture, and where to look.
+
+    low: [C,h,w] in 0..1, the network's input, or the part of it around the window; top, left: where
+    that part begins, in low-quality pixels. window (y, x, side) and query (y, x) are in restored
+    pixels of the whole picture.
+    """
+
+    low: Tensor
+    top: int
+    left: int
+    window: tuple[int, int, int]
+    query: tuple[int, int]
+    task: Task
+
+    @property
+    def inner_window(self) -> tuple[int, int, int]:
+        """The window in restored pixels of the part."""
+        y, x, side = self.window
+        return y - self.top * self.task.scale, x - self.left * self.task.scale, side
+
+    @property
+    def inner_query(self) -> tuple[int, int]:
+        """The query on the part's grid, in low-quality pixels."""
+        y, x = self.query
+        return y // self.task.scale - self.top, x // self.task.scale - self.left
+
+
+# Local attribution (Gu and Dong, Interpreting Super-Resolution Networks with Local Attribution
+# Maps, CVPR 2021)
+
+
+class Attribution(NamedTuple):
+    """map: [C,H,W] float64, what each value of the input adds to the detector; before, after: the
+    detector's answers to the blurred input and to the input."""
+
+    map: Tensor
+    before: float
+    after: float
+
+
+def detail(pictures: Tensor, window: tuple[int, int, int]) -> Tensor:
+    """The detector D: Σ √(∂y² + ∂x²) over a window (y, x, side) of pictures [B,C,H,W], where ∂ is
+    the difference to the next pixel below and to the right, 0 where the picture ends."""
+    y, x, side = window
+    dy = pictures.diff(dim=-2, append=pictures[..., -1:, :])
+    dx = pictures.diff(dim=-1, append=pictures[..., -1:])
+    slope = (dy.square() + dx.square() + FLAT).sqrt()
+    return slope[..., y : y + side, x : x + side].sum()
+
+
+def blurred(picture: Tensor, sigma: float) -> Tensor:
+    """picture [C,H,W] under a Gaussian of sigma pixels, cut at REACH, edges repeated; 0 changes
+    nothing."""
+    if sigma == 0:
+        return picture
+    at = torch.arange(-REACH, REACH + 1, dtype=picture.dtype, device=picture.device)
+    weight = (-(at**2) / (2 * sigma**2)).exp()
+    weight = weight / weight.sum()
+    padded = F.pad(picture.unsqueeze(1), [REACH] * 4, mode="replicate")
+    rows = F.conv2d(padded, weight.view(1, 1, -1, 1))
+    return F.conv2d(rows, weight.view(1, 1, 1, -1)).squeeze(1)
+
+
+def local_attribution(
+    network: Callable[[Tensor], Tensor],
+    picture: Tensor,
+    window: tuple[int, int, int],
+    steps: int = 50,
+) -> Attribution:
+    """The local attribution map of a picture [C,H,W] for a window (y, x, side) of what is restored.
+
+    The path γ(α) = G_{(1−α)σ} ∗ picture leads from the blurred input (α = 0) to the input (α = 1).
+    The gradient of the detector D behind the network F is integrated along it, by midpoints:
+
+        a = Σ_{k=1..m} ∇D(F(γ((k−½)/m))) · (γ(k/m) − γ((k−1)/m))
+
+    so that for many steps m the values of a add up to after − before, but for the jumps of masks
+    that switch on the way. network: pictures [B,C,H,W] → restored pictures.
+    """
+    picture = picture.detach().double()
+
+    def path(alpha: float) -> Tensor:
+        return blurred(picture, (1 - alpha) * SIGMA)
+
+    def answer(x: Tensor) -> Tensor:
+        return detail(network(x.float().unsqueeze(0)).double(), window)
+
+    total, here = torch.zeros_like(picture), path(0)
+    with torch.no_grad():
+        before, after = answer(here).item(), answer(picture).item()
+    for step in progress(range(steps), desc="attribution", unit="step", leave=False):
+        following = path((step + 1) / steps)
+        middle = path((step + 0.5) / steps).requires_grad_()
+        with torch.enable_grad():
+            (slope,) = torch.autograd.grad(answer(middle), middle)
+        total += slope * (following - here)
+        here = following
+    return Attribution(total, before, after)
+
+
+def gini(attribution: Tensor) -> float | None:
+    """The Gini coefficient of an attribution [C,H,W] over pixels, each with Σ_c |a_c|: 0 where all
+    have as much, near 1 where one has all; None where none has any.
+
+    Half the mean absolute difference of two pixels, over their mean; from sorted values
+    x_1 ≤ … ≤ x_n it is Σ (2i − n − 1) x_i / (n Σ x_i).
+    """
+    x = attribution.abs().sum(0).flatten().double().sort().values
+    n, total = len(x), x.sum()
+    if total == 0:
+        return None
+    rank = torch.arange(1, n + 1, dtype=x.dtype, device=x.device)
+    return (((2 * rank - n - 1) * x).sum() / (n * total)).item()
+
+
+# What the attention modules do
+
+
+class Keys(NamedTuple):
+    """The keys of one query. position: [L,K,2] as (y, x) on the grid, which may lie outside;
+    weight: [L,K], which add to 1 in a layer; kept: [L,K], whether the mask keeps the key."""
+
+    position: Tensor
+    weight: Tensor
+    kept: Tensor
+
+
+def keys_of(
+    module: CrossLayerAttention, query: Tensor, rows: Sequence[Tensor], y: int, x: int
+) -> Keys:
+    """The keys that a module samples for the pixel (y, x), from what its forward pass is given:
+    query [1,C,H,W], rows of L layers [1,H+2,W+2,C]. Masks without noise (Eq. 5 to 9)."""
+    points = F.linear(query[0, :, y, x], module.points.weight, module.points.bias)
+    dy, dx, logit = rearrange(points, "(l yxw k) -> yxw l k", l=module.layers, yxw=3)
+    position = torch.stack([y + dy, x + dx], -1)
+    kept = torch.ones_like(logit, dtype=torch.bool)
+    if module.mask is not None:
+        for l, row in enumerate(rows):
+            mask_map = pointwise(row, module.mask[l], module.mask_bias[l])[0]
+            kept[l] = sample_channels(mask_map, position[l]) > 0
+    return Keys(position, logit.softmax(-1), kept)
+
+
+def sample_channels(mask_map: Tensor, position: Tensor) -> Tensor:
+    """Channel k of a map [H+2,W+2,K], border included, at position k of [K,2] on the grid inside
+    the border, bilinear → [K]. A position a pixel or more outside, or NaN, reads the border."""
+    H, W = mask_map.shape[0] - 2, mask_map.shape[1] - 2
+    y = position[:, 0].nan_to_num(-1.0, H, -1.0).clamp(-1, H) + 1
+    x = position[:, 1].nan_to_num(-1.0, W, -1.0).clamp(-1, W) + 1
+    top, left = y.floor().clamp(max=H), x.floor().clamp(max=W)
+    down, right = y - top, x - left
+    k, i, j = torch.arange(len(y), device=y.device), top.long(), left.long()
+    upper = (1 - right) * mask_map[i, j, k] + right * mask_map[i, j + 1, k]
+    lower = (1 - right) * mask_map[i + 1, j, k] + right * mask_map[i + 1, j + 1, k]
+    return (1 - down) * upper + down * lower
+
+
+class Observed(NamedTuple):
+    """restored: [C,H·scale,W·scale]; kept: {"position", "layer", "share"} for every module with
+    keys and every layer it refers to, the share of all its keys there that masks keep, 0..1; keys:
+    those of one query for each insert position; branches: A2N's weight of the branch with
+    attention, 0..1, for each block."""
+
+    restored: Tensor
+    kept: list[dict[str, Any]]
+    keys: dict[int, Keys]
+    branches: list[float]
+
+
+@torch.no_grad()
+def observe(model: Backbone, picture: Tensor, y: int, x: int) -> Observed:
+    """Restore a picture [C,H,W] and note what attention does: the modules' keys, all and those of
+    the pixel (y, x) of the input, and the weights of A2N's branches."""
+    modules = {int(p): m for p, m in model.attention.items() if isinstance(m, CrossLayerAttention)}
+    keys: dict[int, Keys] = {}
+    branches: list[float] = []
+
+    def note_keys(position: int) -> Callable[[nn.Module, tuple], None]:
+        def hook(module: nn.Module, given: tuple) -> None:
+            keys[position] = keys_of(module, given[0], given[1], y, x)
+
+        return hook
+
+    def note_branch(module: nn.Module, given: tuple, weights: Tensor) -> None:
+        branches.append(weights[0, 0].item())
+
+    hooks = [m.register_forward_pre_hook(note_keys(p)) for p, m in modules.items()]
+    hooks += [
+        m.register_forward_hook(note_branch)
+        for m in model.modules()
+        if isinstance(m, BranchWeights)
+    ]
+    try:
+        restored, counts = model.attended(picture.unsqueeze(0))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    every = picture[0].numel()  # queries
+    kept = [
+        {"position": position, "layer": layer, "share": count / (every * module.keys)}
+        for position, module in modules.items()
+        for layer, count in zip(model.config.positions, counts[position][0].tolist(), strict=False)
+    ]
+    return Observed(restored[0], kept, keys, branches)

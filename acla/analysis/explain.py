@@ -1,0 +1,315 @@
+"""Show what a network's attention does to a picture: where the pixels of a window come from, and
+which keys are read.
+
+Numbers go to standard output and to --json, figures to --out (extra `report`).
+"""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from acla import cli, console, errors
+from acla.analysis import plots
+from acla.analysis.attribution import (
+    FIXED_MASKS,
+    SIGMA,
+    Attribution,
+    Observed,
+    Scene,
+    gini,
+    local_attribution,
+    observe,
+)
+from acla.analysis.figures import FIGURES, write_figures
+from acla.config import Task
+from acla.console import printable
+from acla.data.degradations import draw_quality, generator_for, pair
+from acla.data.image import load
+from acla.errors import AclaError, CheckpointError, DataError, PictureError, UsageError
+from acla.models.serialization import Checkpoint, load_model
+from acla.restore import photo
+from acla.restore.colour import check_mosaic, network_input
+
+SIDE = 16  # restored pixels; the window of Gu and Dong
+
+
+# What is looked at
+
+
+def find_scene(args: argparse.Namespace, network: Checkpoint) -> Scene:
+    """The picture of the flags, degraded, and cut around the window where it is large. Raises
+    AclaError."""
+    low, seen, task = read_input(args.picture, network, args.as_is)
+    window, query = place(args, low, seen, task.scale)
+    top, bottom = span(window[0], window[2], task.scale, low.shape[1], args.crop)
+    left, right = span(window[1], window[2], task.scale, low.shape[2], args.crop)
+    part = low[:, top:bottom, left:right].contiguous()
+    if part.shape != low.shape:
+        console.notice(
+            f"{part.shape[1]}×{part.shape[2]} of {low.shape[1]}×{low.shape[2]} low-quality pixels "
+            "around the window are looked at; --crop changes it, and the diffusion index with it"
+        )
+    return Scene(part, top, left, window, query, task)
+
+
+def read_input(path: Path, network: Checkpoint, as_is: bool) -> tuple[Tensor, Tensor, Task]:
+    """(the network's input, the picture to look for details in, the task) of a clean picture, which
+    is both degraded and looked at, or of one that is degraded already. Raises AclaError."""
+    task, channels = network.task, network.config.channels
+    if task.until and not as_is:  # a range of qualities: the one that the file's name draws
+        task = Task(task.name, draw_quality(task, generator_for(path.stem)))
+    try:
+        if as_is:
+            source = photo.read(path, ycc=channels == 1)
+            check_mosaic(source, task)
+            low = network_input(source, task, channels)
+            return low, low, task
+        low, target = pair(load(path), task, generator_for(path.stem), channels)
+    except (DataError, PictureError) as error:
+        reason = str(error)
+        raise type(error)(
+            reason if reason.startswith(str(path)) else f"{path}: {reason}"
+        ) from error
+    return low, target, task
+
+
+def place(
+    args: argparse.Namespace, low: Tensor, seen: Tensor, scale: int
+) -> tuple[tuple[int, int, int], tuple[int, int]]:
+    """(window, query) of the flags, or the window with the most varied detail of `seen` and its
+    centre, in restored pixels. Raises AclaError."""
+    H, W = (scale * length for length in low.shape[1:])
+    side = min(SIDE, H, W)
+    if side < 2:
+        raise DataError(f"{args.picture}: {H}×{W} pixels restored; a window needs 2 a side")
+    if args.at:
+        y, x = args.at
+        if not (0 <= y < H and 0 <= x < W):
+            raise UsageError(f"--at {y} {x}: outside the restored picture, {H}×{W} pixels")
+        top, left = (min(max(p - side // 2, 0), n - side) for p, n in ((y, H), (x, W)))
+        return (top, left, side), (y, x)
+    if args.window:
+        y, x, side = args.window
+        if not (2 <= side <= args.crop and 0 <= y <= H - side and 0 <= x <= W - side):
+            raise UsageError(
+                f"--window {y} {x} {side}: wants 2 to {args.crop} pixels a side (--crop) inside "
+                f"the restored picture, {H}×{W} pixels"
+            )
+    else:
+        unit = H // seen.shape[1]  # restored pixels in one that is seen
+        corner = busiest(seen, side // unit)
+        y, x = (min(unit * p, n - side) for p, n in zip(corner, (H, W), strict=True))
+    return (y, x, side), (y + side // 2, x + side // 2)
+
+
+def busiest(picture: Tensor, side: int) -> tuple[int, int]:
+    """Where the square window of a picture [C,H,W] begins, (y, x), in which detail, what a mean
+    over 3×3 pixels takes away, has the highest variance; of equals the first."""
+    grey = picture.double().mean(0)[None, None]
+    smooth = F.avg_pool2d(F.pad(grey, [1] * 4, mode="replicate"), 3, 1)
+    mean, square = (F.avg_pool2d((grey - smooth) ** power, side, 1) for power in (1, 2))
+    variance = square - mean**2
+    return divmod(int(variance.argmax()), variance.shape[-1])
+
+
+def span(start: int, side: int, scale: int, length: int, crop: int) -> tuple[int, int]:
+    """(first, last + 1) of crop/scale low-quality pixels around a window, along one of an input's
+    sides; as many as there are, or as the window needs. An even first one, for Bayer mosaics."""
+    first, behind = start // scale, -(-(start + side) // scale)
+    wanted = min(max(crop // scale, behind - first), length)
+    begin = min(max((first + behind) // 2 - wanted // 2, 0), length - wanted)
+    begin -= begin % 2
+    return begin, max(begin + wanted, behind)
+
+
+# Numbers
+
+
+def numbers(
+    args: argparse.Namespace, scene: Scene, found: Attribution, observed: Observed
+) -> dict[str, Any]:
+    """Everything that was found, as JSON holds it. Windows and queries are in restored pixels,
+    keys and the part that was looked at in low-quality pixels, of the whole picture."""
+    share = gini(found.map)
+    return {
+        "checkpoint": str(args.checkpoint),
+        "picture": str(args.picture),
+        "as_is": args.as_is,
+        "task": str(scene.task),
+        "window": list(scene.window),
+        "query": list(scene.query),
+        "part": [scene.top, scene.left, *scene.low.shape[1:]],
+        "attribution": {
+            "diffusion_index": None if share is None else 100 * (1 - share),
+            "gini": share,
+            "steps": args.steps,
+            "sigma": SIGMA,
+            "sum": found.map.sum().item(),
+            "detector": [found.before, found.after],
+        },
+        "kept": observed.kept,
+        "keys": [
+            {
+                "position": position,
+                "layer": layer,
+                "y": (keys.position[l, :, 0] + scene.top).tolist(),
+                "x": (keys.position[l, :, 1] + scene.left).tolist(),
+                "weight": keys.weight[l].tolist(),
+                "kept": keys.kept[l].tolist(),
+            }
+            for position, keys in observed.keys.items()
+            for l, layer in enumerate(list(observed.keys)[: len(keys.weight)])
+        ],
+        "branches": [
+            {"block": block, "attention": weight}
+            for block, weight in enumerate(observed.branches, 1)
+        ],
+    }
+
+
+def summary(found: dict[str, Any]) -> str:
+    """The numbers as text."""
+    y, x, side = found["window"]
+    index = found["attribution"]["diffusion_index"]
+    told = "none: the window is flat" if index is None else f"{index:.2f}"
+    lines = [
+        printable(f"{found['picture']}: {found['task']}, {found['checkpoint']}"),
+        f"window ({y}, {x}), {side} restored pixels a side",
+        f"diffusion index {told}",
+    ]
+    if found["kept"]:
+        positions = sorted({row["position"] for row in found["kept"]})
+        shares = {(row["position"], row["layer"]): row["share"] for row in found["kept"]}
+        lines.append("keys kept, %     layer" + "".join(f"{layer:7}" for layer in positions))
+        for position in positions:
+            cells = [shares[position, layer] for layer in positions if layer <= position]
+            row = "".join(f"{100 * share:7.1f}" for share in cells)
+            lines.append(f"query position {position:7}{row}")
+    if found["branches"]:
+        weights = " ".join(f"{row['attention']:.3f}" for row in found["branches"])
+        lines.append(f"weight of the branch with attention, block by block: {weights}")
+    return "\n".join(lines)
+
+
+# The command
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m acla.analysis.explain", description=__doc__)
+    parser.add_argument("picture", type=Path, metavar="PICTURE", help="a clean picture")
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="FILE", help="the network, with its task"
+    )
+    parser.add_argument(
+        "--as-is",
+        action="store_true",
+        help="the picture is degraded already; else it is degraded as evaluate.py does it, for "
+        "the network's task",
+    )
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--window",
+        type=int,
+        nargs=3,
+        metavar=("Y", "X", "SIDE"),
+        help="the window to explain, and its centre to show the keys of, in restored pixels "
+        f"(default: {SIDE} a side, where detail varies most)",
+    )
+    where.add_argument(
+        "--at", type=int, nargs=2, metavar=("Y", "X"), help="the window around this pixel instead"
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=50,
+        metavar="N",
+        help="points on the attribution's path (default: 50)",
+    )
+    parser.add_argument(
+        "--crop",
+        type=int,
+        default=256,
+        metavar="N",
+        help="of larger pictures N restored pixels a side are looked at (default: 256)",
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help=f"write {', '.join(FIGURES)} there")
+    parser.add_argument(
+        "--json", metavar="FILE|-", help="write the numbers there; - is standard output"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    parser.add_argument(
+        "--device", choices=cli.DEVICES, default="auto", help="where to compute (default: auto)"
+    )
+    return parser.parse_args(argv)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse impossible flags before any work is done. Raises UsageError."""
+    if args.steps < 1:
+        raise UsageError(f"--steps must be above 0, not {args.steps}")
+    if args.crop < SIDE:
+        raise UsageError(f"--crop must be {SIDE} or more, not {args.crop}")
+    if args.out and args.out.exists() and not args.out.is_dir():
+        raise UsageError(f"--out {args.out}: a file; name a folder")
+    written = [args.out / name for name in FIGURES] if args.out else []
+    console.check_json(args.json, args.out)
+    if args.json not in (None, "-"):
+        written.append(Path(args.json))
+    read = {os.path.realpath(path) for path in (args.picture, args.checkpoint)}
+    for path in written:
+        if os.path.realpath(path) in read:
+            raise UsageError(f"{path}: a file that is read; name another place")
+        if os.path.lexists(path) and not args.overwrite:
+            raise UsageError(f"{path}: is there already; --overwrite replaces it")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    check(args)
+    pyplot = plots.require_pyplot() if args.out else None
+    device = cli.pick_device(args.device)
+    network = load_model(args.checkpoint)
+    scene = find_scene(args, network)
+    observed, found = look(network, scene, args, device)
+    if not observed.keys:
+        where = network.config.attention if network.config.positions else "none"
+        console.notice(f"attention {where}: samples no keys, so that there are none to show")
+    told = numbers(args, scene, found, observed)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+    console.publish(summary(told), told, args.json)
+    if args.out:
+        index = told["attribution"]["diffusion_index"]
+        write_figures(pyplot, args.out, scene, found, observed, index)
+
+
+def look(
+    network: Checkpoint, scene: Scene, args: argparse.Namespace, device: torch.device
+) -> tuple[Observed, Attribution]:
+    """What the network does to the scene. Raises CheckpointError for an answer that is not finite,
+    AclaError where memory runs out."""
+    model, low = network.model.to(device).requires_grad_(False), scene.low.to(device)
+    try:
+        observed = observe(model, low, *scene.inner_query)
+        if not torch.isfinite(observed.restored).all():
+            raise CheckpointError(
+                f"{args.checkpoint}: the network's output for {args.picture.name} is not finite"
+            )
+
+        def network_as_used(pictures: Tensor) -> Tensor:
+            return model.attended(pictures, temperature=FIXED_MASKS)[0]
+
+        return observed, local_attribution(network_as_used, low, scene.inner_window, args.steps)
+    except (MemoryError, RuntimeError) as error:
+        if not errors.out_of_memory(error):
+            raise
+        raise AclaError(f"out of memory; a --crop below {args.crop} needs less") from error
+
+
+if __name__ == "__main__":
+    cli.run(main)

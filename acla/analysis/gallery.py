@@ -1,0 +1,197 @@
+"""Photos before and after restoring, on a page with a divider to drag: one HTML file that needs no
+network (extra `report`).
+
+What browsers show goes into the page byte for byte, with all that its file tells (EXIF: camera,
+place); anything else becomes a PNG of 8 bits."""
+
+import argparse
+import base64
+import io
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from acla import cli, console
+from acla.console import printable
+from acla.data.image import SUFFIXES, opened
+from acla.errors import DataError, UsageError
+from acla.files import write_atomically
+from acla.restore import photo
+from acla.restore.jobs import Jobs, walk
+from acla.restore.photo import Photo
+
+TEMPLATE = Path(__file__).with_name("gallery.html")
+LIMIT = 256 << 20  # bytes of all pictures as the page holds them; making it takes four times that
+MIME = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}  # every browser's
+
+
+@dataclass
+class Picture:
+    """A picture of the page: its name there, its size in pixels, a data URI; notices: how what is
+    shown differs from the file."""
+
+    name: str
+    width: int
+    height: int
+    uri: str
+    notices: list[str]
+
+
+# Which photos belong together
+
+
+def find_pairs(before: Path, after: Path) -> Jobs:
+    """The pairs (before, after) of two photos, or of two trees by relative path without suffix.
+
+    notices: also what has no partner. Raises UsageError for an impossible pair of paths, DataError
+    where there is more than one way to make a pair.
+    """
+    for path in (before, after):
+        if not (path.is_file() or path.is_dir()):
+            raise UsageError(f"{path}: there is no such file or folder")
+    if os.path.realpath(before) == os.path.realpath(after):
+        raise UsageError(f"{before} and {after} are the same; name the restored one second")
+    if before.is_dir() != after.is_dir():
+        raise UsageError(f"{before} and {after}: one is a folder; give two photos or two folders")
+    if before.is_file():
+        return Jobs([(before, after)])
+    jobs = Jobs()
+    old, new = by_stem(before, after, jobs), by_stem(after, before, jobs)
+    for stem in sorted(old.keys() | new.keys()):
+        ours, theirs = old.get(stem, []), new.get(stem, [])
+        if not (ours and theirs):
+            jobs.notices += [f"{before / name}: no partner in {after}" for name in ours]
+            jobs.notices += [f"{after / name}: no partner in {before}" for name in theirs]
+        elif ours == theirs or len(ours) == len(theirs) == 1:
+            pairs = zip(ours, theirs, strict=True)
+            jobs.pairs += [(before / name, after / other) for name, other in pairs]
+        else:
+            names = ", ".join(str(before / name) for name in ours)
+            others = ", ".join(str(after / name) for name in theirs)
+            raise DataError(f"{names} before, {others} after: one of each wanted; rename the rest")
+    return jobs
+
+
+def by_stem(folder: Path, other: Path, jobs: Jobs) -> dict[Path, list[Path]]:
+    """The pictures of a tree without the folder `other`: relative paths by what they are without
+    suffix."""
+    found: dict[Path, list[Path]] = {}
+    for path in walk(folder, other, jobs):
+        name = path.relative_to(folder)
+        found.setdefault(name.with_suffix(""), []).append(name)
+    return found
+
+
+# What the page holds
+
+
+def embedded(path: Path, root: Path) -> Picture:
+    """A photo below `root` as the page holds it, upright: the file byte for byte where every
+    browser shows it as acla.photo reads it, else a PNG. Raises PictureError, which names it."""
+    seen = photo.read(path)
+    with opened(path, photo.READABLE) as picture:
+        kind = picture.format
+        _, orientation = photo.read_exif(picture, [])
+    # Notices tell of CMYK, of several frames and of EXIF that a browser might read otherwise
+    odd = seen.notices or orientation != 1 or seen.levels.dtype != np.uint8 or kind not in MIME
+    kind, data = ("PNG", to_png(seen)) if odd else (kind, path.read_bytes())
+    uri = f"data:{MIME[kind]};base64,{base64.b64encode(data).decode()}"
+    height, width = seen.levels.shape[:2]
+    notices = [f"{path}: {text}" for text in seen.notices]
+    return Picture(str(path.relative_to(root)), width, height, uri, notices)
+
+
+def to_png(seen: Photo) -> bytes:
+    """The bytes of a PNG of 8 bits with the photo's alpha and ICC profile, without its EXIF."""
+    levels = photo.in_8_bits(seen.levels)
+    alpha = None if seen.alpha is None else photo.in_8_bits(seen.alpha)
+    file = io.BytesIO()
+    photo.to_pillow(levels, False, alpha).save(file, "PNG", icc_profile=seen.icc or None)
+    return file.getvalue()
+
+
+def embed(jobs: Jobs, before: Path, after: Path) -> list[tuple[Picture, Picture]]:
+    """The pictures of all pairs. Raises DataError for a pair that differs in proportion, UsageError
+    for more than a page should hold."""
+    roots = [root if root.is_dir() else root.parent for root in (before, after)]
+    shown, total = [], 0
+    for paths in console.progress(jobs.pairs, desc="page", unit="pair", leave=False):
+        old, new = (embedded(path, root) for path, root in zip(paths, roots, strict=True))
+        if old.width * new.height != new.width * old.height:
+            raise DataError(
+                f"{paths[0]} is {old.width}×{old.height} pixels (width × height), {paths[1]} is "
+                f"{new.width}×{new.height}: a restored picture has the same proportion"
+            )
+        total += len(old.uri) + len(new.uri)
+        if total > LIMIT:
+            raise UsageError(
+                f"the page would hold more than {LIMIT / 2**20:g} MiB at {paths[0]}; give fewer "
+                "pictures (a folder inside of these), or JPEG ones (acla.restore --suffix .jpg)"
+            )
+        shown.append((old, new))
+    return shown
+
+
+def require_jinja2() -> Any:
+    """The module jinja2. Raises UsageError without it."""
+    try:
+        import jinja2
+    except ImportError as error:
+        raise UsageError("pages need jinja2: pip install '.[report]'") from error
+    return jinja2
+
+
+def render(jinja2: Any, shown: list[tuple[Picture, Picture]]) -> bytes:
+    """The page. Names of files may hold anything: markup is escaped, what is no text becomes ?."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(pairs=shown).encode("utf-8", "replace")
+
+
+# The command
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m acla.analysis.gallery", description=__doc__)
+    parser.add_argument("before", type=Path, metavar="BEFORE", help="a photo, or a folder of them")
+    parser.add_argument("after", type=Path, metavar="AFTER", help="the same, restored")
+    parser.add_argument("out", type=Path, metavar="OUT.html", help="the page to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace a page that is there")
+    return parser.parse_args(argv)
+
+
+def check_out(out: Path, overwrite: bool) -> None:
+    """Refuse a page that cannot be written, before any work is done. Raises UsageError."""
+    if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
+        raise UsageError(f"{out}: the page is a file, and its name must end in .html")
+    if not out.parent.is_dir():
+        raise UsageError(f"{out}: there is no folder {out.parent}")
+    if os.path.lexists(out) and not overwrite:
+        raise UsageError(f"{out} is there already; --overwrite replaces it")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    check_out(args.out, args.overwrite)
+    jinja2 = require_jinja2()
+    jobs = find_pairs(args.before, args.after)
+    for text in [*jobs.failures, *jobs.notices]:
+        console.notice(printable(text))
+    if not jobs.pairs:
+        raise DataError(
+            f"no picture of {args.before} ({', '.join(SUFFIXES)}) is in {args.after} too; by its "
+            "path, but for the suffix, as python -m acla.restore writes it"
+        )
+    shown = embed(jobs, args.before, args.after)
+    for text in [text for pair in shown for picture in pair for text in picture.notices]:
+        console.notice(printable(text))
+    page = render(jinja2, shown)
+    write_atomically(args.out, page)
+    console.say(printable(f"written: {args.out}: pairs {len(shown)}, {len(page) / 2**20:.1f} MiB"))
+
+
+if __name__ == "__main__":
+    cli.run(main)

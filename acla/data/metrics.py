@@ -1,0 +1,184 @@
+"""PSNR and SSIM of arrays [H, W] or [H, W, 3] of levels 0..255.
+
+The caller chooses the channels and rounds.
+"""
+
+import csv
+import functools
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+import torch
+from PIL import features
+from skimage.metrics import structural_similarity
+from torch import Tensor
+
+from acla.config import Task
+from acla.data.image import luma, round_8bit, to_rgb
+from acla.errors import DataError, UsageError
+
+WINDOW = 11  # side of Wang's Gaussian window, in pixels
+
+
+def psnr(prediction: np.ndarray, target: np.ndarray, border: int = 0, peak: float = 255.0) -> float:
+    """10 log10(peak² / MSE) in dB over all channels, `border` pixels cut on every side.
+
+    Equal pictures score infinity. Raises ValueError if nothing is left inside the border.
+    """
+    prediction, target = inside(prediction, target, border)
+    error = np.mean((prediction - target) ** 2)
+    return math.inf if error == 0 else float(10 * np.log10(peak**2 / error))
+
+
+def ssim(
+    prediction: np.ndarray, target: np.ndarray, border: int = 0, peak: float = 255.0
+) -> float | None:
+    """SSIM (Wang et al. 2004), averaged over channels, `border` pixels cut on every side.
+
+    11×11 Gaussian window of σ 1.5, C1 = (0.01 peak)², C2 = (0.03 peak)², population covariance,
+    averaged where the window lies inside the picture. None for a picture with a side below 11
+    pixels: the window fits nowhere.
+    """
+    prediction, target = inside(prediction, target, border)
+    if min(target.shape[:2]) < WINDOW:
+        return None
+    value = structural_similarity(
+        prediction,
+        target,
+        gaussian_weights=True,  # scikit-image averages over the valid region only
+        sigma=1.5,
+        use_sample_covariance=False,
+        data_range=peak,
+        channel_axis=2 if target.ndim == 3 else None,
+    )
+    return float(value)
+
+
+def inside(
+    prediction: np.ndarray, target: np.ndarray, border: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Both in float64 without their border. Raises ValueError for different or empty shapes."""
+    if prediction.shape != target.shape:
+        raise ValueError(f"prediction {prediction.shape} and target {target.shape} differ in shape")
+    if min(target.shape[:2]) <= 2 * border:
+        height, width = target.shape[:2]
+        raise ValueError(f"nothing is left of {height}×{width} pixels without a border of {border}")
+    cut = slice(border, -border or None)
+    return prediction[cut, cut].astype(np.float64), target[cut, cut].astype(np.float64)
+
+
+TASK_OF_SET = {
+    "LIVE1": Task("car", 10),
+    "Classic5": Task("car", 10),
+    "Set5": Task("sr", 2),
+    "Set14": Task("sr", 2),
+    "B100": Task("sr", 2),
+    "Urban100": Task("sr", 2),
+    "Manga109": Task("sr", 2),
+    "McMaster18": Task("demosaic", 0),
+    "Kodak24": Task("denoise", 30),
+    "BSD68": Task("denoise", 30),
+    "sample": Task("car", 10),
+}
+
+
+def task_of_set(name: str) -> Task:
+    """The task that a known set serves when nothing names one. Raises UsageError for other sets."""
+    if name not in TASK_OF_SET:
+        known = ", ".join(TASK_OF_SET)
+        raise UsageError(f"no task is known for set {name!r}: give --task (known sets: {known})")
+    return TASK_OF_SET[name]
+
+
+def border(task: Task) -> int:
+    """Pixels cut from each side before scoring."""
+    return task.scale if task.name == "sr" else 0
+
+
+def score(prediction: Tensor, target: Tensor, task: Task) -> tuple[float, float | None]:
+    """(PSNR in dB, SSIM) of prediction against target [1 or 3, H, W] in 0..1, by the protocol.
+
+    The prediction is rounded to 8 bit and clipped. sr compares Y: RGB becomes Y in floating point,
+    not rounded; one channel is Y already. Equal pictures score infinity; SSIM is None below 11
+    pixels a side. Raises DataError if the sizes differ or the border leaves nothing.
+    """
+    prediction, target = round_8bit(prediction.double()), exact(target)
+    if task.name == "sr":
+        prediction, target = (luma(x) if len(x) == 3 else x for x in (prediction, target))
+    elif len(target) == 3:
+        prediction = to_rgb(prediction)
+    levels = [(255 * x).permute(1, 2, 0).squeeze(2).cpu().numpy() for x in (prediction, target)]
+    try:
+        return psnr(*levels, border(task)), ssim(*levels, border(task))
+    except ValueError as error:
+        raise DataError(str(error)) from error
+
+
+def exact(image: Tensor) -> Tensor:
+    """In float64, with values that float32 only nearly holds (k/255) exact: equals score equal."""
+    image = image.double()
+    near = round_8bit(image)
+    return torch.where((image - near).abs() < 1e-6, near, image)
+
+
+def line(task: Task, baseline: bool = False, channels: int | None = None) -> str:
+    """The protocol in one line: channel, range, border, how the input was made.
+
+    `baseline`: for the untouched input; `channels`: of the network's pictures, where not the task's
+    own.
+    """
+    gray = "Y" if task.name == "sr" else "Y (gray files as they are)"
+    channel = gray if (channels or task.channels) == 1 else "RGB"
+    match task.name:
+        case "sr" if baseline:
+            channel = "Y of 8 bit (gray files as they are)"
+            made = f"bicubic ×{task.scale} of Y, shrunk and enlarged without rounding in between"
+        case "sr":
+            if channel == "RGB":
+                channel = "Y in floating point from RGB (gray files as R = G = B)"
+            made = f"bicubic ×{task.scale} of 8 bit as MATLAB's imresize"
+        case "denoise":
+            made = f"Gaussian noise, σ = {task.setting:g} of 255, seeded per picture, not clipped"
+        case "car":
+            codec = "libjpeg-turbo" if features.check("libjpeg_turbo") else "libjpeg"
+            version = features.version("libjpeg_turbo") or features.version("jpg")
+            encoder = f"Pillow {PIL.__version__} ({codec} {version})"
+            made = f"grayscale JPEG, quality {task.label[1:]}, {encoder}"
+        case _:
+            made = "Bayer mosaic GRBG, missing samples zero"
+    cut = f"border of {border(task)} px cut" if border(task) else "no border cut"
+    return f"{task}: {channel}, range 0..255, {cut}, output rounded to 8 bit; input: {made}"
+
+
+@functools.cache
+def published_rows() -> list[dict[str, str]]:
+    """The figures of Tables 1, 2, 3 and 10 of the paper, as they are printed."""
+    with open(Path(__file__).with_name("published.csv"), encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def published(dataset: str, task: Task) -> dict[str, dict[str, float | str]]:
+    """method → {"psnr": dB, "ssim" if printed, "note" on a misprint}, for a set and setting."""
+    found = {}
+    for row in published_rows():
+        if (row["dataset"], row["task"], row["setting"]) == (dataset, task.name, task.label):
+            figures: dict[str, float | str] = {
+                name: float(row[name]) for name in ("psnr", "ssim") if row[name]
+            }
+            found[row["method"]] = figures | ({"note": row["note"]} if row["note"] else {})
+    return found
+
+
+def table(label: str, result: dict[str, Any]) -> str:
+    """A result of evaluate.py as text: the protocol, our means, and the published figures below."""
+    title = f"{result['dataset']}, {len(result['images'])} pictures"
+    rows = {label: result["mean"]} | {f"paper: {m}": v for m, v in result["published"].items()}
+    width = max(map(len, (title, *rows)))
+    lines = [result["protocol"], "", f"{title:{width}}  PSNR/dB    SSIM"]
+    for name, row in rows.items():
+        ssim = "     -" if row.get("ssim") is None else f"{row['ssim']:.4f}"
+        lines.append(f"{name:{width}}  {row['psnr']:7.2f}  {ssim}  {row.get('note', '')}".rstrip())
+    return "\n".join([*lines, ""])

@@ -1,0 +1,64 @@
+"""Where a result comes from: the commit and the versions that made it."""
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("torch", "triton", "numpy", "pillow", "scikit-image")
+
+
+def commit() -> str:
+    """The commit of this code, '+' after it if files differ; 'unknown' outside a repository."""
+    here = Path(__file__).parent
+    command = ["git", "-C", here, "describe", "--always", "--dirty=+", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def provenance(device: torch.device) -> dict[str, object]:
+    """Commit, versions, device and CPU threads: what decides the bits of a result besides its
+    configuration."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "commit": commit(),
+        "versions": versions,
+        "device": gpu or f"cpu {platform.machine()}",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file's bytes at once; on any failure the old file stays as it was."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say which file
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def clear_temporary(folder: Path) -> None:
+    """Remove what writes that were killed left in a folder, which no other process may be writing
+    to."""
+    for path in folder.iterdir():
+        if re.fullmatch(r"\..+\.[0-9]+\.tmp", path.name):
+            path.unlink(missing_ok=True)

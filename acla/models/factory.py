@@ -1,0 +1,45 @@
+"""Networks by their configuration, and their sizes."""
+
+from dataclasses import asdict, replace
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from acla.config import ModelConfig
+from acla.models.a2n import A2N
+from acla.models.backbones import Backbone
+from acla.models.cost import module_flops, module_parameters
+from acla.models.han import HAN
+
+
+def build_network(config: ModelConfig) -> Backbone:
+    """The network that a configuration describes, with new weights."""
+    match config.backbone:
+        case "edsr" | "rcan":
+            return Backbone(config)
+        case "han":
+            return HAN(config)
+        case "a2n" | "a2n-m":
+            return A2N(config)
+    raise ValueError(f"no backbone is called {config.backbone!r}")
+
+
+def describe(config: ModelConfig, side: int = 48) -> dict[str, object]:
+    """The size of a network, without building its tensors: parameters (the fixed mean shifts
+    included) and multiply-adds for one low-quality picture of side × side, every key kept; and what
+    of both is the attention's. (The paper's "FLOPs (G)" are these multiply-adds.)"""
+    plain = replace(config, attention="none", positions=())
+    with torch.device("meta"):
+        params = sum(p.numel() for p in build_network(config).parameters())
+        backbone = build_network(plain)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            backbone(torch.empty(1, config.channels, side, side))
+    kind, size, layers = config.attention, (config.width, config.keys), len(config.positions)
+    attention = sum(module_flops(kind, l + 1, side * side, *size) for l in range(layers))
+    return {
+        "params": params,
+        "attention_params": sum(module_parameters(kind, l + 1, *size) for l in range(layers)),
+        f"macs_{side}x{side}": (counter.get_total_flops() + attention) // 2,
+        f"attention_macs_{side}x{side}": attention // 2,
+        **asdict(config),
+    }

@@ -1,0 +1,133 @@
+"""Restore a photo, or a folder of photos, with a trained network."""
+
+import argparse
+import os
+from pathlib import Path
+
+import numpy as np
+
+from acla.cli import DEVICES, add_task_flags, pick_device, run, task_from_flags
+from acla.console import notice, printable, say
+from acla.data.image import FORMATS
+from acla.errors import AclaError, UsageError, out_of_memory
+from acla.models.serialization import Checkpoint
+from acla.restore import photo
+from acla.restore.colour import check_mosaic, restore_photo
+from acla.restore.inference import TILE, check_ensemble, check_tile, default_tile
+from acla.restore.jobs import find_jobs
+from acla.restore.photo import Photo
+from acla.restore.pretrained import Weights
+
+# The command
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m acla.restore", description=__doc__)
+    parser.add_argument("source", type=Path, metavar="IN", help="a photo, or a folder of them")
+    parser.add_argument(
+        "out", metavar="OUT", help="the file to write, whose suffix names its format, or a folder"
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="the network (default: of the folder weights, by --task and the JPEG's quality)",
+    )
+    add_task_flags(parser, "the network's")
+    parser.add_argument(
+        "--tile",
+        type=int,
+        metavar="N",
+        help=f"side of a tile in low-quality pixels (default: {TILE[1]} for photos with more "
+        "pixels than that, less for super-resolution)",
+    )
+    parser.add_argument(
+        "--ensemble", action="store_true", help="average over 8 flips and rotations: 8 times slower"
+    )
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="also restore without tiles, whatever memory that needs, and print the difference",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    parser.add_argument(
+        "--suffix", metavar=".png", help="of the files written (default: as the names say)"
+    )
+    parser.add_argument(
+        "--device", choices=DEVICES, default="auto", help="where to compute (default: auto)"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    check_tile(args.tile)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UsageError("photos are restored in one process: python, not torchrun")
+    task = task_from_flags(args)
+    if task and task.until:
+        raise UsageError(
+            f"--q {task.label[1:]}: a photo has one quality; give one, or leave --q out"
+        )
+    weights = Weights(args.checkpoint, task, pick_device(args.device))
+    for task in weights.files:
+        check_ensemble(args.ensemble, task)
+    jobs = find_jobs(args.source, args.out, args.suffix, args.overwrite)
+    for text in jobs.notices:
+        notice(printable(text))
+    failures = jobs.failures
+    for number, (path, target) in enumerate(jobs.pairs, 1):
+        label = printable(f"{number}/{len(jobs.pairs)} {path.name}")
+        try:
+            say(printable(run_job(path, target, weights, args, label)))
+        except (AclaError, OSError, MemoryError, RuntimeError) as error:
+            short = out_of_memory(error)
+            if isinstance(error, RuntimeError) and not short:
+                raise
+            reason = "out of memory" if short else str(error)
+            failures.append(reason if reason.startswith(str(path)) else f"{path}: {reason}")
+    if failures:
+        lines = [printable(text) for text in failures]
+        if args.source.is_dir():
+            lines.insert(0, f"{len(failures)} pictures could not be restored:")
+        raise AclaError("\n  ".join(lines))
+
+
+def run_job(
+    path: Path, target: Path, weights: Weights, args: argparse.Namespace, label: str
+) -> str:
+    """Restore one photo and say what was written. Raises AclaError, OSError or MemoryError."""
+    quality = photo.jpeg_quality(path) if args.task_q is None else args.task_q[0]
+    file, network, outside = weights.pick(quality)
+    source = photo.read(path, ycc=network.config.channels == 1)
+    check_mosaic(source, network.task)
+    tile = args.tile or default_tile(network.config.scale, *source.levels.shape[:2])
+    jpeg = FORMATS[target.suffix.lower()] == "JPEG"
+    restored = restore_photo(source, network, tile, args.ensemble, jpeg, label)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    photo.save(restored, target)
+    for text in [*([outside] if outside else []), *restored.notices]:
+        notice(printable(f"{path}: {text}"))
+    told = f"{target}: {network.task}, {file}"
+    if not args.compare:
+        return told
+    if tile is None:
+        return f"{told}, taken whole"
+    return f"{told}, {difference(restored, source, network, args.ensemble, jpeg)}"
+
+
+def difference(tiled: Photo, source: Photo, network: Checkpoint, ensemble: bool, jpeg: bool) -> str:
+    """How far a result lies from the one without tiles, in levels of what is written."""
+    try:
+        whole = restore_photo(source, network, None, ensemble, jpeg, halve=False)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        return "too little memory to take it whole and compare"
+    apart = np.abs(tiled.levels.astype(np.int32) - whole.levels)
+    top = np.iinfo(tiled.levels.dtype).max
+    return f"tiles move {apart.max()} of {top} levels at most, {apart.mean():.2g} on average"
+
+
+if __name__ == "__main__":
+    run(main)

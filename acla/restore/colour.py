@@ -1,0 +1,118 @@
+"""What of a photo a network sees, and how its answer becomes a photo again.
+
+A network of one channel sees Y; a colour photo keeps its Cb and Cr. JPEG networks see the Y that
+the file holds (full range), for that is what was quantised; the others were trained on MATLAB's.
+"""
+
+import dataclasses
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from acla.config import Task
+from acla.console import progress
+from acla.data.degradations import mosaic
+from acla.data.image import from_levels, luma, to_full, to_levels, to_rgb, to_studio, ycc_to_rgb
+from acla.errors import CheckpointError, PictureError
+from acla.models.serialization import Checkpoint
+from acla.restore import photo
+from acla.restore.inference import starts, strips, within_memory
+from acla.restore.photo import Photo
+
+ROWS = 256  # converted at a time, so that no whole photo lies in float64
+
+
+def planes(levels: np.ndarray) -> Tensor:
+    """Levels [H, W, C] as a float32 picture [C, H, W] in 0..1."""
+    return from_levels(levels.transpose(2, 0, 1))
+
+
+def full_luma(levels: np.ndarray, ycc: bool) -> Tensor:
+    """Y in full range [1, H, W] of colour levels [H, W, 3]."""
+    return planes(levels[:, :, :1]) if ycc else to_full(luma(planes(levels)))
+
+
+def network_input(photo: Photo, task: Task, channels: int) -> Tensor:
+    """The picture [channels, H, W] in 0..1 that a network sees of a photo; gray as it is."""
+    if photo.levels.shape[2] == 1 or channels == 3:
+        picture = planes(photo.levels)
+        return to_rgb(picture) if channels == 3 else picture
+    height = photo.levels.shape[0]
+    bands = (photo.levels[top : top + ROWS] for top in range(0, height, ROWS))
+    y = torch.cat([full_luma(band, photo.ycc) for band in bands], 1)
+    return y if task.name == "car" else to_studio(y)
+
+
+def finished(answer: Tensor, colour: np.ndarray, ycc: bool, task: Task, jpeg: bool) -> np.ndarray:
+    """Levels [H, W, 1 or 3], rounded once, of a network's answer [C, H, W].
+
+    colour: the photo's levels there, at the answer's size: one channel makes the answer gray, three
+    give a lone Y its colour. ycc: they are Y, Cb, Cr, and stay so for a `jpeg`, else become RGB.
+    """
+    if colour.shape[2] == 1:
+        levels = to_levels(answer.mean(0, keepdim=True), colour.dtype)
+    elif len(answer) == 3:
+        levels = to_levels(answer, colour.dtype)
+    else:
+        y = answer if task.name == "car" else to_full(answer)
+        if ycc:
+            own = torch.cat([y, planes(colour[:, :, 1:])])
+            levels = to_levels(own if jpeg else ycc_to_rgb(own), colour.dtype)
+        else:
+            # Adding to R, G and B alike moves Y by as much and leaves Cb and Cr
+            levels = to_levels(planes(colour) + (y - full_luma(colour, False)), colour.dtype)
+    return levels[:, :, None] if levels.ndim == 2 else levels
+
+
+# A photo through a network
+
+
+def restore_photo(
+    source: Photo,
+    network: Checkpoint,
+    tile: int | None = None,
+    ensemble: bool = False,
+    jpeg: bool = False,
+    label: str = "",
+    halve: bool = True,
+) -> Photo:
+    """The restored photo, with everything that the source carries.
+
+    jpeg: it will be written as one, so that a JPEG's own Y, Cb, Cr stay what they are. label: what
+    the progress bar says. halve: go on with smaller tiles when memory runs out. Raises
+    CheckpointError for an answer that is not finite.
+    """
+    config, task = network.config, network.task
+    picture = network_input(source, task, config.channels)
+    around = photo.resized(source, config.scale)
+
+    def whole(tile: int | None) -> np.ndarray:
+        levels = np.empty_like(around.levels)
+        rows = strips(network.model, picture, tile, ensemble)
+        count = 1 if tile is None else len(starts(picture.shape[1], tile))
+        top = 0
+        for strip in progress(
+            rows, desc=label, total=count, unit="row", leave=False, disable=count < 2
+        ):
+            if not torch.isfinite(strip).all():
+                raise CheckpointError("the network's output is not finite")
+            part = slice(top, top + strip.shape[1])
+            levels[part] = finished(strip, around.levels[part], around.ycc, task, jpeg)
+            top = part.stop
+        return levels
+
+    levels = within_memory(whole, tile, picture) if halve else whole(tile)
+    return dataclasses.replace(around, levels=levels, ycc=source.ycc and jpeg)
+
+
+def check_mosaic(source: Photo, task: Task) -> None:
+    """Refuse an ordinary photo where a Bayer mosaic is wanted. Raises PictureError."""
+    if task.name != "demosaic":
+        return
+    stored = torch.from_numpy(np.array(source.levels, np.int32)).permute(2, 0, 1)
+    if len(stored) != 3 or not torch.equal(mosaic(stored), stored):
+        raise PictureError(
+            "an ordinary photo; a demosaicing network wants a Bayer mosaic (G R over B G, missing "
+            "samples zero) as evaluate.py --save-inputs writes it"
+        )

@@ -1,0 +1,175 @@
+"""Restore a photo, or a folder of photos, with a trained network."""
+
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from acla.config import Task
+from acla.console import notice
+from acla.data.degradations import pair
+from acla.errors import AclaError, CheckpointError, UsageError, out_of_memory
+from acla.models.backbones import Backbone
+from acla.models.serialization import Checkpoint
+
+# Side of the default tile per scale: the paper's networks need about 1.5 GB for one
+TILE = {1: 384, 2: 192, 3: 128, 4: 128}
+
+
+# One picture through a network
+
+
+def restore(
+    model: Backbone, picture: Tensor, tile: int | None = None, ensemble: bool = False
+) -> Tensor:
+    """Restore a picture [C,h,w] in 0..1 → [C,h·scale,w·scale], not rounded or clipped.
+
+    tile: side of square tiles in low-quality pixels, 32 or more; None takes the picture whole.
+    Neighbouring tiles share 32 pixels, or a third of smaller ones, where they blend. When memory
+    runs out, again with tiles of half the side. ensemble: average over the 8 flips and rotations.
+    The picture may lie on another device than the model.
+    """
+    check_tile(tile)
+
+    def whole(tile: int | None) -> Tensor:
+        return torch.cat(list(strips(model, picture, tile, ensemble)), 1)
+
+    return within_memory(whole, tile, picture)
+
+
+def restored_pair(
+    network: Checkpoint,
+    clean: Tensor,
+    task: Task,
+    generator: torch.Generator,
+    tile: int | None = None,
+    ensemble: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """What a network makes of a clean picture [C,H,W] that was degraded, and what it should have
+    made of it: prediction and target, both on the CPU. Raises CheckpointError for an answer that is
+    not finite."""
+    low, target = pair(clean, task, generator, network.config.channels)
+    device = next(network.model.parameters()).device
+    prediction = restore(network.model, low.to(device), tile, ensemble).cpu()
+    if not torch.isfinite(prediction).all():
+        raise CheckpointError("the network's output is not finite")
+    return prediction, target
+
+
+def check_ensemble(ensemble: bool, task: Task) -> None:
+    """Refuse to turn a Bayer mosaic: turned, it is another pattern. Raises UsageError."""
+    if ensemble and task.name == "demosaic":
+        raise UsageError("--ensemble turns the picture, and a turned Bayer mosaic is another one")
+
+
+def default_tile(scale: int, height: int, width: int) -> int | None:
+    """The side of a tile where --tile names none: None, the picture whole, if it is no larger."""
+    return TILE[scale] if height * width > TILE[scale] ** 2 else None
+
+
+OVERLAP = 32  # low-quality pixels that neighbouring tiles share, of smaller tiles a third
+LEAST = 32  # side of the smallest tile, for attention to whole patches of a training's size
+SMALLEST = 96  # side of the smallest tile that is tried when memory runs out
+Result = TypeVar("Result")
+
+
+def check_tile(tile: int | None) -> None:
+    """Refuse tiles that would be all border. Raises UsageError."""
+    if tile is not None and tile < LEAST:
+        raise UsageError(f"--tile must be {LEAST} pixels or more, not {tile}")
+
+
+def overlap(tile: int) -> int:
+    """Low-quality pixels that neighbouring tiles of this side share."""
+    return min(OVERLAP, tile // 3)
+
+
+@torch.no_grad()
+def strips(model: Backbone, picture: Tensor, tile: int | None, ensemble: bool) -> Iterator[Tensor]:
+    """The restored picture from top to bottom, in strips [C,rows,w·scale], one for each row of
+    tiles."""
+    _, h, w = picture.shape
+    if tile is None or tile >= max(h, w):
+        yield predict(model, picture, ensemble)
+        return
+    scale = model.config.scale
+    tops = starts(h, tile)
+    total = picture.new_zeros(picture.shape[0], 0, w * scale)
+    weights = total[:1]
+    for top, following in zip(tops, [*tops[1:], h], strict=True):
+        # Total and weights begin at `top`; what they hold already, the row of tiles above left
+        more = (min(top + tile, h) - top) * scale - total.shape[1]
+        room = picture.new_zeros(picture.shape[0], more, w * scale)
+        total = torch.cat([total, room], 1)
+        weights = torch.cat([weights, room[:1]], 1)
+        for left in starts(w, tile):
+            part = picture[:, top : top + tile, left : left + tile]
+            ramp = window(part.shape[1], tile, scale, top > 0, top + tile < h, picture)[:, None]
+            ramp = ramp * window(part.shape[2], tile, scale, left > 0, left + tile < w, picture)
+            columns = slice(left * scale, left * scale + ramp.shape[1])
+            total[:, : len(ramp), columns] += ramp * predict(model, part, ensemble)
+            weights[:, : len(ramp), columns] += ramp
+        done = (following - top) * scale
+        yield total[:, :done] / weights[:, :done]
+        total, weights = total[:, done:], weights[:, done:]
+
+
+def predict(model: Backbone, part: Tensor, ensemble: bool) -> Tensor:
+    """A picture, or a part of one, through the network in one go, on the picture's device; as the
+    mean over the 8 flips and rotations, if wanted."""
+    given = part.to(next(model.parameters()).device).unsqueeze(0)
+    if not ensemble:
+        return model(given)[0].to(part.device)
+    total = torch.zeros((), device=given.device)
+    for which in range(8):
+        turned = torch.rot90(given, which % 4, (2, 3))
+        restored = model(turned.flip(3)).flip(3) if which >= 4 else model(turned)
+        total = total + torch.rot90(restored, -(which % 4), (2, 3))
+    return (total[0] / 8).to(part.device)
+
+
+def starts(length: int, tile: int) -> list[int]:
+    """Where tiles begin: before the end of the one before, which they share `overlap` with, the
+    last one flush with the border."""
+    last = max(0, length - tile)
+    return [*range(0, last, tile - overlap(tile)), last]
+
+
+def window(length: int, tile: int, scale: int, before: bool, after: bool, like: Tensor) -> Tensor:
+    """Blending weights along one side of a tile [length·scale]. Where a tile lies before, or after,
+    the outer quarter of what they share has weight 0, for there the cut shows; the middle half is a
+    ramp. Two neighbours' weights add to 1."""
+    shared = overlap(tile)
+    at = (torch.arange(shared * scale, dtype=like.dtype, device=like.device) + 0.5) / scale
+    ramp = ((at / shared - 0.25) / 0.5).clamp(0, 1)
+    weight = like.new_ones(length * scale)
+    if before:
+        weight[: len(ramp)] *= ramp
+    if after:
+        weight[-len(ramp) :] *= ramp.flip(0)
+    return weight
+
+
+def within_memory(
+    work: Callable[[int | None], Result], tile: int | None, picture: Tensor
+) -> Result:
+    """work(tile), and again with tiles of half the side, with a notice, as long as memory runs out.
+
+    Raises AclaError when the smallest tile needs too much.
+    """
+    longest = max(picture.shape[1:])
+    while True:
+        try:
+            return work(tile)
+        except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is of the latter
+            if not out_of_memory(error):
+                raise
+            side = min(tile or longest, longest)
+            tile = max(side // 2, SMALLEST)
+            if tile >= side:
+                raise AclaError(f"out of memory, even for {side} pixels a side") from error
+        # Behind the handler the failed attempt's tensors are gone
+        notice(f"out of memory with {side} pixels a side; again with tiles of {tile}")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

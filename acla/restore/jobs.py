@@ -1,0 +1,102 @@
+"""Which picture goes where: one file, or a folder whose tree is kept below another."""
+
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from acla.data.image import FORMATS, SUFFIXES
+from acla.errors import DataError, UsageError
+
+
+@dataclass
+class Jobs:
+    """pairs: (photo, file to write); failures: one line for each file that cannot be done; notices:
+    what was left out on purpose."""
+
+    pairs: list[tuple[Path, Path]] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+
+def find_jobs(source: Path, goal: str, suffix: str | None, overwrite: bool) -> Jobs:
+    """What there is to do for a photo or a folder `source`; `goal` names a file or a folder.
+
+    suffix: of the files written, by default that of the photo. Nothing that exists is written to
+    without `overwrite`, and a photo that is read never. Raises UsageError for an impossible pair of
+    paths, DataError for a folder without pictures.
+    """
+    if suffix is not None and suffix.lower() not in FORMATS:
+        raise UsageError(f"--suffix {suffix}: unknown; known: {', '.join(SUFFIXES)}")
+    if not (source.is_file() or source.is_dir()):
+        raise UsageError(f"{source}: there is no such file or folder")
+    jobs, out = Jobs(), Path(goal)
+    if source.is_dir():
+        found = walk(source, out, jobs)
+        targets = [out / path.relative_to(source) for path in found]
+        if not found and not jobs.failures:
+            raise DataError(f"{source}: no picture in this folder ({', '.join(SUFFIXES)})")
+    else:
+        found = [source]
+        inside = out.is_dir() or goal.endswith(("/", os.sep))
+        targets = [out / source.name if inside else out]
+    if suffix:
+        targets = [path.with_suffix(suffix) for path in targets]
+    check_paths(source, out, targets)
+    taken = Counter(targets)
+    read = {os.path.realpath(path) for path in found}
+    for path, target in zip(found, targets, strict=True):
+        if taken[target] > 1:
+            jobs.failures.append(f"{path}: another picture would be written to {target} as well")
+        elif os.path.realpath(target) in read:
+            jobs.failures.append(f"{path}: {target} is a picture that is read")
+        elif os.path.lexists(target) and not overwrite:
+            jobs.failures.append(f"{path}: {target} is there already; --overwrite replaces it")
+        else:
+            jobs.pairs.append((path, target))
+    return jobs
+
+
+def check_paths(source: Path, out: Path, targets: list[Path]) -> None:
+    """Refuse paths that no file of the call could be written to. Raises UsageError."""
+    if os.path.realpath(source) == os.path.realpath(out):
+        raise UsageError(f"{source} and {out} are the same; results need a place of their own")
+    if source.is_dir():
+        if out.exists() and not out.is_dir():
+            raise UsageError(f"{source} is a folder, but {out} is a file")
+    elif targets[0].suffix.lower() not in FORMATS:
+        raise UsageError(
+            f"{targets[0]}: unknown suffix {targets[0].suffix!r}; known: {', '.join(SUFFIXES)} "
+            "(a folder must be there, or its name end in a slash)"
+        )
+
+
+def walk(folder: Path, out: Path, jobs: Jobs) -> list[Path]:
+    """The pictures of a tree, sorted, without hidden ones and without the folder `out`.
+
+    Links to folders are not followed, links to files only where they stay in the tree.
+    """
+
+    def unreadable(error: OSError) -> None:
+        jobs.failures.append(f"{error.filename}: {error.strerror}")
+
+    root, own = Path(os.path.realpath(folder)), os.path.realpath(out)
+    found, others = [], 0
+    for here, folders, files in os.walk(folder, onerror=unreadable):
+        inner = [Path(here) / name for name in sorted(folders) if not name.startswith(".")]
+        jobs.notices += [f"{path}: a link, not followed" for path in inner if path.is_symlink()]
+        folders[:] = [
+            path.name for path in inner if not path.is_symlink() and os.path.realpath(path) != own
+        ]
+        for path in (Path(here) / name for name in sorted(files) if not name.startswith(".")):
+            if path.suffix.lower() not in SUFFIXES:
+                others += 1
+            elif not Path(os.path.realpath(path)).is_relative_to(root):
+                jobs.notices.append(f"{path}: a link that leaves {folder}, not followed")
+            elif path.is_file():
+                found.append(path)
+            else:
+                jobs.failures.append(f"{path}: no ordinary file")
+    if others:
+        jobs.notices.append(f"{folder}: {others} files of other formats are left out")
+    return found

@@ -1,0 +1,281 @@
+"""A photo file with everything it carries: depth, alpha, EXIF, ICC profile, JPEG quality.
+
+Levels stay as they were decoded, uint8 or uint16 [H, W, C], upright.
+"""
+
+import functools
+import io
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+from acla.data.image import (
+    BROKEN,
+    EXIF,
+    FORMATS,
+    GRAY_MODES,
+    ORIENTATION,
+    SUFFIXES,
+    descriptive,
+    is_deep_colour,
+    opened,
+    read_deep,
+    to_array,
+    write,
+    write_deep,
+)
+from acla.errors import PictureError
+from acla.files import write_atomically
+
+# What photos come in; others of Pillow's readers start programs (EPS) or draw (WMF)
+READABLE = ("PNG", "BMP", "DIB", "TIFF", "JPEG", "GIF", "WEBP", "PPM")
+JPEG_OUTPUT = {"quality": 95, "subsampling": 0}  # 4:4:4: no second loss of colour
+
+
+@dataclass
+class Photo:
+    """levels: [H, W, 1] gray, or [H, W, 3] RGB or, where `ycc`, a JPEG's own Y, Cb, Cr; alpha
+    [H, W] of the same type; exif and icc: bytes, empty without; notices: what did not survive."""
+
+    levels: np.ndarray
+    ycc: bool = False
+    alpha: np.ndarray | None = None
+    exif: bytes = b""
+    icc: bytes = b""
+    dpi: tuple[float, float] | None = None
+    notices: list[str] = field(default_factory=list)
+
+
+# Reading
+
+
+@functools.cache
+def luma_tables() -> np.ndarray:
+    """The luma quantisation tables of qualities 1..100 (IJG), logarithms [100, 64], read from files
+    that Pillow writes."""
+    tables = []
+    for quality in range(1, 101):
+        file = io.BytesIO()
+        Image.new("L", (8, 8)).save(file, "JPEG", quality=quality)
+        with Image.open(file) as picture:
+            tables.append(picture.quantization[0])
+    return np.log(np.array(tables, np.float64))
+
+
+def jpeg_quality(path: Path) -> int | None:
+    """The quality 1..100 whose luma quantisation table is nearest to a JPEG's, None for other
+    formats.
+
+    Exact for IJG's encoders; for others least squares over the logarithms. Raises PictureError.
+    """
+    with opened(path, READABLE) as picture:
+        tables = getattr(picture, "quantization", None)
+        if not tables:
+            return None
+        table = np.log(np.maximum(np.array(tables[min(tables)], np.float64), 1))
+        return int(((luma_tables() - table) ** 2).sum(1).argmin()) + 1
+
+
+def read(path: Path, ycc: bool = False) -> Photo:
+    """Read a photo, turned as its EXIF orientation says; the EXIF then says that it is upright.
+
+    ycc: keep the Y, Cb, Cr that a colour JPEG holds, chroma at full resolution. Palettes and CMYK
+    become RGB; of several frames the first is read. Raises PictureError, which names the file.
+    """
+    with opened(path, READABLE) as picture:
+        notices = []
+        if getattr(picture, "is_animated", False):
+            notices.append("several frames: the first is restored")
+        if ycc and stores_ycc(picture):
+            picture.draft("YCbCr", None)
+        exif, orientation = read_exif(picture, notices)
+        icc = picture.info.get("icc_profile") or b""
+        dpi = read_dpi(picture)
+        if is_deep_colour(picture, path):
+            levels, alpha = read_deep(picture, path)
+            if orientation != 1:
+                levels = np.dstack([turned(p, orientation) for p in np.moveaxis(levels, 2, 0)])
+                alpha = None if alpha is None else turned(alpha, orientation)
+            return Photo(levels, False, alpha, exif, icc, dpi, notices)
+        picture.load()  # a TIFF is turned here, and loses its orientation
+        if orientation > 1 and picture.getexif().get(ORIENTATION) == orientation:
+            picture = ImageOps.exif_transpose(picture)
+        if picture.mode == "CMYK":
+            notices.append("CMYK becomes RGB" + (", without its ICC profile" if icc else ""))
+            icc = b""
+        if picture.mode == "YCbCr" and ycc and stores_ycc(picture):
+            return Photo(np.asarray(picture), True, None, exif, icc, dpi, notices)
+        alpha = None
+        if picture.has_transparency_data:
+            if picture.mode.startswith("I"):
+                notices.append("one transparent gray level is not kept")
+            else:
+                gray = picture.mode in GRAY_MODES
+                picture = picture.convert("LA" if gray else "RGBA")
+                alpha = np.asarray(picture.getchannel("A"))
+        levels = to_array(picture, path)
+    return Photo(np.atleast_3d(levels), False, alpha, exif, icc, dpi, notices)
+
+
+def stores_ycc(picture: Image.Image) -> bool:
+    """Whether a file is a JPEG that holds Y, Cb, Cr (and not gray, CMYK or RGB)."""
+    if picture.format not in ("JPEG", "MPO") or picture.mode not in ("RGB", "YCbCr"):
+        return False
+    if "jfif" in picture.info:
+        return True
+    if "adobe_transform" in picture.info:
+        return picture.info["adobe_transform"] != 0
+    return bytes(layer[0] for layer in picture.layer) != b"RGB"
+
+
+def read_exif(picture: Image.Image, notices: list[str]) -> tuple[bytes, int]:
+    """(EXIF for the upright picture, the orientation 1..8 of the stored one).
+
+    An upright picture's EXIF is passed on to the byte, but for a TIFF's, which is mixed with its
+    layout. Broken EXIF is dropped, with a notice.
+    """
+    try:
+        found = picture.getexif()
+        orientation = found.get(ORIENTATION, 1)
+        orientation = orientation if orientation in range(2, 9) else 1
+        if picture.format == "TIFF":
+            kept = Image.Exif()
+            kept.update(descriptive(found))
+            return (kept.tobytes() if len(kept) else b""), orientation
+        raw = picture.info.get("exif") or (found.tobytes() if len(found) else b"")
+        if orientation > 1:
+            upright = Image.Exif()
+            upright.load(raw)
+            upright[ORIENTATION] = 1
+            raw = upright.tobytes()
+        return (raw if not raw or raw.startswith(EXIF) else EXIF + raw), orientation
+    except BROKEN:
+        notices.append("EXIF that cannot be read is dropped")
+        return b"", 1
+
+
+def read_dpi(picture: Image.Image) -> tuple[float, float] | None:
+    """Pixels per inch, if they are numbers that every format can hold."""
+    try:
+        across, down = (float(value) for value in picture.info["dpi"])
+    except BROKEN:
+        return None
+    sound = all(math.isfinite(value) and 1 <= value < 65535 for value in (across, down))
+    return (across, down) if sound else None
+
+
+def turned(plane: np.ndarray, orientation: int) -> np.ndarray:
+    """A plane [H, W] turned upright from an EXIF orientation 1..8."""
+    picture = Image.fromarray(plane)
+    picture.getexif()[ORIENTATION] = orientation
+    return np.asarray(ImageOps.exif_transpose(picture))
+
+
+# Enlarging what no network restores
+
+
+def resized(photo: Photo, scale: int) -> Photo:
+    """The photo `scale` times larger by Pillow's bicubic, with the new size in its EXIF."""
+    if scale == 1:
+        return photo
+    planes = [enlarged(plane, scale) for plane in np.moveaxis(photo.levels, 2, 0)]
+    alpha = None if photo.alpha is None else enlarged(photo.alpha, scale)
+    notices = [*photo.notices]
+    levels = np.stack(planes, 2)
+    exif = sized_exif(photo.exif, levels.shape[1], levels.shape[0], notices)
+    return Photo(levels, photo.ycc, alpha, exif, photo.icc, photo.dpi, notices)
+
+
+def enlarged(plane: np.ndarray, scale: int) -> np.ndarray:
+    """Levels [H, W], uint8 or uint16, enlarged by Pillow's bicubic."""
+    height, width = plane.shape
+    size = (width * scale, height * scale)
+    if plane.dtype == np.uint8:
+        return np.asarray(Image.fromarray(plane).resize(size, Image.Resampling.BICUBIC))
+    larger = Image.fromarray(plane.astype(np.float32)).resize(size, Image.Resampling.BICUBIC)
+    return np.asarray(larger).round().clip(0, 65535).astype(np.uint16)
+
+
+def sized_exif(exif: bytes, width: int, height: int, notices: list[str]) -> bytes:
+    """EXIF whose picture size, where it tells one, is the given one."""
+    try:
+        told = Image.Exif()
+        told.load(exif)
+        part = told.get_ifd(ExifTags.IFD.Exif)
+        sizes = {
+            ExifTags.Base.ExifImageWidth: width,
+            ExifTags.Base.ExifImageHeight: height,
+        }
+        if not part.keys() & sizes.keys():
+            return exif
+        part.update({tag: size for tag, size in sizes.items() if tag in part})
+        return told.tobytes()
+    except BROKEN:
+        notices.append("EXIF that cannot be read is passed on with the old size")
+        return exif
+
+
+# Writing
+
+
+def check_suffix(path: Path) -> None:
+    """Raise PictureError for a suffix that names no format."""
+    if path.suffix.lower() not in FORMATS:
+        known = ", ".join(SUFFIXES)
+        raise PictureError(f"{path}: unknown suffix {path.suffix!r}; known: {known}")
+
+
+def in_8_bits(levels: np.ndarray) -> np.ndarray:
+    """Levels uint8 as they are, and uint16 rounded to uint8."""
+    if levels.dtype == np.uint8:
+        return levels
+    return ((levels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def save(photo: Photo, path: Path) -> None:
+    """Write a photo whole or not at all, in the format that the suffix names.
+
+    A photo in `ycc` can become a JPEG alone. What the format cannot hold is dropped, with a notice
+    in the photo's list. Raises PictureError, which names the file.
+    """
+    check_suffix(path)
+    kind = FORMATS[path.suffix.lower()]
+    levels, alpha = photo.levels, photo.alpha
+    if kind in ("JPEG", "BMP"):
+        if alpha is not None:
+            photo.notices.append(f"{kind} holds no alpha here: it is dropped")
+            alpha = None
+        if levels.dtype == np.uint16:
+            photo.notices.append(f"{kind} holds 8 bits: the other 8 are rounded away")
+            levels = in_8_bits(levels)
+    if levels.dtype == np.uint16 and (levels.shape[2] == 3 or alpha is not None):
+        try:
+            carried = photo.exif, photo.icc, photo.dpi
+            write_atomically(path, write_deep(levels, alpha, path.suffix.lower(), *carried))
+        except (PictureError, OSError) as error:
+            raise PictureError(f"{path}: {error}") from error
+        return
+    options: dict[str, object] = {"dpi": photo.dpi} if photo.dpi else {}
+    if kind == "BMP" and (photo.exif or photo.icc):
+        photo.notices.append("BMP is written without EXIF and ICC profile here")
+    elif kind != "BMP":
+        options |= {"exif": photo.exif} if photo.exif else {}
+        options |= {"icc_profile": photo.icc} if photo.icc else {}
+    options |= JPEG_OUTPUT if kind == "JPEG" else {}
+    write(to_pillow(levels, photo.ycc, alpha), path, **options)
+
+
+def to_pillow(levels: np.ndarray, ycc: bool, alpha: np.ndarray | None) -> Image.Image:
+    """A Pillow picture of levels [H, W, 1 or 3] and alpha [H, W]."""
+    if levels.shape[2] == 1:
+        picture = Image.fromarray(levels[:, :, 0])
+    else:
+        size = levels.shape[1::-1]
+        mode = "YCbCr" if ycc else "RGB"
+        picture = Image.frombuffer(mode, size, np.ascontiguousarray(levels), "raw", mode, 0, 1)
+    if alpha is not None:
+        picture.putalpha(Image.fromarray(alpha))
+    return picture
