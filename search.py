@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         cli.tell_of_sample(args)
     else:
         plan, flags = read_plan(written, args)
-    processes.require_share(plan.search.batch)
+    processes.require_share(plan.search.batch_size)
     sets = search_sets(plan.search.train_set, args.data)
     processes.wait()  # none may find the plan that another writes
     if processes.first and written is None:
@@ -161,9 +161,9 @@ def tell(plan: Plan, sets: Sets, processes: Processes) -> None:
     how = plan.search
     console.notice(
         f"{plan.task}: {plan.model.backbone} of {plan.model.blocks} blocks × {plan.model.width}; "
-        f"{how.steps} steps of {how.batch} patches of {how.patch}², the first {how.first_stage} "
-        f"for the weights alone; {len(sets.weights)} pictures of {how.train_set} for the weights, "
-        f"{len(sets.alpha)} for α; on {processes}"
+        f"{how.steps} steps of {how.batch_size} patches of {how.patch_size}², the first "
+        f"{how.first_stage} for the weights alone; {len(sets.weights)} pictures of "
+        f"{how.train_set} for the weights, {len(sets.alpha)} for α; on {processes}"
     )
     console.notice(validation.validation_protocol(plan.task, plan.model.channels))
 

@@ -90,11 +90,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         f"(default: {SEARCHED} if it is there, else paper)",
     )
     parser.add_argument(
-        "--inherit",
+        "--init-supernet",
         action="store_true",
         default=None,
         help="begin with the supernet's weights, the search's model.safetensors beside arch.json",
     )
+    cli.add_alias(parser, "--inherit", "init_supernet", action="store_true")
     parser.add_argument(
         "--init",
         metavar="FILE",
@@ -131,10 +132,14 @@ def plan_from_flags(args: argparse.Namespace, preset: str) -> Plan:
             source = found
         taken = f"{SEARCHED} ({found.task})" if source else f"the paper's ({SEARCHED} does not fit)"
         console.notice(f"architecture: {taken}; --arch chooses another")
-    if args.inherit and args.init:
-        raise UsageError("--inherit and --init both say which weights to begin with: give one")
-    if args.inherit and source is None:
-        raise UsageError("--inherit goes with a searched architecture: --arch FILE of search.py")
+    if args.init_supernet and args.init:
+        raise UsageError(
+            "--init-supernet and --init both say which weights to begin with: give one"
+        )
+    if args.init_supernet and source is None:
+        raise UsageError(
+            "--init-supernet goes with a searched architecture: --arch FILE of search.py"
+        )
     args.arch = args.arch or (str(SEARCHED) if source else "paper")  # as --resume may repeat it
     task, model = choose_network(args, preset, source)
     cli.refuse_unused(args, model)
@@ -162,8 +167,8 @@ def prepare(plan: Plan, args: argparse.Namespace, processes: Processes) -> Data:
     how, channels = plan.train, plan.model.channels
     paths, val_sets = training_sets(how.train_set, how.val_set or None, args.data)
     val_paths = list(itertools.chain(*val_sets.values()))
-    share = how.batch, how.seed, processes.rank, processes.world
-    sampler = PatchSampler(Pictures(paths), plan.task, how.patch, *share, channels=channels)
+    share = how.batch_size, how.seed, processes.rank, processes.world
+    sampler = PatchSampler(Pictures(paths), plan.task, how.patch_size, *share, channels=channels)
     return Data(
         sampler,
         Loader(sampler, processes.device, args.workers),
@@ -184,7 +189,7 @@ def train(
     the log, the model, the best one so far, and the state; the state alone where it is stopped.
     Raises Stopped."""
     how, out = plan.train, args.out
-    processes.require_share(how.batch)
+    processes.require_share(how.batch_size)
     data = prepare(plan, args, processes)
     learner, progress = take_up(plan, args, processes, data, tensors, progress)
     start, before = progress["step"], progress["seconds"]
@@ -204,7 +209,7 @@ def train(
         for step in bar:
             learner.step(step, data.sampler.indices, *data.loader.batch(step))
             done, asked = step + 1, stop.asked is not None
-            row_ends = done % how.validate == 0 or done == how.steps
+            row_ends = done % how.val_every == 0 or done == how.steps
             if not (row_ends or asked):
                 continue
             seconds = round(before + time.monotonic() - begun, 2)
@@ -247,7 +252,7 @@ def take_up(
         run_dir.require_same_data(progress, data.digests)
         learner.unpack(tensors, progress, args.out / STATE)
     else:
-        given = {name: getattr(args, name) for name in ("preset", "arch", "inherit", "init")}
+        given = {name: getattr(args, name) for name in ("preset", "arch", "init_supernet", "init")}
         progress = {"step": 0, "seconds": 0.0, "best": None, "flags": given, "data": data.digests}
         progress["begun_with"] = begin(learner, plan, args)
     return learner, progress | {"plan": asdict(plan)}
@@ -262,7 +267,7 @@ def row_of(
     each = validation.each_psnr(learner.result, data.validation, plan.task, learner.device)
     found = validation.by_set(each, data.val_sets)
     run_dir.require_finite_steps(losses, found["val_psnr"], done, data.sampler, kept)
-    row = {"step": done, "loss": sum(losses) / len(losses), "rate": learner.rate(done - 1)}
+    row = {"step": done, "loss": sum(losses) / len(losses), "lr": learner.lr(done - 1)}
     return row | ({"norm": sum(norms) / len(norms)} if norms else {}) | found
 
 
@@ -284,13 +289,13 @@ def write_state(out: Path, learner: Learner, progress: dict) -> None:
 def begin(learner: Learner, plan: Plan, args: argparse.Namespace) -> dict[str, str] | None:
     """Take over the weights that the flags name: of the search, or of a trained network. Returns
     the file's name and digest, None without such flags. Raises UsageError, CheckpointError."""
-    if args.inherit:
+    if args.init_supernet:
         path = Path(args.arch).parent / MODEL
         found = load_model(path)
         if found.config != plan.model:
             raise UsageError(
-                f"--inherit: {path} holds another network than the flags ask for: leave out "
-                "--preset, --attention, --positions and --keys, or --inherit"
+                f"--init-supernet: {path} holds another network than the flags ask for: leave out "
+                "--preset, --attention, --positions and --keys, or --init-supernet"
             )
         weights, task = found.model.state_dict(), found.task
     elif args.init:
@@ -316,7 +321,8 @@ def tell(plan: Plan, data: Data, processes: Processes) -> None:
     console.notice(
         f"{plan.task}: {plan.model.backbone} of {plan.model.blocks} blocks × {plan.model.width}, "
         f"{plan.model.attention} at {where} ({size['params']:,} parameters); "
-        f"{plan.train.steps} steps of {plan.train.batch} patches of {plan.train.patch}² from "
+        f"{plan.train.steps} steps of {plan.train.batch_size} patches of "
+        f"{plan.train.patch_size}² from "
         f"{len(data.sampler.pictures)} pictures of {plan.train.train_set}, "
         f"{len(data.validation)} for validation; on {processes}"
     )

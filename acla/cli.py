@@ -15,6 +15,7 @@ from acla.config import (
     DEFAULT_KEYS,
     MASKED,
     PRESETS,
+    RENAMED,
     SETTING_DEFAULT,
     SETTING_FLAG,
     TASKS,
@@ -106,7 +107,7 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        tell_error("out of memory; a smaller --batch, --patch or --tile needs less")
+        tell_error("out of memory; a smaller --batch-size, --patch-size or --tile needs less")
         sys.exit(1)
     except Stopped as stopped:
         notice(str(stopped))
@@ -155,6 +156,13 @@ def add_flags(parser: argparse.ArgumentParser, kind: type, but: tuple[str, ...] 
             help=f"{item.metadata['help']} (default: {item.metadata['shown']})",
             **how,
         )
+        for old in (old for old, new in RENAMED.items() if new == item.name):
+            add_alias(parser, f"--{flag_name(old)}", item.name, **how)
+
+
+def add_alias(parser: argparse.ArgumentParser, flag: str, dest: str, **how: Any) -> None:
+    """Add a flag's former name, which --help does not show."""
+    parser.add_argument(flag, dest=dest, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **how)
 
 
 def as_flag(name: str, value: Any) -> str:
@@ -189,8 +197,8 @@ def refuse_unused(args: argparse.Namespace, network: ModelConfig) -> None:
     """Refuse flags that nothing in this network listens to. Raises UsageError."""
     backbone, attention = network.backbone, network.attention
     grouped = backbone in ("rcan", "han")
-    heard = dict.fromkeys(("keys", "ring", "offset_rate"), attention in DEFAULT_KEYS)
-    heard |= dict.fromkeys(("open_logit", "mask_temperature"), attention in MASKED)
+    heard = dict.fromkeys(("keys", "offset_radius", "offset_lr_mult"), attention in DEFAULT_KEYS)
+    heard |= dict.fromkeys(("mask_bias", "mask_temperature"), attention in MASKED)
     heard |= {"group_blocks": grouped, "residual_scale": backbone == "edsr"}
     heard |= {"reduction": grouped or backbone in ("a2n", "a2n-m")}
     for name, does in heard.items():

@@ -19,8 +19,20 @@ MASKED = ("acla", "cla-k", "acla+se")  # choose among their keys by a mask
 AT_SEARCHED = ("acla", "cla-i", "acla+se")  # stand at searched positions in the paper
 SEARCHABLE = ("cla", "acla")  # can be in a supernet
 SAME_MODULE = {"cla-i": "cla", "cla-k": "acla"}  # at other positions
+# Names in older files → fields
+RENAMED = {
+    "ring": "offset_radius",
+    "open_logit": "mask_bias",
+    "rate": "lr",
+    "halve": "lr_half_every",
+    "batch": "batch_size",
+    "patch": "patch_size",
+    "validate": "val_every",
+    "offset_rate": "offset_lr_mult",
+    "alpha_rate": "alpha_lr",
+}
 # Older files mean the defaults
-LATER = ("until", "ring", "open_logit", "offset_rate", "mask_temperature")
+LATER = ("until", "offset_radius", "mask_bias", "offset_lr_mult", "mask_temperature")
 PRESETS = ("paper", "small", "tiny")
 AMP_FORMATS = ("bf16", "fp16")
 
@@ -131,8 +143,8 @@ class ModelConfig:
         "as --arch says, else acla",
     )
     keys: int = option(16, "sampled keys per layer and query (K)", shown="by --attention")
-    ring: float = option(2.0, "pixels between the rings on which keys start", shown="2")
-    open_logit: float = option(
+    offset_radius: float = option(2.0, "pixels between the rings on which keys start", shown="2")
+    mask_bias: float = option(
         2.0, "bias that mask logits start with; above 0: keys start open", shown="2"
     )
     positions: tuple[int, ...] = option(
@@ -155,10 +167,12 @@ class ModelConfig:
             if not least <= getattr(self, name) <= most:
                 flag, value = flag_name(name), getattr(self, name)
                 raise UsageError(f"--{flag} must be {least} to {most}, not {value}")
-        if not 0 < self.ring <= 1024:
-            raise UsageError(f"--ring must be above 0 and at most 1024, not {self.ring:g}")
-        if not abs(self.open_logit) <= 100:
-            raise UsageError(f"--open-logit must be -100 to 100, not {self.open_logit:g}")
+        if not 0 < self.offset_radius <= 1024:
+            raise UsageError(
+                f"--offset-radius must be above 0 and at most 1024, not {self.offset_radius:g}"
+            )
+        if not abs(self.mask_bias) <= 100:
+            raise UsageError(f"--mask-bias must be -100 to 100, not {self.mask_bias:g}")
         if list(self.positions) != sorted(set(self.positions)):
             raise UsageError(
                 f"positions must rise and not repeat: {format_positions(self.positions)}"
@@ -182,12 +196,14 @@ class TrainConfig:
 
     steps: int = option(1_000_000, "optimiser steps")
     epoch_steps: int = option(1000, "steps that count as one epoch")
-    batch: int = option(16, "patches in a step, over all processes")
-    patch: int = option(48, "side of a low-quality patch, in pixels")
-    rate: float = option(1e-4, "learning rate at the start")
-    halve: int = option(200_000, "steps after which the learning rate is halved, again and again")
+    batch_size: int = option(16, "patches in a step, over all processes")
+    patch_size: int = option(48, "side of a low-quality patch, in pixels")
+    lr: float = option(1e-4, "learning rate at the start")
+    lr_half_every: int = option(
+        200_000, "steps after which the learning rate is halved, again and again"
+    )
     loss: str = option("l1", "training loss; psnr: its negative, in dB", ("l1", "mse", "psnr"))
-    validate: int = option(5000, "steps between validations and checkpoints")
+    val_every: int = option(5000, "steps between validations and checkpoints")
     train_set: str = option(
         "sample", "set of pictures to train on; sample is built in", shown="sample"
     )
@@ -210,7 +226,7 @@ class TrainConfig:
     ema: bool = option(
         False, "average the weights over steps (decay 0.999), use the averages", shown="off"
     )
-    offset_rate: float = option(
+    offset_lr_mult: float = option(
         1.0, "factor on the learning rate of the attention's offsets and weights"
     )
     mask_temperature: float = option(
@@ -222,8 +238,17 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_positive(self, "steps", "epoch_steps", "batch", "patch", "rate", "halve", "validate")
-        check_positive(self, "offset_rate", "mask_temperature")
+        check_positive(
+            self,
+            "steps",
+            "epoch_steps",
+            "batch_size",
+            "patch_size",
+            "lr",
+            "lr_half_every",
+            "val_every",
+        )
+        check_positive(self, "offset_lr_mult", "mask_temperature")
         if not 0 <= self.clip < float("inf"):
             raise UsageError(f"--clip must be 0 or more, not {self.clip:g}")
         if self.amp_dtype != "bf16" and not self.amp:
@@ -236,10 +261,10 @@ class SearchConfig:
 
     steps: int = option(200_000, "optimiser steps of both stages together")
     epoch_steps: int = option(1000, "steps that count as one epoch, one row of search.jsonl")
-    batch: int = option(16, "patches in a step")
-    patch: int = option(48, "side of a low-quality patch, in pixels")
-    rate: float = option(1e-4, "learning rate of the weights at the start, then cosine")
-    alpha_rate: float = option(
+    batch_size: int = option(16, "patches in a step")
+    patch_size: int = option(48, "side of a low-quality patch, in pixels")
+    lr: float = option(1e-4, "learning rate of the weights at the start, then cosine")
+    alpha_lr: float = option(
         1e-4, "learning rate of the architecture parameters as the second stage starts, then cosine"
     )
     warmup: float = option(0.5, "share of the steps that train weights alone (first stage), 0..1")
@@ -256,7 +281,15 @@ class SearchConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         check_positive(
-            self, "steps", "epoch_steps", "batch", "patch", "rate", "alpha_rate", "tau", "tau_end"
+            self,
+            "steps",
+            "epoch_steps",
+            "batch_size",
+            "patch_size",
+            "lr",
+            "alpha_lr",
+            "tau",
+            "tau_end",
         )
         if not 0 <= self.lam < float("inf"):
             raise UsageError(f"--lambda must be 0 or more, not {self.lam:g}")
@@ -295,11 +328,18 @@ def train_preset(preset: str) -> TrainConfig:
         case "paper":
             return TrainConfig()
         case "small":
-            length = {"steps": 20_000, "epoch_steps": 100, "validate": 1000}
-            return TrainConfig(**length, rate=4e-4, halve=5000, offset_rate=10.0)
+            length = {"steps": 20_000, "epoch_steps": 100, "val_every": 1000}
+            return TrainConfig(**length, lr=4e-4, lr_half_every=5000, offset_lr_mult=10.0)
         case "tiny":
-            length = {"steps": 300, "epoch_steps": 20, "validate": 100}
-            return TrainConfig(**length, batch=8, patch=32, rate=2e-3, halve=100, offset_rate=10.0)
+            length = {"steps": 300, "epoch_steps": 20, "val_every": 100}
+            return TrainConfig(
+                **length,
+                batch_size=8,
+                patch_size=32,
+                lr=2e-3,
+                lr_half_every=100,
+                offset_lr_mult=10.0,
+            )
     raise UsageError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
 
 
@@ -311,15 +351,15 @@ def search_preset(preset: str, task: Task, backbone: str = "edsr") -> SearchConf
         case "paper":
             return SearchConfig(lam=lam)
         case "small":
-            return SearchConfig(steps=10_000, epoch_steps=100, rate=4e-4, alpha_rate=5e-3, lam=lam)
+            return SearchConfig(steps=10_000, epoch_steps=100, lr=4e-4, alpha_lr=5e-3, lam=lam)
         case "tiny":
             return SearchConfig(
                 steps=480,
                 epoch_steps=40,
-                batch=4,
-                patch=24,
-                rate=1e-3,
-                alpha_rate=0.15,
+                batch_size=4,
+                patch_size=24,
+                lr=1e-3,
+                alpha_lr=0.15,
                 warmup=0.6,
                 lam=lam / 10,
             )
@@ -377,6 +417,7 @@ def from_dict(kind: type, values: Any) -> Any:
     files lack, and none besides. Raises UsageError."""
     if not isinstance(values, dict):
         raise UsageError(f"{kind.__name__} must be a JSON object, not {type(values).__name__}")
+    values = {RENAMED.get(name, name): value for name, value in values.items()}
     names = {item.name for item in dataclasses.fields(kind)}
     odd = sorted((values.keys() ^ names) - (names & set(LATER)))
     if odd:

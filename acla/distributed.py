@@ -36,7 +36,8 @@ class Processes:
         """Refuse a batch that does not divide among the processes. Raises UsageError."""
         if batch % self.world:
             raise UsageError(
-                f"--batch {batch} does not divide among {self.world} processes: give a multiple"
+                f"--batch-size {batch} does not divide among {self.world} processes: "
+                "give a multiple"
             )
 
     def mean(self, tensor: Tensor) -> Tensor:

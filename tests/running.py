@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 SMALL = ["--preset", "tiny", "--blocks", "3", "--width", "8", "--keys", "3", "--positions", "1,3"]
-SHORT = ["--batch", "2", "--patch", "16", "--steps", "6", "--validate", "2"]
+SHORT = ["--batch-size", "2", "--patch-size", "16", "--steps", "6", "--val-every", "2"]
 
 
 def rows(folder: str) -> list[dict]:

@@ -103,7 +103,7 @@ def test_attribution_ends_at_the_receptive_field():
     "fields",
     [
         pytest.param({"attention": "none", "keys": 0}, id="edsr"),
-        pytest.param({"positions": (1, 3), "scale": 2, "open_logit": 60.0}, id="acla-masks-open"),
+        pytest.param({"positions": (1, 3), "scale": 2, "mask_bias": 60.0}, id="acla-masks-open"),
         pytest.param({"backbone": "rcan", "attention": "cla", "positions": (2,)}, id="rcan-cla"),
         pytest.param({"backbone": "han", "attention": "none", "keys": 0, "blocks": 2}, id="han"),
         pytest.param({"backbone": "a2n", "attention": "none", "keys": 0}, id="a2n"),

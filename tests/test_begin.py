@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
 def test_a_run_begins_with_the_weights_of_a_trained_backbone(small_sets, capsys):
     plain = [*SMALL[:6], "--arch", "none"]
     train.main([*plain, *SHORT, *small_sets, "--out", "plain"])
-    begin = [*SMALL, *small_sets, "--init", "plain/model.safetensors", "--rate", "1e-12", "--ema"]
+    begin = [*SMALL, *small_sets, "--init", "plain/model.safetensors", "--lr", "1e-12", "--ema"]
     train.main([*begin, *SHORT, "--out", "more"])
     assert "weights: plain/model.safetensors" in capsys.readouterr().err
     before, after = (
@@ -36,7 +36,7 @@ def test_a_run_begins_with_the_weights_of_a_trained_backbone(small_sets, capsys)
 
 
 def test_attention_modules_are_taken_whole_or_not_at_all(small_sets, capsys):
-    train.main([*SMALL, *SHORT, *small_sets, "--rate", "1e-2", "--out", "one"])  # at 1 and 3
+    train.main([*SMALL, *SHORT, *small_sets, "--lr", "1e-2", "--out", "one"])  # at 1 and 3
     trained = load_model(Path("one/model.safetensors")).model.state_dict()
     for flags, taken in (
         ((), (1, 3)),
@@ -48,8 +48,8 @@ def test_attention_modules_are_taken_whole_or_not_at_all(small_sets, capsys):
         (("--attention", "cla-k"), (1, 3)),
         (("--attention", "se", "--keys", "0"), ()),
     ):
-        words = [*SMALL, *flags, *small_sets, *SHORT[:-4], "--steps", "1", "--validate", "1"]
-        words += ["--init", "one/model.safetensors", "--rate", "1e-12", "--seed", "5"]
+        words = [*SMALL, *flags, *small_sets, *SHORT[:-4], "--steps", "1", "--val-every", "1"]
+        words += ["--init", "one/model.safetensors", "--lr", "1e-12", "--seed", "5"]
         out = "-".join(["to", *flags]).replace(",", "")
         train.main([*words, "--out", out])
         written = load_model(Path(out, "model.safetensors"))
@@ -72,24 +72,29 @@ def test_weights_of_another_backbone_are_refused(small_sets):
         train.main([*SMALL, *begin, "--width", "16"])
     with pytest.raises(CheckpointError, match=r"residual_scale is 1\.0, not 0\.1"):
         train.main([*SMALL, *begin, "--residual-scale", "0.1"])
-    with pytest.raises(UsageError, match="--inherit and --init"):
-        train.main([*SMALL, *begin, "--inherit"])
+    with pytest.raises(UsageError, match="--init-supernet and --init"):
+        train.main([*SMALL, *begin, "--init-supernet"])
     with pytest.raises(CheckpointError, match="no such file"):
         train.main([*SMALL, *begin, "--init", "none.safetensors"])
 
 
 def test_inheriting_begins_with_the_supernets_weights():
-    search.main([*SMALL[:-2], "--batch", "2", "--patch", "16", "--steps", "4", "--lambda", "0"])
+    search.main(
+        [*SMALL[:-2], "--batch-size", "2", "--patch-size", "16", "--steps", "4", "--lambda", "0"]
+    )
     found = load_model(Path("runs/search/model.safetensors"))
-    still = ["--rate", "1e-30", "--batch", "2", "--patch", "16", "--steps", "1", "--ema"]
-    train.main(["--inherit", *still])
+    still = ["--lr", "1e-30", "--batch-size", "2", "--patch-size", "16", "--steps", "1", "--ema"]
+    train.main(["--init-supernet", *still])
     trained = load_model(Path("runs/train/model.safetensors"))
     assert trained.config == found.config
     ours, theirs = trained.model.state_dict(), found.model.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     for words, message in (
-        (["--inherit", "--arch", "paper"], "--inherit goes with a searched architecture"),
-        (["--inherit", "--keys", "5"], "holds another network"),
+        (
+            ["--init-supernet", "--arch", "paper"],
+            "--init-supernet goes with a searched architecture",
+        ),
+        (["--init-supernet", "--keys", "5"], "holds another network"),
     ):
         with pytest.raises(UsageError, match=message):
             train.main([*words, *still, "--out", "other"])

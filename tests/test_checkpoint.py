@@ -211,7 +211,7 @@ def test_progress_of_another_kind_is_refused(tmp_path, change, reason):
 
 def test_progress_of_a_training_is_read(tmp_path):
     path = tmp_path / "state.safetensors"
-    row = {"loss": 1.0, "rate": 0.1, "norm": 2.0, "val_psnr_Set5": 29.0, "begun_with": None}
+    row = {"loss": 1.0, "lr": 0.1, "norm": 2.0, "val_psnr_Set5": 29.0, "begun_with": None}
     begun = {"step": 0, "best": None}
     stopped = {"losses": [1.0], "norms": [2.0]}
     for change in ({}, begun, stopped):

@@ -22,8 +22,12 @@ def fails(error):
     [
         (UsageError("wrong call"), 2, "error: wrong call\n"),
         (AclaError("no luck"), 1, "error: no luck\n"),
-        (MemoryError(), 1, "error: out of memory; a smaller --batch, --patch or --tile needs"),
-        (torch.OutOfMemoryError("CUDA"), 1, "error: out of memory; a smaller --batch"),
+        (
+            MemoryError(),
+            1,
+            "error: out of memory; a smaller --batch-size, --patch-size or --tile needs",
+        ),
+        (torch.OutOfMemoryError("CUDA"), 1, "error: out of memory; a smaller --batch-size"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "error: out of memory;"),
         (OSError(28, "No space left on device", "a.json"), 1, "error: a.json: No space left on"),
         (KeyboardInterrupt(), 130, "stopped; --resume goes on"),

@@ -81,7 +81,7 @@ def test_wrong_networks_are_refused(fields, message):
 
 @pytest.mark.parametrize(
     "fields",
-    [{"steps": 0}, {"rate": float("nan")}, {"seed": -1}, {"clip": -1.0}, {"clip": float("inf")}],
+    [{"steps": 0}, {"lr": float("nan")}, {"seed": -1}, {"clip": -1.0}, {"clip": float("inf")}],
 )
 def test_wrong_lengths_are_refused(fields):
     with pytest.raises(UsageError, match="must be"):
@@ -94,7 +94,7 @@ def test_a_number_format_goes_with_mixed_precision():
     assert TrainConfig(amp=True, amp_dtype="fp16").amp
 
 
-@pytest.mark.parametrize("fields", [{"lam": -0.1}, {"warmup": 1.0}, {"alpha_rate": 0.0}])
+@pytest.mark.parametrize("fields", [{"lam": -0.1}, {"warmup": 1.0}, {"alpha_lr": 0.0}])
 def test_wrong_searches_are_refused(fields):
     with pytest.raises(UsageError, match="must"):
         SearchConfig(**fields)
@@ -144,12 +144,12 @@ def test_files_from_before_a_field_mean_its_default():
     values.pop("until")
     assert config.from_dict(Task, values) == Task("car", 20)
     values = dataclasses.asdict(ModelConfig(width=24))
-    del values["ring"], values["open_logit"]
+    del values["offset_radius"], values["mask_bias"]
     assert config.from_dict(ModelConfig, values) == ModelConfig(width=24)
 
 
 def test_flags_override_the_preset_and_nothing_else():
-    args = parse("--positions", "2,5", "--amp", "--batch", "4", "--scale", "2")
+    args = parse("--positions", "2,5", "--amp", "--batch-size", "4", "--scale", "2")
     network = cli.override(config.model_preset("tiny", Task("car", 10)), args)
     assert network.positions == (2, 5)
     assert network.scale == 1  # the task's, not a field's flag
@@ -158,7 +158,7 @@ def test_flags_override_the_preset_and_nothing_else():
 
 
 def test_offsets_learn_at_ten_times_the_rate_where_training_is_short():
-    assert {p: config.train_preset(p).offset_rate for p in config.PRESETS} == {
+    assert {p: config.train_preset(p).offset_lr_mult for p in config.PRESETS} == {
         "paper": 1,
         "small": 10,
         "tiny": 10,

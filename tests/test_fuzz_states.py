@@ -14,7 +14,18 @@ import train
 from acla.cli import run
 from acla.models.serialization import load_state, save_state
 
-SMALL = ["--preset", "tiny", "--blocks", "2", "--width", "4", "--batch", "1", "--patch", "8"]
+SMALL = [
+    "--preset",
+    "tiny",
+    "--blocks",
+    "2",
+    "--width",
+    "4",
+    "--batch-size",
+    "1",
+    "--patch-size",
+    "8",
+]
 LONG = -(10**400)
 
 
@@ -22,7 +33,17 @@ LONG = -(10**400)
 def resumed(elsewhere, small_sets, capfd) -> Callable[..., str]:
     """Go on with a training whose state is spoilt: '' if it did, else its one line. Called with a
     function that spoils tensors and progress, or the bytes of the file."""
-    begun = [*SMALL, *small_sets, "--attention", "none", "--ema", "--steps", "1", "--validate", "1"]
+    begun = [
+        *SMALL,
+        *small_sets,
+        "--attention",
+        "none",
+        "--ema",
+        "--steps",
+        "1",
+        "--val-every",
+        "1",
+    ]
     train.main(begun)
     state = Path("runs/train/state.safetensors")
     whole = state.read_bytes()

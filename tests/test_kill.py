@@ -72,7 +72,7 @@ for kill in range(int(kills)):
 end(begin(*words, "--out", "killed", "--resume"))
 """
 RUN = "--task car --preset tiny --blocks 2 --width 8 --keys 3 --positions 1,2 --device cpu"
-LENGTH = "--steps 120 --validate 2 --batch 2 --patch 16 --halve 20"
+LENGTH = "--steps 120 --val-every 2 --batch-size 2 --patch-size 16 --lr-half-every 20"
 ALL = "--ema --amp --clip 100 --workers 1 --train-set T --val-set V --data ."
 
 

@@ -14,7 +14,7 @@ from acla.training.trainer import Learner
 
 ALONE = Processes(torch.device("cpu"))
 PLAIN = ModelConfig(attention="none", keys=0, blocks=2, width=4, channels=1)
-HOW = TrainConfig(batch=2, rate=1e-2)
+HOW = TrainConfig(batch_size=2, lr=1e-2)
 
 
 def step(one: Learner, number: int) -> None:
@@ -53,13 +53,13 @@ def test_the_result_is_the_average_of_the_steps():
 
 
 def test_the_rate_is_halved_again_and_again():
-    one = Learner(PLAIN, replace(HOW, halve=2), ALONE)
+    one = Learner(PLAIN, replace(HOW, lr_half_every=2), ALONE)
     rates = []
     for number in range(5):
         step(one, number)
         rates += [group["lr"] for group in one.optimizer.param_groups]
-    assert rates == [HOW.rate, HOW.rate, HOW.rate / 2, HOW.rate / 2, HOW.rate / 4]
-    assert rates == [one.rate(number) for number in range(5)]
+    assert rates == [HOW.lr, HOW.lr, HOW.lr / 2, HOW.lr / 2, HOW.lr / 4]
+    assert rates == [one.lr(number) for number in range(5)]
 
 
 def test_masks_are_drawn_with_noise_of_their_own_in_every_step():
@@ -101,7 +101,7 @@ def test_offsets_and_weights_of_keys_may_learn_at_a_rate_of_their_own():
     attended = ModelConfig(blocks=2, width=4, channels=1, keys=3, positions=(1, 2))
 
     def moved(offset_rate: float) -> dict[str, float]:
-        one = Learner(attended, replace(HOW, offset_rate=offset_rate), ALONE)
+        one = Learner(attended, replace(HOW, offset_lr_mult=offset_rate), ALONE)
         for parameter in one.model.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
         before = {name: p.clone() for name, p in one.model.named_parameters()}
@@ -137,7 +137,7 @@ def test_the_masks_temperature_is_that_of_their_gradient(attention):
 
 def test_a_rate_of_its_own_is_resumed(tmp_path):
     attended = ModelConfig(blocks=1, width=4, channels=1, keys=3, positions=(1,))
-    how = replace(HOW, offset_rate=0.3)
+    how = replace(HOW, offset_lr_mult=0.3)
     straight, first, second = (Learner(attended, how, ALONE) for _ in range(3))
     for number in range(4):
         step(straight, number)

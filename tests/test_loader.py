@@ -10,6 +10,7 @@ from PIL import Image
 
 from acla.analysis import loading
 from acla.config import Task
+from acla.data import datasets
 from acla.data.datasets import Loader, PatchSampler, Pictures, default_workers
 from acla.errors import PictureError, UsageError
 

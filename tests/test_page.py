@@ -383,6 +383,6 @@ def test_without_jinja2_it_says_what_to_install(two, monkeypatch):
 def test_the_template_comes_along():
     setup = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     shipped = setup["tool"]["setuptools"]["package-data"]["acla.analysis"]
-    assert Path(gallery.__file__).with_name("page.html").is_file()
-    assert any(fnmatch("page.html", pattern) for pattern in shipped)
+    assert Path(gallery.__file__).with_name("gallery.html").is_file()
+    assert any(fnmatch("gallery.html", pattern) for pattern in shipped)
     assert any("jinja2" in need for need in setup["project"]["optional-dependencies"]["report"])

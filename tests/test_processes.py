@@ -16,7 +16,7 @@ from acla.models.serialization import load_state
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--preset", "tiny", "--blocks", "2", "--width", "8", "--keys", "3", "--device", "cpu"]
-SHORT = ["--batch", "4", "--patch", "16", "--steps", "6"]
+SHORT = ["--batch-size", "4", "--patch-size", "16", "--steps", "6"]
 
 
 def torchrun(script: str, *words: str, processes: int = 2) -> subprocess.CompletedProcess:
@@ -44,7 +44,7 @@ def test_one_process_is_its_own_mean():
 
 
 def test_a_batch_must_divide():
-    with pytest.raises(UsageError, match="--batch 5 does not divide among 2 processes"):
+    with pytest.raises(UsageError, match="--batch-size 5 does not divide among 2 processes"):
         Processes(torch.device("cpu"), 0, 2).require_share(5)
 
 
@@ -68,7 +68,7 @@ def test_two_processes_search_as_one():
 
 @pytest.mark.slow
 def test_two_processes_train_as_one():
-    words = [*SMALL, *SHORT, "--positions", "1,2", "--ema", "--clip", "10", "--validate", "6"]
+    words = [*SMALL, *SHORT, "--positions", "1,2", "--ema", "--clip", "10", "--val-every", "6"]
     done = torchrun("train.py", *words, "--out", "two")
     assert done.returncode == 0, done.stderr
     train.main([*words, "--out", "one"])
@@ -80,5 +80,5 @@ def test_two_processes_train_as_one():
             torch.testing.assert_close(two[name], one[name], rtol=1e-2, atol=2e-4, msg=name)
     refused = torchrun("train.py", *words, "--out", "three", processes=3)
     assert refused.returncode != 0
-    assert "--batch 4 does not divide among 3 processes" in refused.stderr
+    assert "--batch-size 4 does not divide among 3 processes" in refused.stderr
     assert not Path("three").exists()

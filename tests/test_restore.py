@@ -222,7 +222,8 @@ def test_large_photos_are_tiled_by_default():
 def test_24_megapixels_fit_into_little_memory(tmp_path, make_scene):
     """The photo may be held, as bytes and as the network's input, but no feature map of it all."""
     code = (
-        "import resource, sys; from acla.restore import __main__ as command; command.main(sys.argv[1:]); "
+        "import resource, sys; from acla.restore import __main__ as command; "
+        "command.main(sys.argv[1:]); "
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
     file, peaks = write_network(tmp_path / "car.safetensors", CAR), []

@@ -22,7 +22,7 @@ from acla.search.loop import Search, search_sets
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--preset", "tiny", "--blocks", "3", "--width", "8", "--keys", "3"]
-SHORT = ["--batch", "2", "--patch", "16", "--steps", "8", "--epoch-steps", "2"]
+SHORT = ["--batch-size", "2", "--patch-size", "16", "--steps", "8", "--epoch-steps", "2"]
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def test_the_chain_runs_with_its_defaults(capsys):
     assert all(a != 0 for a in log[-1]["alpha"])
     assert log[-1]["tau"] == pytest.approx(0.1)
 
-    train.main(["--batch", "2", "--patch", "16", "--steps", "2", "--device", "cpu"])
+    train.main(["--batch-size", "2", "--patch-size", "16", "--steps", "2", "--device", "cpu"])
     trained = load_model(Path("runs/train/model.safetensors"))
     assert (trained.task, trained.config) == (found.task, found.model)
     capsys.readouterr()
@@ -81,7 +81,7 @@ def test_every_task_and_backbone_is_searched(words):
 
 
 def test_a_large_lambda_shuts_every_gate_and_lowers_cost():
-    words = ["--alpha-rate", "0.5", "--steps", "30", "--epoch-steps", "6", "--warmup", "0.2"]
+    words = ["--alpha-lr", "0.5", "--steps", "30", "--epoch-steps", "6", "--warmup", "0.2"]
     assert max(final_alpha(*words, "--lambda", "1e6")) < -1
     assert read_architecture(Path("runs/search/arch.json")).model.positions == ()
     costs = [row["cost"] for row in rows("runs/search")]
@@ -91,7 +91,7 @@ def test_a_large_lambda_shuts_every_gate_and_lowers_cost():
 
 def test_without_a_gradient_from_the_picture_zero_lambda_leaves_alpha():
     # Fresh output convolutions are zero: at a rate of nearly 0 the picture says nothing of a gate.
-    quiet = ["--rate", "1e-30", "--lambda", "0"]
+    quiet = ["--lr", "1e-30", "--lambda", "0"]
     assert final_alpha(*quiet) == pytest.approx([0, 0, 0], abs=1e-3)
     costs = [row["cost"] for row in rows("runs/search")]
     assert costs[-1] == pytest.approx(costs[0], rel=0.02)  # the masks' density moves a little

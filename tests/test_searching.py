@@ -16,7 +16,7 @@ ALONE = Processes(torch.device("cpu"))
 
 
 def make_search(blocks: int = 3, width: int = 8, keys: int = 3, **how) -> Search:
-    options = {"steps": 6, "batch": 2, "patch": 16, "warmup": 0.5, "lam": 0.02, **how}
+    options = {"steps": 6, "batch_size": 2, "patch_size": 16, "warmup": 0.5, "lam": 0.02, **how}
     model = ModelConfig(blocks=blocks, width=width, keys=keys, channels=1)
     plan = Plan(Task("car", 10), model, SearchConfig(**options))
     return Search(plan, Sets(sample("train"), sample("val")), ALONE)
@@ -52,9 +52,9 @@ def test_a_search_opens_the_positions_that_alone_can_help(seed):
         blocks=4,
         keys=16,
         steps=300,
-        batch=4,
-        rate=5e-3,
-        alpha_rate=0.08,
+        batch_size=4,
+        lr=5e-3,
+        alpha_lr=0.08,
         warmup=0.6,
         lam=10.0,  # the noise's MSE is in the thousands
         seed=seed,

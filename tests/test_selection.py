@@ -16,7 +16,7 @@ from acla.search.architecture import Architecture, read_architecture
 from acla.search.loop import Found
 
 SMALL = ["--preset", "tiny", "--blocks", "3", "--width", "8", "--keys", "3"]
-SHORT = ["--batch", "2", "--patch", "16", "--steps", "8", "--epoch-steps", "4"]
+SHORT = ["--batch-size", "2", "--patch-size", "16", "--steps", "8", "--epoch-steps", "4"]
 
 
 @pytest.fixture(autouse=True)
@@ -145,7 +145,7 @@ def test_a_budget_that_no_lambda_meets_says_what_was_tried(monkeypatch):
 
 
 def test_a_budget_search_shares_its_first_stage():
-    words = ["--budget", "1", "--warmup", "0.5", "--alpha-rate", "0.5", "--steps", "24"]
+    words = ["--budget", "1", "--warmup", "0.5", "--alpha-lr", "0.5", "--steps", "24"]
     search.main([*SMALL, *SHORT, *words, "--lambda", "1e5"])
     assert read_architecture(Path("runs/search/arch.json")).model.positions == ()
     trials = sorted(Path("runs/search/trials").glob("lambda-*"))

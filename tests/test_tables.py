@@ -274,7 +274,7 @@ def write(path: Path, config: ModelConfig, task: Task = DOUBLE) -> Path:
 
 
 def test_a_trained_network_is_scored_where_it_belongs(capsys, tmp_path, data):
-    found = {"attention": "cla", "keys": 8, "positions": (3, 12, 26, 31, 32), "ring": 6.0}
+    found = {"attention": "cla", "keys": 8, "positions": (3, 12, 26, 31, 32), "offset_radius": 6.0}
     plain = write(tmp_path / "runs" / "plain" / "model.safetensors", TINY)
     write(tmp_path / "runs" / "cla-i.safetensors", replace(TINY, **found))
     flags = ["--preset", "tiny", "--checkpoints", tmp_path / "runs", "--data", data]
@@ -313,7 +313,7 @@ def test_other_networks_are_not(capsys, tmp_path, data, fields):
 def test_files_left_out_are_told(capsys, tmp_path, data):
     runs = tmp_path / "runs"
     write(runs / "a.safetensors", TINY)
-    write(runs / "b.safetensors", replace(TINY, keys=16, ring=3.0))
+    write(runs / "b.safetensors", replace(TINY, keys=16, offset_radius=3.0))
     write(runs / "best.safetensors", replace(TINY, attention="none", positions=(), keys=0))
     (runs / "c.safetensors").write_bytes(b"nothing")
     (runs / "state.safetensors").write_bytes(b"nothing")

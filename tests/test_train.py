@@ -213,8 +213,10 @@ def test_a_write_that_fails_leaves_the_checkpoint_whole(
 
 
 def test_training_improves_on_the_input():
-    train.main([*SMALL, "--steps", "120", "--validate", "60", "--batch", "4", "--patch", "32"])
-    plain = [*SMALL, *SHORT, "--steps", "1", "--validate", "1", "--rate", "1e-9", "--out", "input"]
+    train.main(
+        [*SMALL, "--steps", "120", "--val-every", "60", "--batch-size", "4", "--patch-size", "32"]
+    )
+    plain = [*SMALL, *SHORT, "--steps", "1", "--val-every", "1", "--lr", "1e-9", "--out", "input"]
     train.main(plain)
     assert rows("runs/train")[-1]["val_psnr"] > rows("input")[-1]["val_psnr"] + 0.05
 
@@ -309,7 +311,7 @@ def test_exit_status_and_one_line_errors(words, status, message):
 def test_a_loss_that_is_not_finite_stops_with_its_step_and_pictures(
     small_sets, monkeypatch, capsys, bad
 ):
-    train.main([*SMALL, *SHORT, *small_sets, "--steps", "3", "--validate", "3"])
+    train.main([*SMALL, *SHORT, *small_sets, "--steps", "3", "--val-every", "3"])
     before = {path.name: path.read_bytes() for path in Path("runs/train").iterdir()}
     step, nan = Learner.step, float("nan")
 
@@ -373,5 +375,5 @@ def test_rows_are_logged_for_tensorboard_too(small_sets, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     train.main([*SMALL, *SHORT, *small_sets, "--steps", "2", "--log"])
     (row,) = rows("runs/train")
-    named = [(name, row[name], 2) for name in ("loss", "rate", "val_psnr")]
+    named = [(name, row[name], 2) for name in ("loss", "lr", "val_psnr")]
     assert seen == [("runs/train/tensorboard", 1), *named, "flush"]

@@ -40,9 +40,9 @@ def test_wrong_calls_say_what_to_do_and_leave_nothing(words, error, message):
     ("words", "flag", "where"),
     [
         ("--arch none", "--keys", "--attention none"),
-        ("--arch none", "--ring", "--attention none"),
-        ("--attention cla", "--open-logit", "--attention cla"),
-        ("--attention se", "--offset-rate", "--attention se"),
+        ("--arch none", "--offset-radius", "--attention none"),
+        ("--attention cla", "--mask-bias", "--attention cla"),
+        ("--attention se", "--offset-lr-mult", "--attention se"),
         ("--attention cla", "--mask-temperature", "--attention cla"),
         ("--arch paper", "--group-blocks", "--backbone edsr"),
         ("--backbone a2n --arch none", "--residual-scale", "--backbone a2n"),

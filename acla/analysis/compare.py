@@ -1,6 +1,9 @@
-"""Runs of train.py side by side, seeds together: `python -m acla.analysis.compare RUN [RUN…]`, one Markdown
-row for all runs that differ by their seed alone and were scored alike; with --pictures also what
-each picture gains."""
+"""Runs of train.py side by side, seeds together:
+
+    python -m acla.analysis.compare RUN [RUN…]
+
+One Markdown row for all runs that differ by their seed alone and were scored alike; with --pictures
+also what each picture gains."""
 
 import argparse
 import dataclasses
@@ -16,8 +19,8 @@ from acla.config import MASKED
 from acla.errors import AclaError
 from acla.models.factory import describe
 
-OF_KEYS = ("keys", "ring", "offset_rate")
-OF_MASKS = ("open_logit", "mask_temperature")
+OF_KEYS = ("keys", "offset_radius", "offset_lr_mult")
+OF_MASKS = ("mask_bias", "mask_temperature")
 
 
 def by_seed(runs: list[Run]) -> list[list[Run]]:

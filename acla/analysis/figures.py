@@ -1,4 +1,4 @@
-"""The figures of acla.analysis.explain (extra `report`): attribution, keys kept, keys of one pixel."""
+"""The figures of `explain` (extra `report`): attribution, keys kept, keys of one pixel."""
 
 from pathlib import Path
 from typing import Any

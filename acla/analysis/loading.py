@@ -58,16 +58,16 @@ def main(argv: list[str] | None = None) -> None:
     task = cli.task_from_flags(args) or config.Task()
     how = config.train_preset(preset)
     pictures = Pictures(training_sets(args.train_set, None, args.data)[0])
-    sampler = PatchSampler(pictures, task, how.patch, how.batch)
-    common = {"task": str(task), "preset": preset, "batch": how.batch, "patch": how.patch}
+    sampler = PatchSampler(pictures, task, how.patch_size, how.batch_size)
+    common = {"task": str(task), "preset": preset, "batch": how.batch_size, "patch": how.patch_size}
     for workers in args.workers:
         loader = Loader(sampler, device, workers)
-        rate = how.batch * per_second(loader.batch, args.batches, device)
+        rate = how.batch_size * per_second(loader.batch, args.batches, device)
         console.say(
             json.dumps({**common, "workers": workers, "patches_per_second": round(rate, 1)})
         )
     steps = training_step(task, preset, sampler, device)
-    rate = how.batch * per_second(steps, min(STEPS, args.batches), device)
+    rate = how.batch_size * per_second(steps, min(STEPS, args.batches), device)
     console.say(
         json.dumps({**common, "training": str(device), "patches_per_second": round(rate, 1)})
     )

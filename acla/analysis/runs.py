@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from acla.analysis.scores import name_column, protocol_lines, read_results
-from acla.config import ModelConfig, TrainConfig, from_dict
+from acla.config import RENAMED, ModelConfig, TrainConfig, from_dict
 from acla.errors import NOT_VALID, AclaError, UsageError
 from acla.models.serialization import load_model
 
 MODEL, SCORES = "model.safetensors", "scores.json"
-NOT_SHOWN = {"seed", "epoch_steps", "validate"}  # decide nothing about the network, or are a run's
+NOT_SHOWN = {"seed", "epoch_steps", "val_every"}  # decide nothing about the network, or are a run's
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def kept(run: dict[str, Any]) -> Run:
     """A run from JSON."""
     figures = {
         "model": from_dict(ModelConfig, run["model"]),
-        "how": dict(run["how"]),
+        "how": {RENAMED.get(name, name): value for name, value in run["how"].items()},
         "seconds": float(run["seconds"]),
         "psnr": {column: float(psnr) for column, psnr in run["psnr"].items()},
         "pictures": {

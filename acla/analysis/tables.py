@@ -144,7 +144,7 @@ def what_counts(config: ModelConfig) -> ModelConfig:
     keys that no module has."""
     attention = SAME_MODULE.get(config.attention, config.attention)
     keys = config.keys if attention in DEFAULT_KEYS else 0
-    starts = {"ring": ModelConfig.ring, "open_logit": ModelConfig.open_logit}
+    starts = {"offset_radius": ModelConfig.offset_radius, "mask_bias": ModelConfig.mask_bias}
     return replace(config, attention=attention, keys=keys, **starts)
 
 

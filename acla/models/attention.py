@@ -26,8 +26,9 @@ class CrossLayerAttention(nn.Module):
     `points`. g runs after the sum over the keys, which is exact: both are linear, and g's bias is
     weighted by what fell inside the image.
 
-    ring: pixels between the rings on which keys start; open_logit: bias of a fresh mask, which
-    keeps a key with probability σ(open_logit) under noise, and always without where it is positive.
+    offset_radius: pixels between the rings on which keys start; mask_bias: that of a fresh mask
+    unit, which keeps keys with probability σ(mask_bias) under noise, and always without noise where
+    it is positive.
 
     Parameters: L·(C·3K + 3K + C² + C) + C² + C, and L·(CK + K) for the mask unit.
     """
@@ -38,12 +39,12 @@ class CrossLayerAttention(nn.Module):
         layers: int,
         keys: int,
         masked: bool,
-        ring: float = 2.0,
-        open_logit: float = 2.0,
+        offset_radius: float = 2.0,
+        mask_bias: float = 2.0,
     ):
         super().__init__()
         self.layers, self.keys = layers, keys
-        self.ring, self.open_logit = ring, open_logit
+        self.offset_radius, self.initial_mask_bias = offset_radius, mask_bias
         self.points = nn.Linear(width, layers * 3 * keys)
         self.value = nn.Parameter(torch.empty(layers, width, width))  # [L, out, in]
         self.value_bias = nn.Parameter(torch.empty(layers, width))
@@ -61,12 +62,12 @@ class CrossLayerAttention(nn.Module):
         weight = rearrange(self.points.weight.data, "(l yxw k) c -> l yxw k c", yxw=3, k=self.keys)
         bias = rearrange(self.points.bias.data, "(l yxw k) -> l yxw k", yxw=3, k=self.keys)
         weight[:, :2] = 0
-        bias[:, :2] = rings(self.keys, self.ring)
+        bias[:, :2] = rings(self.keys, self.offset_radius)
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
         if self.mask is not None:
             nn.init.zeros_(self.mask)
-            nn.init.constant_(self.mask_bias, self.open_logit)
+            nn.init.constant_(self.mask_bias, self.initial_mask_bias)
 
     def forward(
         self,

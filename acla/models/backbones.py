@@ -236,7 +236,7 @@ def build_module(config: ModelConfig, layers: int) -> nn.Module:
         case "cla" | "acla" | "cla-i" | "cla-k" | "acla+se":
             kind = SqueezedAttention if config.attention == "acla+se" else CrossLayerAttention
             masked = config.attention in MASKED
-            starts = {"ring": config.ring, "open_logit": config.open_logit}
+            starts = {"offset_radius": config.offset_radius, "mask_bias": config.mask_bias}
             return kind(config.width, layers, config.keys, masked, **starts)
         case "nl":
             return NonLocal(config.width, layers=1)

@@ -148,7 +148,7 @@ def fitting_weights(path: Path, config: ModelConfig) -> tuple[dict[str, Tensor],
 def backbone_alone(config: ModelConfig) -> ModelConfig:
     """A configuration without what says how its attention is."""
     plain = ModelConfig(attention="none", keys=0)
-    fields = ("attention", "keys", "positions", "ring", "open_logit")
+    fields = ("attention", "keys", "positions", "offset_radius", "mask_bias")
     return dataclasses.replace(config, **{name: getattr(plain, name) for name in fields})
 
 
@@ -188,7 +188,7 @@ def require_progress(progress: Any) -> None:
             raise ValueError(f"{name} must be a list of numbers")
     if "train" in progress["plan"]:
         kinds |= {"flags": dict, "scaler": dict, "best": type(None)}
-        noted = r"begun_with|losses|norms|loss|rate|norm|val_psnr(_.+)?"
+        noted = r"begun_with|losses|norms|loss|lr|rate|norm|val_psnr(_.+)?"
         validated = progress["step"] > 0 and ("val_psnr" in progress or not progress.get("losses"))
         if validated:
             kinds |= {"best": dict, "val_psnr": float}

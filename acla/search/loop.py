@@ -87,8 +87,8 @@ class Search:
             PatchSampler(
                 Pictures(paths),
                 plan.task,
-                how.patch,
-                how.batch,
+                how.patch_size,
+                how.batch_size,
                 2 * how.seed + stream,  # no seed of one kind of step is a seed of the other
                 processes.rank,
                 processes.world,
@@ -99,8 +99,8 @@ class Search:
         self.loaders = [Loader(sampler, processes.device) for sampler in samplers]
         torch.manual_seed(how.seed)
         self.net = Supernet(plan.model).to(processes.device).train()
-        self.weights = trainer.adam(self.net.weights, how.rate)
-        self.alpha = trainer.adam([self.net.alpha], how.alpha_rate)
+        self.weights = trainer.adam(self.net.weights, how.lr)
+        self.alpha = trainer.adam([self.net.alpha], how.alpha_lr)
         self.parts = {"supernet": self.net, "weights": self.weights, "alpha": self.alpha}
 
     def step(self, step: int) -> Tensor:
@@ -115,7 +115,7 @@ class Search:
         """Descend ∇_w of Eq. 14 on training patches, with gates drawn and α as it is: modules whose
         gate is drawn 0 are not computed."""
         how, fixed = self.plan.search, self.net.alpha.detach()
-        trainer.set_rate(self.weights, trainer.cosine(how.rate, step, how.steps))
+        trainer.set_rate(self.weights, trainer.cosine(how.lr, step, how.steps))
         gates = self.draw(fixed, step, WEIGHTS)
         mse, cost = self.losses(step, WEIGHTS, gates, expected_gates(fixed))
         self.descend(self.weights, self.net.weights, mse + how.lam * cost.log())
@@ -125,7 +125,7 @@ class Search:
         """Descend ∇_α of Eq. 14 on validation patches, with the weights as they are."""
         how = self.plan.search
         done, length = step - how.first_stage, how.steps - how.first_stage
-        trainer.set_rate(self.alpha, trainer.cosine(how.alpha_rate, done, length))
+        trainer.set_rate(self.alpha, trainer.cosine(how.alpha_lr, done, length))
         gates = self.draw(self.net.alpha, step, ALPHA)
         with self.net.weights_fixed():
             mse, cost = self.losses(step, ALPHA, gates, None)
@@ -267,7 +267,7 @@ def gate_report(search: Search, step: int) -> dict[str, Any]:
     net, how = search.net, search.plan.search
     with torch.no_grad():
         chance = expected_gates(net.alpha)
-        cost = net.cost({}, how.patch**2)
+        cost = net.cost({}, how.patch_size**2)
     layers = torch.arange(1, len(chance) + 1, device=chance.device)
     density = net.density.tril().sum(1)
     return {
@@ -284,7 +284,7 @@ def gate_report(search: Search, step: int) -> dict[str, Any]:
 def derive(search: Search, sets: Sets, scored: Pictures, out: Path, notes: dict[str, Any]) -> Found:
     """Derive the network, measure its cost on α's patches of one step, write what was found."""
     plan, net, device = search.plan, search.net, search.processes.device
-    how, n = plan.search, plan.search.patch**2
+    how, n = plan.search, plan.search.patch_size**2
     positions = net.open_positions()
     low, _, _ = search.batch(how.steps, ALPHA)
     net.eval()
@@ -307,7 +307,7 @@ def derive(search: Search, sets: Sets, scored: Pictures, out: Path, notes: dict[
     }
     alpha = tuple(net.alpha.tolist())
     architecture = Architecture(
-        plan.task, derived.config, how.lam, how.seed, alpha, cost, how.patch, evidence
+        plan.task, derived.config, how.lam, how.seed, alpha, cost, how.patch_size, evidence
     )
     if search.processes.first:
         save_model(out / "model.safetensors", derived, derived.config, plan.task, evidence)

@@ -158,7 +158,7 @@ def require_finite(loss: float, first: int, last: int, folder: Path) -> None:
     if not np.isfinite(loss):
         raise AclaError(
             f"the loss is {loss} between steps {first} and {last}; the checkpoint in {folder} is "
-            "from before: lower --rate and begin anew with --out DIR"
+            "from before: lower --lr and begin anew with --out DIR"
         )
 
 
@@ -181,7 +181,7 @@ def require_finite_steps(
     first = step * sampler.size
     raise AclaError(
         f"{what} in step {step + 1}, patches {first} to {first + sampler.size - 1}, of {shown}; "
-        f"the last good checkpoint is {kept}: lower --rate, or --clip the gradient, and begin anew "
+        f"the last good checkpoint is {kept}: lower --lr, or --clip the gradient, and begin anew "
         "with --out DIR"
     )
 

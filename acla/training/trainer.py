@@ -35,7 +35,7 @@ class Learner:
         self.model = build_network(model).to(self.device).train()
         # Shares the parameters; the names of `model` are those that are kept.
         self.network = torch.compile(self.model) if how.compile else self.model
-        self.optimizer = adam(parameter_groups(self.model, how), how.rate)
+        self.optimizer = adam(parameter_groups(self.model, how), how.lr)
         # Finds the factor that fp16's gradients need, and leaves out the steps where it was too
         # large.
         scaled = how.amp and how.amp_dtype == "fp16"
@@ -83,15 +83,15 @@ class Learner:
         """The network to validate and to write: the averages where they are kept."""
         return self.averaged.module if self.averaged else self.model
 
-    def rate(self, step: int) -> float:
-        return halved(self.how.rate, step, self.how.halve)
+    def lr(self, step: int) -> float:
+        return halved(self.how.lr, step, self.how.lr_half_every)
 
     def step(self, step: int, indices: Sequence[int], low: Tensor, target: Tensor) -> None:
         """One optimiser step on this process's patches [B,C,h,w] and [B,C,H,W], whose places in the
         whole batch are `indices` [B]; notes the loss and the gradient's norm."""
         how = self.how
         seeds = image_seeds(how.seed, step, indices).to(self.device)
-        set_rate(self.optimizer, self.rate(step))
+        set_rate(self.optimizer, self.lr(step))
         self.optimizer.zero_grad(set_to_none=True)
         with compiling(how.compile):
             short = AMP_TYPES[how.amp_dtype]
@@ -124,10 +124,10 @@ def parameter_groups(model: Backbone, how: TrainConfig) -> list[dict[str, Any]]:
     one is asked for."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     points = [p for n, p in named if ".points." in n]
-    if how.offset_rate == 1 or not points:
+    if how.offset_lr_mult == 1 or not points:
         return [{"params": [p for _, p in named]}]
     others = [p for n, p in named if ".points." not in n]
-    return [{"params": others}, {"params": points, "factor": how.offset_rate}]
+    return [{"params": others}, {"params": points, "factor": how.offset_lr_mult}]
 
 
 def same_kind(given: Any, own: float) -> bool:
