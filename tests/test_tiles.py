@@ -9,7 +9,7 @@ import torch
 from acla.config import ModelConfig
 from acla.errors import AclaError, UsageError
 from acla.models.backbones import Backbone
-from acla.restore.inference import overlap, restore, starts
+from acla.restore.inference import overlap, restore, tile_grid
 
 NO_CUDA_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 NO_CPU_MEMORY = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
@@ -44,14 +44,26 @@ def test_a_picture_no_larger_than_a_tile_is_taken_whole():
     torch.testing.assert_close(restore(net, picture, tile=80), restore(net, picture))
 
 
-@pytest.mark.parametrize("length", [1, 80, 81, 128, 129, 399])
+@pytest.mark.parametrize("length", [1, 33, 80, 81, 128, 129, 257, 399, 768])
 @pytest.mark.parametrize(("tile", "shared"), [(32, 10), (80, 26), (96, 32), (256, 32)])
-def test_neighbouring_tiles_share_enough(length, tile, shared):
+def test_tiles_are_few_and_even_and_share_enough(length, tile, shared):
     assert overlap(tile) == shared
-    begin = starts(length, tile)
-    assert begin[0] == 0
-    assert begin[-1] == max(0, length - tile)
-    assert all(0 < b - a <= tile - shared for a, b in pairwise(begin))
+    side, starts = tile_grid(length, tile)
+    assert side <= min(tile, length)
+    assert starts[0] == 0
+    assert starts[-1] + side == length
+    steps = [b - a for a, b in pairwise(starts)]
+    assert all(0 < step <= side - shared for step in steps)
+    assert not steps or max(steps) - min(steps) <= 1
+    fewer = len(starts) - 1  # would not reach from end to end
+    assert not steps or fewer * tile - (fewer - 1) * shared < length
+
+
+def test_few_pixels_are_computed_twice():
+    """A photo of 768×512 at the default tile: three tiles by two that share a border of 32."""
+    (rows, tops), (columns, lefts) = tile_grid(512, 384), tile_grid(768, 384)
+    assert (len(tops), len(lefts)) == (2, 3)
+    assert rows * len(tops) * columns * len(lefts) < 1.16 * 512 * 768
 
 
 def test_small_tiles_blend():

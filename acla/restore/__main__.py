@@ -119,7 +119,7 @@ def run_job(
 def difference(tiled: Photo, source: Photo, network: Checkpoint, ensemble: bool, jpeg: bool) -> str:
     """How far a result lies from the one without tiles, in levels of what is written."""
     try:
-        whole = restore_photo(source, network, None, ensemble, jpeg, halve=False)
+        whole = restore_photo(source, network, None, ensemble, jpeg, smaller_tiles=False)
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise

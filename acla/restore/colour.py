@@ -17,7 +17,7 @@ from acla.data.image import from_levels, luma, to_full, to_levels, to_rgb, to_st
 from acla.errors import CheckpointError, PictureError
 from acla.models.serialization import Checkpoint
 from acla.restore import photo
-from acla.restore.inference import starts, strips, within_memory
+from acla.restore.inference import strips, tile_grid, within_memory
 from acla.restore.photo import Photo
 
 ROWS = 256  # converted at a time, so that no whole photo lies in float64
@@ -75,12 +75,12 @@ def restore_photo(
     ensemble: bool = False,
     jpeg: bool = False,
     label: str = "",
-    halve: bool = True,
+    smaller_tiles: bool = True,
 ) -> Photo:
     """The restored photo, with everything that the source carries.
 
     jpeg: it will be written as one, so that a JPEG's own Y, Cb, Cr stay what they are. label: what
-    the progress bar says. halve: go on with smaller tiles when memory runs out. Raises
+    the progress bar says. smaller_tiles: go on with smaller ones when memory runs out. Raises
     CheckpointError for an answer that is not finite.
     """
     config, task = network.config, network.task
@@ -90,7 +90,7 @@ def restore_photo(
     def whole(tile: int | None) -> np.ndarray:
         levels = np.empty_like(around.levels)
         rows = strips(network.model, picture, tile, ensemble)
-        count = 1 if tile is None else len(starts(picture.shape[1], tile))
+        count = 1 if tile is None else len(tile_grid(picture.shape[1], tile)[1])
         top = 0
         for strip in progress(
             rows, desc=label, total=count, unit="row", leave=False, disable=count < 2
@@ -102,7 +102,7 @@ def restore_photo(
             top = part.stop
         return levels
 
-    levels = within_memory(whole, tile, picture) if halve else whole(tile)
+    levels = within_memory(whole, tile, picture) if smaller_tiles else whole(tile)
     return dataclasses.replace(around, levels=levels, ycc=source.ycc and jpeg)
 
 

@@ -1,5 +1,6 @@
-"""Restore a photo, or a folder of photos, with a trained network."""
+"""A picture through a network: whole or in tiles, turned, within the memory at hand."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -25,7 +26,7 @@ def restore(
 ) -> Tensor:
     """Restore a picture [C,h,w] in 0..1 → [C,h·scale,w·scale], not rounded or clipped.
 
-    tile: side of square tiles in low-quality pixels, 32 or more; None takes the picture whole.
+    tile: largest side of a tile in low-quality pixels, 32 or more; None takes the picture whole.
     Neighbouring tiles share 32 pixels, or a third of smaller ones, where they blend. When memory
     runs out, again with tiles of half the side. ensemble: average over the 8 flips and rotations.
     The picture may lie on another device than the model.
@@ -93,23 +94,24 @@ def strips(model: Backbone, picture: Tensor, tile: int | None, ensemble: bool) -
     if tile is None or tile >= max(h, w):
         yield predict(model, picture, ensemble)
         return
-    scale = model.config.scale
-    tops = starts(h, tile)
+    scale, shared = model.config.scale, overlap(tile) * model.config.scale
+    (rows, tops), (columns, lefts) = tile_grid(h, tile), tile_grid(w, tile)
     total = picture.new_zeros(picture.shape[0], 0, w * scale)
     weights = total[:1]
     for top, following in zip(tops, [*tops[1:], h], strict=True):
-        # Total and weights begin at `top`; what they hold already, the row of tiles above left
-        more = (min(top + tile, h) - top) * scale - total.shape[1]
-        room = picture.new_zeros(picture.shape[0], more, w * scale)
-        total = torch.cat([total, room], 1)
-        weights = torch.cat([weights, room[:1]], 1)
-        for left in starts(w, tile):
-            part = picture[:, top : top + tile, left : left + tile]
-            ramp = window(part.shape[1], tile, scale, top > 0, top + tile < h, picture)[:, None]
-            ramp = ramp * window(part.shape[2], tile, scale, left > 0, left + tile < w, picture)
-            columns = slice(left * scale, left * scale + ramp.shape[1])
-            total[:, : len(ramp), columns] += ramp * predict(model, part, ensemble)
-            weights[:, : len(ramp), columns] += ramp
+        # Total and weights begin at `top`; they already hold what the row of tiles above left
+        missing = rows * scale - total.shape[1]
+        zeros = picture.new_zeros(picture.shape[0], missing, w * scale)
+        total = torch.cat([total, zeros], 1)
+        weights = torch.cat([weights, zeros[:1]], 1)
+        vertical = blend_weights(rows * scale, shared, top > 0, top + rows < h, picture)
+        for left in lefts:
+            part = picture[:, top : top + rows, left : left + columns]
+            ends = left > 0, left + columns < w
+            weight = vertical[:, None] * blend_weights(columns * scale, shared, *ends, picture)
+            place = slice(left * scale, (left + columns) * scale)
+            total[:, :, place] += weight * predict(model, part, ensemble)
+            weights[:, :, place] += weight
         done = (following - top) * scale
         yield total[:, :done] / weights[:, :done]
         total, weights = total[:, done:], weights[:, done:]
@@ -129,25 +131,28 @@ def predict(model: Backbone, part: Tensor, ensemble: bool) -> Tensor:
     return (total[0] / 8).to(part.device)
 
 
-def starts(length: int, tile: int) -> list[int]:
-    """Where tiles begin: before the end of the one before, which they share `overlap` with, the
-    last one flush with the border."""
-    last = max(0, length - tile)
-    return [*range(0, last, tile - overlap(tile)), last]
-
-
-def window(length: int, tile: int, scale: int, before: bool, after: bool, like: Tensor) -> Tensor:
-    """Blending weights along one side of a tile [length·scale]. Where a tile lies before, or after,
-    the outer quarter of what they share has weight 0, for there the cut shows; the middle half is a
-    ramp. Two neighbours' weights add to 1."""
+def tile_grid(length: int, tile: int) -> tuple[int, list[int]]:
+    """(side, starts) of the tiles along one side of a picture: as few as tiles of side `tile` need
+    to share `overlap(tile)` pixels, evenly spaced, and no larger than that takes."""
     shared = overlap(tile)
-    at = (torch.arange(shared * scale, dtype=like.dtype, device=like.device) + 0.5) / scale
-    ramp = ((at / shared - 0.25) / 0.5).clamp(0, 1)
-    weight = like.new_ones(length * scale)
+    count = 1 + max(0, math.ceil((length - tile) / (tile - shared)))
+    side = min(length, max(LEAST, math.ceil((length + (count - 1) * shared) / count)))
+    return side, [(length - side) * i // max(1, count - 1) for i in range(count)]
+
+
+def blend_weights(size: int, shared: int, before: bool, after: bool, like: Tensor) -> Tensor:
+    """Blending weights [size] along one side of a tile, of which neighbours share `shared` or more.
+
+    Where a tile lies before, or after, the outer quarter of `shared` has weight 0, because the cut
+    shows there; the middle half is a ramp.
+    """
+    at = (torch.arange(shared, dtype=like.dtype, device=like.device) + 0.5) / shared
+    ramp = ((at - 0.25) / 0.5).clamp(0, 1)
+    weight = like.new_ones(size)
     if before:
-        weight[: len(ramp)] *= ramp
+        weight[:shared] *= ramp
     if after:
-        weight[-len(ramp) :] *= ramp.flip(0)
+        weight[-shared:] *= ramp.flip(0)
     return weight
 
 
