@@ -193,7 +193,7 @@ def test_absurd_headers(tmp_path, outcome, networks, name):
 
 @pytest.mark.parametrize(("colour", "samples"), [(0, 1), (2, 3), (4, 2), (6, 4)])
 def test_16_bits(tmp_path, outcome, networks, monkeypatch, colour, samples):
-    monkeypatch.setitem(sys.modules, "cv2", None)
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)
     png_16bit(tmp_path / "deep.png", colour, samples)
     for network in networks:
         assert ("io16" in outcome(tmp_path / "deep.png", network)) == (colour != 0)

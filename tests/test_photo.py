@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image, ImageCms, ImageOps
 from test_image import png_16bit
 
@@ -251,17 +252,17 @@ def test_what_no_network_restores_is_enlarged(make_scene):
 
 @pytest.mark.parametrize(("colour", "samples"), [(2, 3), (6, 4), (4, 2)], ids=["rgb", "rgba", "la"])
 def test_16bit_colour_names_the_extra(tmp_path, monkeypatch, colour, samples):
-    monkeypatch.setitem(sys.modules, "cv2", None)
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)
     png_16bit(tmp_path / "deep.png", colour, samples)
-    with pytest.raises(PictureError, match=r"deep\.png: 16 bits .* the extra io16"):
+    with pytest.raises(PictureError, match=r"deep\.png: .* io16"):
         photo.read(tmp_path / "deep.png")
-    with pytest.raises(PictureError, match=r"b\.png: 16 bits .* the extra io16"):
+    with pytest.raises(PictureError, match=r"b\.png: .* io16"):
         photo.save(photo.Photo(np.zeros((2, 2, 3), np.uint16)), tmp_path / "b.png")
 
 
 @pytest.mark.parametrize(("colour", "samples"), [(2, 3), (6, 4), (4, 2)], ids=["rgb", "rgba", "la"])
 def test_16bit_colour_is_read_in_order(tmp_path, colour, samples):
-    pytest.importorskip("cv2", reason="needs the extra io16")
+    pytest.importorskip("imagecodecs", reason="needs the extra io16")
     png_16bit(tmp_path / "deep.png", colour, samples)
     own = photo.read(tmp_path / "deep.png")
     stored = np.tile(np.arange(2 * samples, dtype=np.uint16).reshape(1, 2, samples), (2, 1, 1))
@@ -283,7 +284,8 @@ def deep_photo(alpha: bool, orientation: int) -> photo.Photo:
 @pytest.mark.parametrize("alpha", [False, True])
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
 def test_16bit_colour_survives(tmp_path, suffix, alpha):
-    pytest.importorskip("cv2", reason="needs the extra io16")
+    if suffix == ".png":
+        pytest.importorskip("imagecodecs", reason="needs the extra io16")
     own = deep_photo(alpha, 6 if suffix == ".png" else 1)
     photo.save(own, tmp_path / f"a{suffix}")
     assert own.notices == []
@@ -304,7 +306,6 @@ def test_16bit_colour_survives(tmp_path, suffix, alpha):
 
 @pytest.mark.parametrize("alpha", [False, True])
 def test_a_16bit_tiff_is_what_others_read(tmp_path, alpha):
-    tifffile = pytest.importorskip("tifffile", reason="comes with scikit-image")
     own = deep_photo(alpha, 1)
     photo.save(own, tmp_path / "a.tif")
     assert own.notices == []
@@ -325,12 +326,17 @@ def test_a_16bit_tiff_is_what_others_read(tmp_path, alpha):
 
 
 def test_16bit_gray_with_alpha_becomes_rgb_in_a_tiff(tmp_path):
-    tifffile = pytest.importorskip("tifffile", reason="comes with scikit-image")
     own = deep_photo(True, 1)
     own.levels = own.levels[:, :, :1]
     photo.save(own, tmp_path / "a.tif")
     read = tifffile.imread(tmp_path / "a.tif")
     assert np.array_equal(read, np.dstack([*[own.levels[:, :, 0]] * 3, own.alpha]))
+
+
+def test_a_16bit_cmyk_tiff_is_refused(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((3, 4, 4), np.uint16), photometric="separated")
+    with pytest.raises(PictureError, match=r"a\.tif: .*SEPARATED.* 16 bits"):
+        photo.read(tmp_path / "a.tif")
 
 
 def test_what_no_tiff_holds_is_told_of(tmp_path):
@@ -343,8 +349,6 @@ def test_what_no_tiff_holds_is_told_of(tmp_path):
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation_of_a_16bit_tiff_is_applied_once(tmp_path, orientation, order):
-    pytest.importorskip("cv2", reason="needs the extra io16")
-    tifffile = pytest.importorskip("tifffile", reason="comes with scikit-image")
     path, planes = tmp_path / "a.tif", deep_photo(True, 1).levels
     tag = [(ORIENTATION, "H", 1, orientation, True)]
     tifffile.imwrite(path, planes, byteorder=order, photometric="rgb", extratags=tag)

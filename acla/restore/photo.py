@@ -12,24 +12,21 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
+from acla.data.deep_colour import EXIF, descriptive, encode_deep, is_deep_colour, read_deep
 from acla.data.image import (
     BROKEN,
-    EXIF,
     FORMATS,
     GRAY_MODES,
-    ORIENTATION,
     SUFFIXES,
-    descriptive,
-    is_deep_colour,
+    one_line,
     opened,
-    read_deep,
     to_array,
     write,
-    write_deep,
 )
 from acla.errors import PictureError
 from acla.files import write_atomically
 
+ORIENTATION = ExifTags.Base.Orientation
 # What photos come in; others of Pillow's readers start programs (EPS) or draw (WMF)
 READABLE = ("PNG", "BMP", "DIB", "TIFF", "JPEG", "GIF", "WEBP", "PPM")
 JPEG_OUTPUT = {"quality": 95, "subsampling": 0}  # 4:4:4: no second loss of colour
@@ -253,10 +250,10 @@ def save(photo: Photo, path: Path) -> None:
             levels = in_8_bits(levels)
     if levels.dtype == np.uint16 and (levels.shape[2] == 3 or alpha is not None):
         try:
-            carried = photo.exif, photo.icc, photo.dpi
-            write_atomically(path, write_deep(levels, alpha, path.suffix.lower(), *carried))
-        except (PictureError, OSError) as error:
-            raise PictureError(f"{path}: {error}") from error
+            data = encode_deep(path, levels, alpha, photo.exif, photo.icc, photo.dpi)
+            write_atomically(path, data)
+        except BROKEN as error:
+            raise PictureError(f"{path}: cannot be written ({one_line(error)})") from error
         return
     options: dict[str, object] = {"dpi": photo.dpi} if photo.dpi else {}
     if kind == "BMP" and (photo.exif or photo.icc):
