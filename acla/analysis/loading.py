@@ -16,7 +16,7 @@ from acla import cli, config, console
 from acla.data.datasets import Loader, PatchSampler, Pictures, training_sets
 from acla.distributed import Processes
 from acla.errors import UsageError
-from acla.training.trainer import Learner
+from acla.training.trainer import Trainer
 
 STEPS = 5  # of training, at most, that are timed
 
@@ -79,9 +79,9 @@ def training_step(
     """Steps on one batch that lies ready: what training consumes if it never waits."""
     found = config.PAPER_POSITIONS[task.name, "edsr"]
     model = replace(config.model_preset(preset, task), positions=found)
-    learner = Learner(model, config.train_preset(preset), Processes(device))
+    trainer = Trainer(model, config.train_preset(preset), Processes(device))
     low, target = Loader(sampler, device, 0).batch(0)
-    return lambda step: learner.step(step, sampler.indices, low, target)
+    return lambda step: trainer.step(step, sampler.indices, low, target)
 
 
 def per_second(call: Callable[[int], object], times: int, device: torch.device) -> float:

@@ -6,7 +6,6 @@ PyTorch file. A state file holds what resuming needs besides: optimiser, average
 
 import dataclasses
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from acla.models.factory import build_network
 
 FORMAT = "acla-1"
 STATES = "state.safetensors of train.py or supernet.safetensors of search.py"
+PROGRESS = {"step": int, "seconds": float, "plan": dict, "data": dict}
 ANEW = "; begin anew with --out DIR"  # the end of what is said of a state
 PUBLISHED = {".pt", ".pth", ".bin", ".ckpt"}  # suffixes of PyTorch files
 IMPORTED = "; a published PyTorch file becomes one by python -m acla.checkpoint import FILE OUT"
@@ -82,45 +82,35 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -
     model.load_state_dict(tensors)
 
 
-def require_network(config: ModelConfig, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Refuse a training's state whose network, 'model.<name>', is not the plan's, before memory is
-    taken for it. Raises CheckpointError."""
-    own = {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
-    wanted = without_memory(config, own, path, ANEW).state_dict()
-    require_fitting({f"model.{name}": tensor for name, tensor in wanted.items()}, own, path, ANEW)
-
-
-def without_memory(
-    config: ModelConfig, tensors: Mapping[str, Tensor], path: Path, fix: str = ""
-) -> Backbone:
+def without_memory(config: ModelConfig, tensors: Mapping[str, Tensor], path: Path) -> Backbone:
     """The network on the device meta, to compare names and shapes with. Raises CheckpointError
     where it has more blocks than there are tensors, for even so a large one takes minutes."""
     blocks = config.blocks * (config.group_blocks if config.backbone in ("rcan", "han") else 1)
     if blocks > len(tensors):
         raise CheckpointError(
-            f"{path}: does not fit its network: {len(tensors)} tensors for {blocks} blocks{fix}"
+            f"{path}: does not fit its network: {len(tensors)} tensors for {blocks} blocks"
         )
     with torch.device("meta"):
         return build_network(config)
 
 
 def require_fitting(
-    wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path, fix: str = ""
+    wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path
 ) -> None:
-    """Refuse tensors of other names, shapes or types than the wanted ones. fix: the end of the
-    message. Raises CheckpointError."""
+    """Refuse tensors of other names, shapes or types than the wanted ones. Raises
+    CheckpointError."""
     odd = sorted(wanted.keys() ^ tensors.keys())
     if odd:
         missing = sum(name in wanted for name in odd)
         raise CheckpointError(
             f"{path}: does not fit its network: {missing} tensors are missing and "
-            f"{len(odd) - missing} are unknown, for instance {in_one_line(odd[0])}{fix}"
+            f"{len(odd) - missing} are unknown, for instance {in_one_line(odd[0])}"
         )
     for name, tensor in tensors.items():
         if tensor.shape != wanted[name].shape or tensor.dtype != wanted[name].dtype:
             raise CheckpointError(
                 f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}, "
-                f"but the network's is {wanted[name].dtype} {list(wanted[name].shape)}{fix}"
+                f"but the network's is {wanted[name].dtype} {list(wanted[name].shape)}"
             )
 
 
@@ -170,38 +160,10 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors, header = read_tensors(path, "state")
     try:
         progress = from_json(header["progress"])
-        require_progress(progress)
+        require_types("the progress", progress, PROGRESS)
     except NOT_VALID as error:
         raise CheckpointError(f"{path}: the progress inside is not valid: {error}{ANEW}") from error
     return tensors, progress
-
-
-def require_progress(progress: Any) -> None:
-    """Refuse what neither train.py nor search.py writes as its progress. Raises ValueError."""
-    kinds, noted = {"step": int, "seconds": float, "plan": dict, "data": dict}, r"seen|count"
-    require_types("the progress", progress, kinds)
-    if progress["step"] < 0:
-        raise ValueError(f"step must be 0 or more, not {progress['step']}")
-    for name in ("losses", "norms", "seen"):  # of the steps since the last row of the log
-        met = progress.get(name, [])
-        if type(met) is not list or any(type(value) is not float for value in met):
-            raise ValueError(f"{name} must be a list of numbers")
-    if "train" in progress["plan"]:
-        kinds |= {"flags": dict, "scaler": dict, "best": type(None)}
-        noted = r"begun_with|losses|norms|loss|lr|rate|norm|val_psnr(_.+)?"
-        validated = progress["step"] > 0 and ("val_psnr" in progress or not progress.get("losses"))
-        if validated:
-            kinds |= {"best": dict, "val_psnr": float}
-        require_types("the progress", progress, kinds)
-        if validated:
-            require_types("best", progress["best"], {"step": int, "val_psnr": float})
-    elif len(progress.get("seen", [0, 0])) != 2:
-        raise ValueError("seen must be two sums")
-    elif type(progress.get("count", 0)) is not int or progress.get("count", 0) < 0:
-        raise ValueError("count must be a number of steps, 0 or more")
-    odd = [name for name in progress if name not in kinds and not re.fullmatch(noted, name)]
-    if odd:
-        raise ValueError(f"{odd[0]!r} is unknown")
 
 
 def from_json(text: str) -> Any:
