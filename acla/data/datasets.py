@@ -1,13 +1,16 @@
 """Sets of pictures by name, and patches of them as a function of (seed, step)."""
 
+import atexit
 import functools
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -341,6 +344,9 @@ class Batches(Dataset):
 
     def __init__(self, sampler: PatchSampler):
         self.sampler = sampler
+        # Workers, which ignore SIGTERM, end with the process that writes: at its exit or its death.
+        self.reader, self.writer = multiprocessing.Pipe(duplex=False)
+        atexit.register(self.writer.close)
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor] | AclaError:
         try:
@@ -390,20 +396,19 @@ class Loader:
 
 
 def start_worker(worker: int) -> None:
-    """In a worker process: share the memory for pictures with the other workers, and leave Ctrl-C
-    and SIGTERM, which often go to every process of a run, to the one that trains."""
+    """In a worker process: share the memory for pictures with the other workers. Ctrl-C and
+    SIGTERM, which often go to every process of a run, are left to the one that trains."""
     info = get_worker_info()
     info.dataset.sampler.pictures.memory //= info.num_workers
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # Linux
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=end_with_parent, daemon=True).start()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    info.dataset.writer.close()
+    threading.Thread(target=end_after, args=(info.dataset.reader,), daemon=True).start()
 
 
-def end_with_parent() -> None:
-    """End this worker on a SIGTERM of its parent, as multiprocessing sends it at exit."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
+def end_after(reader: Connection) -> None:
+    """End this process when the other end of the pipe is closed."""
+    reader.poll(None)
     os._exit(0)
 
 
