@@ -208,7 +208,7 @@ def unpack(parts: Parts, tensors: dict[str, Tensor], path: Path) -> None:
             raise ValueError(f"unknown {min(unknown)}")
     except (RuntimeError, ValueError) as error:
         reason = textwrap.shorten(str(error), 200)
-        raise CheckpointError(f"{path}: is not a state of this run: {reason}{ANEW}") from error
+        raise CheckpointError(f"{path}: not a state of this run: {reason}{ANEW}") from error
 
 
 # Seeds and rates
