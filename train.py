@@ -23,7 +23,7 @@ from acla.data.datasets import Loader, PatchSampler, Pictures, training_sets
 from acla.distributed import Processes, join
 from acla.errors import UsageError
 from acla.models.factory import describe
-from acla.models.serialization import fitting_weights, load_model, load_state
+from acla.models.serialization import compatible_weights, load_model, load_state
 from acla.search.architecture import Architecture, choose_network, read_architecture
 from acla.training import run_dir, validation
 from acla.training.run_dir import BEST, LOG, MODEL, STATE, Progress, RunDir, Stop, TrainPlan
@@ -241,7 +241,7 @@ def load_initial_weights(
         weights, task = supernet.model.state_dict(), supernet.task
     elif args.init:
         path = Path(args.init)
-        weights, task = fitting_weights(path, plan.model)
+        weights, task = compatible_weights(path, plan.model)
     else:
         return None
     trainer.load_weights(weights)

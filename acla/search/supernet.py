@@ -59,7 +59,7 @@ class Supernet(nn.Module):
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Pictures [B,C,H,W] through the modules whose gate [J] is open: the restored pictures, and
         the keys kept in each module that ran, {position: [B,L]}."""
-        return self.backbone.attended(pictures, seeds, gates, temperature)
+        return self.backbone.forward_with_counts(pictures, seeds, gates, temperature)
 
     def cost(self, kept: dict[int, Tensor], n: int, gates: Tensor | None = None) -> Tensor:
         """Eq. 12 and 13 in FLOPs for one picture of n positions, at the mask density just met.
