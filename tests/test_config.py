@@ -154,7 +154,7 @@ def test_flags_override_the_preset_and_nothing_else():
     assert network.positions == (2, 5)
     assert network.scale == 1  # the task's, not a field's flag
     length = cli.override_length(config.train_preset("tiny"), args)
-    assert (length.amp, length.ema, length.batch) == (True, False, 4)
+    assert (length.amp, length.ema, length.batch_size) == (True, False, 4)
 
 
 def test_offsets_learn_at_ten_times_the_rate_where_training_is_short():
