@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         plan = plan_from_flags(args, preset)
         flags = {name: getattr(args, name) for name in KEPT_FLAGS}
         flags |= {"preset": preset, "seeds": args.seeds or 1}  # as --resume may repeat them
-        cli.tell_of_sample(args)
+        cli.notice_sample(args)
     else:
         plan, flags = read_plan(written, args)
     processes.require_share(plan.search.batch_size)
@@ -101,8 +101,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         type=int,
         help="searches, from --seed on, and their agreement (default: 1)",
     )
-    cli.add_flags(parser, SearchConfig, but=("lam",))
-    cli.add_flags(parser, config.ModelConfig, but=("attention", "positions"))
+    cli.add_flags(parser, SearchConfig, skip=("lam",))
+    cli.add_flags(parser, config.ModelConfig, skip=("attention", "positions"))
     args = parser.parse_args(argv)
     args.auto = None
     if getattr(args, "lam", None) == "auto":

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.describe:
             console.say(json.dumps(describe(plan.model)))
             return
-        cli.tell_of_sample(args)
+        cli.notice_sample(args)
         train(plan, args, processes)
     processes.leave()
 

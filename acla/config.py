@@ -257,7 +257,7 @@ class TrainConfig:
     )
     clip: float = option(
         0.0,
-        "largest norm of a step's gradient, above it is shortened; 0: off",
+        "largest norm of a step's gradient, which clipping keeps; 0: off",
         NOT_NEGATIVE,
         shown="off",
     )
