@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from acla import cli, config, console
-from acla.config import AT_SEARCHED, ModelConfig, TrainConfig
+from acla.config import ATTENTIONS, ModelConfig, TrainConfig
 from acla.data import datasets
 from acla.data.datasets import Loader, PatchSampler, Pictures, training_sets
 from acla.distributed import Processes, join
 from acla.errors import UsageError
 from acla.models.factory import describe
-from acla.models.serialization import fitting_weights, load_model, load_state
+from acla.models.serialization import compatible_weights, load_model, load_state
 from acla.search.architecture import Architecture, choose_network, read_architecture
 from acla.training import run_dir, validation
 from acla.training.run_dir import BEST, LOG, MODEL, STATE, Progress, RunDir, Stop, TrainPlan
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.describe:
             console.say(json.dumps(describe(plan.model)))
             return
-        cli.tell_of_sample(args)
+        cli.notice_sample(args)
         train(plan, args, processes)
     processes.leave()
 
@@ -121,7 +121,8 @@ def choose_architecture(args: argparse.Namespace) -> Architecture | None:
     flags."""
     if args.arch:
         return None if args.arch in ("paper", "none") else read_architecture(Path(args.arch))
-    by_search = "positions" not in args and getattr(args, "attention", "acla") in AT_SEARCHED
+    kind = ATTENTIONS[getattr(args, "attention", "acla")]
+    by_search = kind.at_searched and "positions" not in args
     if not (by_search and SEARCHED.is_file()):
         return None
     searched, task = read_architecture(SEARCHED), cli.task_from_flags(args)
@@ -241,7 +242,7 @@ def load_initial_weights(
         weights, task = supernet.model.state_dict(), supernet.task
     elif args.init:
         path = Path(args.init)
-        weights, task = fitting_weights(path, plan.model)
+        weights, task = compatible_weights(path, plan.model)
     else:
         return None
     trainer.load_weights(weights)

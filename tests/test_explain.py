@@ -169,13 +169,13 @@ def test_it_tells_numbers_without_matplotlib(tmp_path, capsys, monkeypatch, pict
 
 
 def test_what_is_attributed_is_the_network_with_its_masks_fixed(tmp_path, monkeypatch, picture):
-    seen, attended = [], Backbone.attended
+    seen, attended = [], Backbone.forward_with_counts
 
     def noted(self, *given, **options):
         seen.append((torch.is_grad_enabled(), options.get("temperature")))
         return attended(self, *given, **options)
 
-    monkeypatch.setattr(Backbone, "attended", noted)
+    monkeypatch.setattr(Backbone, "forward_with_counts", noted)
     file = attentive(tmp_path / "car.safetensors", CAR)
     words = [picture, "--checkpoint", file, "--steps", 2, "--device", "cpu", "--json", "-"]
     explain.main(list(map(str, words)))

@@ -226,7 +226,7 @@ def observe(model: Backbone, picture: Tensor, y: int, x: int) -> Observed:
         if isinstance(m, BranchWeights)
     ]
     try:
-        restored, counts = model.attended(picture.unsqueeze(0))
+        restored, counts = model.forward_with_counts(picture.unsqueeze(0))
     finally:
         for hook in hooks:
             hook.remove()

@@ -302,7 +302,7 @@ def look(
             )
 
         def network_as_used(pictures: Tensor) -> Tensor:
-            return model.attended(pictures, temperature=FIXED_MASKS)[0]
+            return model.forward_with_counts(pictures, temperature=FIXED_MASKS)[0]
 
         return observed, local_attribution(network_as_used, low, scene.inner_window, args.steps)
     except (MemoryError, RuntimeError) as error:

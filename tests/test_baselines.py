@@ -238,7 +238,7 @@ def test_mha_with_positions_is_bello_et_al(H, W, monkeypatch):
 
 @pytest.mark.parametrize("limit", [2**24, 13 * 2 * 2 * 35, 1])  # all queries, thirteen, and one
 def test_multi_head_attention_is_the_same_without_gradients(limit, monkeypatch):
-    monkeypatch.setattr(baselines, "LOGITS", limit)
+    monkeypatch.setattr(baselines, "MAX_LOGITS", limit)
     module = random_module(MultiHeadAttention(32))
     (x,) = random_maps(1, (2, 32, 7, 5))
     expected = module(x, [to_rows(x)])[0]
@@ -305,7 +305,7 @@ def test_any_network_takes_any_attention_anywhere(attention, backbone):
     plain = Backbone(replace(net.config, attention="none", positions=(), keys=0))
     plain.load_state_dict({n: t for n, t in net.state_dict().items() if "attention" not in n})
     pictures, seeds = torch.rand(2, 3, 7, 5), torch.tensor([1, 2])
-    z, kept = net.attended(pictures, seeds)
+    z, kept = net.forward_with_counts(pictures, seeds)
     same = torch.equal(z, plain(pictures))
     assert same == (attention not in ("se", "acla+se"))
     assert {position: tuple(count.shape) for position, count in kept.items()} == {
