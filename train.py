@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from acla import cli, config, console
-from acla.config import AT_SEARCHED, ModelConfig, TrainConfig
+from acla.config import ATTENTIONS, ModelConfig, TrainConfig
 from acla.data import datasets
 from acla.data.datasets import Loader, PatchSampler, Pictures, training_sets
 from acla.distributed import Processes, join
@@ -121,7 +121,8 @@ def choose_architecture(args: argparse.Namespace) -> Architecture | None:
     flags."""
     if args.arch:
         return None if args.arch in ("paper", "none") else read_architecture(Path(args.arch))
-    by_search = "positions" not in args and getattr(args, "attention", "acla") in AT_SEARCHED
+    kind = ATTENTIONS[getattr(args, "attention", "acla")]
+    by_search = kind.at_searched and "positions" not in args
     if not (by_search and SEARCHED.is_file()):
         return None
     searched, task = read_architecture(SEARCHED), cli.task_from_flags(args)

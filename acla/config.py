@@ -12,13 +12,6 @@ SETTING_FLAG = {"sr": "scale", "denoise": "sigma", "car": "q"}
 SETTING_DEFAULT = {"sr": 2, "denoise": 30, "car": 10, "demosaic": 0}
 TASKS = tuple(SETTING_DEFAULT)
 BACKBONES = ("edsr", "rcan", "han", "a2n", "a2n-m")
-# cla-i is CLA at searched positions, cla-k is ACLA at evenly spread ones (Table 6).
-ATTENTIONS = ("none", "cla", "acla", "cla-i", "cla-k", "acla+se", "nl", "clnl", "se", "mha")
-DEFAULT_KEYS = {"cla": 8, "acla": 16, "cla-i": 8, "cla-k": 16, "acla+se": 16}  # others sample none
-MASKED = ("acla", "cla-k", "acla+se")  # choose among their keys by a mask
-AT_SEARCHED = ("acla", "cla-i", "acla+se")  # stand at searched positions in the paper
-SEARCHABLE = ("cla", "acla")  # can be in a supernet
-SAME_MODULE = {"cla-i": "cla", "cla-k": "acla"}  # at other positions
 # Names in older files → fields
 RENAMED = {
     "ring": "offset_radius",
@@ -51,6 +44,36 @@ PAPER_LAMBDA = {
     ("demosaic", "edsr"): 0.2,
     ("car", "edsr"): 0.2,
 }
+
+
+@dataclass(frozen=True)
+class AttentionKind:
+    """The traits of an attention. module: the kind whose modules it has, at other positions; keys:
+    sampled keys per layer by default, 0: it samples none; masked: whether it chooses among them by
+    a mask; at_searched: whether the paper inserts it at searched positions, else evenly spread ones;
+    searchable: whether a supernet may have it."""
+
+    module: str
+    keys: int = 0
+    masked: bool = False
+    at_searched: bool = False
+    searchable: bool = False
+
+
+ATTENTIONS = {
+    "none": AttentionKind("none"),
+    "cla": AttentionKind("cla", keys=8, searchable=True),
+    "acla": AttentionKind("acla", keys=16, masked=True, at_searched=True, searchable=True),
+    "cla-i": AttentionKind("cla", keys=8, at_searched=True),  # Table 6, as cla-k
+    "cla-k": AttentionKind("acla", keys=16, masked=True),
+    "acla+se": AttentionKind("acla+se", keys=16, masked=True, at_searched=True),
+    "nl": AttentionKind("nl"),
+    "clnl": AttentionKind("clnl"),
+    "se": AttentionKind("se"),
+    "mha": AttentionKind("mha"),
+}
+DEFAULT_KEYS = {name: kind.keys for name, kind in ATTENTIONS.items() if kind.keys}
+MASKED = tuple(name for name, kind in ATTENTIONS.items() if kind.masked)
 
 
 def option(
@@ -139,7 +162,7 @@ class ModelConfig:
     attention: str = option(
         "acla",
         "the attention module; Tables 4, 6 and 11 compare them",
-        ATTENTIONS,
+        tuple(ATTENTIONS),
         "as --arch says, else acla",
     )
     keys: int = option(16, "sampled keys per layer and query (K)", shown="by --attention")

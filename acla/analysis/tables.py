@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from acla import cli, console
-from acla.config import DEFAULT_KEYS, PRESETS, SAME_MODULE, ModelConfig, Task, model_preset
+from acla.config import ATTENTIONS, PRESETS, ModelConfig, Task, model_preset
 from acla.data.datasets import find_set, known_sets
 from acla.data.degradations import generator_for
 from acla.data.image import load
@@ -79,7 +79,7 @@ def system(row: dict[str, str], preset: str) -> ModelConfig:
     """The network of a printed row, in a preset's size."""
     size = model_preset(preset, TASK, row["backbone"])
     attention, blocks = row["attention"], size.blocks
-    keys, positions = int(row["keys"] or DEFAULT_KEYS.get(attention, 0)), ()
+    keys, positions = int(row["keys"] or ATTENTIONS[attention].keys), ()
     if row["every"]:
         every = int(row["every"])
         positions = tuple(range(every, blocks + 1, every))
@@ -142,8 +142,8 @@ def find_checkpoints(folder: Path) -> dict[ModelConfig, Path]:
 def what_counts(config: ModelConfig) -> ModelConfig:
     """The configuration but for what a trained network does not show: how its modules began, and
     keys that no module has."""
-    attention = SAME_MODULE.get(config.attention, config.attention)
-    keys = config.keys if attention in DEFAULT_KEYS else 0
+    attention = ATTENTIONS[config.attention].module
+    keys = config.keys if ATTENTIONS[attention].keys else 0
     starts = {"offset_radius": ModelConfig.offset_radius, "mask_bias": ModelConfig.mask_bias}
     return replace(config, attention=attention, keys=keys, **starts)
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from acla.config import SAME_MODULE, ModelConfig, Task, from_dict
+from acla.config import ATTENTIONS, ModelConfig, Task, from_dict
 from acla.errors import NOT_VALID, CheckpointError, UsageError
 from acla.files import write_atomically
 from acla.models.backbones import Backbone
@@ -131,7 +131,7 @@ def compatible_weights(path: Path, config: ModelConfig) -> tuple[dict[str, Tenso
 
 def same_module(one: ModelConfig, other: ModelConfig, position: int) -> bool:
     """Whether two networks have equal modules at a position, which refer to the same layers."""
-    kinds = [(SAME_MODULE.get(c.attention, c.attention), c.keys) for c in (one, other)]
+    kinds = [(ATTENTIONS[c.attention].module, c.keys) for c in (one, other)]
     referred = [[p for p in c.positions if p <= position] for c in (one, other)]
     return kinds[0] == kinds[1] and referred[0] == referred[1]
 

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from acla.cli import override, task_from_flags
 from acla.config import (
-    AT_SEARCHED,
-    DEFAULT_KEYS,
+    ATTENTIONS,
     PAPER_POSITIONS,
     ModelConfig,
     Task,
@@ -111,7 +110,7 @@ def even_positions(blocks: int) -> tuple[int, ...]:
 def default_positions(attention: str, task: Task, backbone: str, blocks: int) -> tuple[int, ...]:
     """Where the paper inserts this attention: at Table 9's positions what it searched, evenly what
     it compares with (Section 4.5, A.3). Raises UsageError."""
-    if attention in AT_SEARCHED:
+    if ATTENTIONS[attention].at_searched:
         return paper_positions(task, backbone)
     return even_positions(blocks)
 
@@ -136,7 +135,7 @@ def choose_network(
     attention, blocks = given.get("attention", usual), given.get("blocks", size.blocks)
     if args.arch == "none" and attention != "none":
         raise UsageError(f"--arch none and --attention {attention} contradict each other")
-    keys, positions = DEFAULT_KEYS.get(attention, 0), given.get("positions", ())
+    keys, positions = ATTENTIONS[attention].keys, given.get("positions", ())
     if source and attention == source.model.attention:
         keys = source.model.keys
     if attention != "none" and "positions" not in given:

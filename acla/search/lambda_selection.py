@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from acla import console
-from acla.config import MASKED, ModelConfig, format_positions
+from acla.config import ATTENTIONS, ModelConfig, format_positions
 from acla.data.datasets import find_set, sample, split_for_search
 from acla.distributed import Processes
 from acla.errors import AclaError, DataError
@@ -88,7 +88,7 @@ def mean_and_error(values: np.ndarray) -> tuple[float, float]:
 def macs(model: ModelConfig) -> int:
     """Multiply-adds of a network's attention for one low-quality picture of 48 × 48, every key
     read, as train.py --describe prints them."""
-    masked = model.attention in MASKED
+    masked = ATTENTIONS[model.attention].masked
     flops = full_attention_flops(len(model.positions), SIDE * SIDE, model.width, model.keys, masked)
     return flops // 2
 

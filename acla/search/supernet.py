@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from acla.config import MASKED, SEARCHABLE, ModelConfig
+from acla.config import ATTENTIONS, ModelConfig
 from acla.errors import UsageError
 from acla.models.backbones import Backbone
 from acla.models.cost import attention_flops
@@ -28,8 +28,8 @@ class Supernet(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        if config.attention not in SEARCHABLE:
-            known = " and ".join(SEARCHABLE)
+        if not ATTENTIONS[config.attention].searchable:
+            known = " and ".join(name for name, kind in ATTENTIONS.items() if kind.searchable)
             raise UsageError(f"a search is for {known}, not for --attention {config.attention}")
         everywhere = tuple(range(1, config.blocks + 1))
         self.backbone = build_network(replace(config, positions=everywhere))
@@ -72,7 +72,7 @@ class Supernet(nn.Module):
         for position, count in kept.items():
             counts[position - 1] = count.mean(0)
             self.density[position - 1, :position] = count.detach().mean(0) / (n * keys)
-        masked = self.config.attention in MASKED
+        masked = ATTENTIONS[self.config.attention].masked
         return attention_flops(s.double(), n, self.config.width, keys, counts, masked)
 
     def open_positions(self) -> tuple[int, ...]:
