@@ -127,5 +127,5 @@ def test_the_cost_of_baselines_in_the_papers_network():
 
 def test_an_unknown_attention_is_a_mistake():
     for count in (module_flops, module_parameters):
-        with pytest.raises(ValueError, match="'what'"):
+        with pytest.raises(KeyError, match="what"):
             count("what", *[1] * (4 if count is module_flops else 3))
