@@ -1,7 +1,10 @@
-"""Published files: the same function for pictures in 0..1, no code run, one line for a refusal."""
+"""Conversion of published files: the same function for pictures in 0..1, no code run, errors of one
+line."""
 
 import os
-from dataclasses import replace
+import subprocess
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -9,13 +12,14 @@ import torch
 from published import NETWORKS, random_tensors
 from safetensors.torch import save_file
 
-from acla.checkpoint import find_config, convert, main
+from acla.checkpoint import convert, infer_config, main
 from acla.cli import run
 from acla.config import Task, model_preset
 from acla.errors import CheckpointError, UsageError
 from acla.models.factory import build_network
 from acla.models.serialization import load_model
 
+ROOT = Path(__file__).parents[1]
 WIDTHS = {"edsr": 8, "rcan": 16, "han": 16, "a2n": 8, "a2n-m": 8}
 
 
@@ -41,19 +45,19 @@ def publish(tmp_path):
         ("a2n-m", 2),
     ],
 )
-@pytest.mark.parametrize(("H", "W"), [(7, 5), (1, 1)])
-def test_the_function_is_the_published_one(publish, kind, scale, H, W):
+def test_the_function_is_the_published_one(publish, kind, scale):
     path, tensors = publish(kind, scale)
     network = convert(path, scale).double()
-    pictures = torch.rand(2, 3, H, W, dtype=torch.float64)
-    with torch.no_grad():
-        theirs = NETWORKS[kind]({n: t.double() for n, t in tensors.items()}, 255 * pictures, scale)
-        torch.testing.assert_close(network(pictures), theirs / 255, rtol=1e-6, atol=1e-6)
-    found = network.config
-    assert (found.backbone, found.blocks, found.width, found.channels, found.scale) == (
-        *(kind, 2, WIDTHS[kind], 3, scale),
-    )
-    assert found.positions == ()
+    exact = {name: tensor.double() for name, tensor in tensors.items()}
+    for H, W in ((7, 5), (1, 1)):
+        pictures = torch.rand(2, 3, H, W, dtype=torch.float64)
+        with torch.no_grad():
+            theirs = NETWORKS[kind](exact, 255 * pictures, scale)
+            torch.testing.assert_close(network(pictures), theirs / 255, rtol=1e-6, atol=1e-6)
+    size = {"blocks": 2, "width": WIDTHS[kind], "channels": 3, "scale": scale, "positions": ()}
+    config = asdict(network.config)
+    assert {name: config[name] for name in size} == size
+    assert config["backbone"] == kind
 
 
 @pytest.mark.parametrize(
@@ -67,12 +71,12 @@ def test_the_function_is_the_published_one(publish, kind, scale, H, W):
         ("paper", "a2n-m", {"reduction": 8}),
     ],
 )
-def test_shapes_tell_the_network(preset, backbone, change):
+def test_the_configuration_is_inferred_from_shapes(preset, backbone, change):
     config = replace(model_preset(preset, Task("sr", 2), backbone), **change, scale=1)
     config = replace(config, attention="none", keys=0)
     with torch.device("meta"):
         tensors = build_network(config).state_dict()
-    assert find_config(tensors, backbone.removesuffix("-m")) == config
+    assert infer_config(tensors, backbone.removesuffix("-m")) == config
 
 
 @pytest.mark.parametrize(
@@ -83,7 +87,7 @@ def test_shapes_tell_the_network(preset, backbone, change):
         pytest.param(lambda t: {"params": {f"module.{n}": v for n, v in t.items()}}, id="parallel"),
     ],
 )
-def test_wrapped_tensors_are_found(publish, change):
+def test_wrapped_tensors_are_unwrapped(publish, change):
     plain = convert(publish()[0]).state_dict()
     found = convert(publish(change=change)[0]).state_dict()
     assert all(torch.equal(found[name], plain[name]) for name in plain)
@@ -138,38 +142,34 @@ def eight_times(t):
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
-        ("edsr", lambda t: {"fc.weight": t["head.0.weight"]}, "of no network that is known"),
-        ("edsr", lambda t: {}, "of no network that is known"),
-        ("edsr", lambda t: [*t.values()], "other things than tensors by name"),
-        ("edsr", lambda t: {**t, "epoch": 3}, "other things than tensors by name"),
-        ("edsr", lambda t: {**t, 3: t["head.0.weight"]}, "other things than tensors by name"),
-        ("edsr", lambda t: {**t, "more": t["head.0.weight"].to_sparse()}, "other things than"),
-        ("edsr", lambda t: {**t, "more": t["head.0.weight"].to("meta")}, "other things than"),
-        ("edsr", lambda t: {**t, "more": t["head.0.weight"]}, "1 are unknown, for instance more"),
+        ("edsr", lambda t: {"fc.weight": t["head.0.weight"]}, "no supported network"),
+        ("edsr", lambda t: {}, "no supported network"),
+        ("edsr", lambda t: [*t.values()], "more than tensors"),
+        ("edsr", lambda t: {**t, "epoch": 3}, "more than tensors"),
+        ("edsr", lambda t: {**t, 3: t["head.0.weight"]}, "more than tensors"),
+        ("edsr", lambda t: {**t, "more": t["head.0.weight"].to_sparse()}, "more than tensors"),
+        ("edsr", lambda t: {**t, "more": t["head.0.weight"].to("meta")}, "more than tensors"),
+        ("edsr", lambda t: {**t, "more": t["head.0.weight"]}, "1 are unknown, .* more"),
         ("edsr", without("head.0.bias"), "1 tensors are missing"),
-        ("edsr", without("head."), "names of EDSR, but not its tensors"),
-        ("edsr", with_value("head.0.weight", lambda v: v.sum()), "names of EDSR, but not"),
-        ("edsr", with_value("head.0.weight", lambda v: v[:, :2]), "unknown channels 2"),
+        ("edsr", without("head."), "names of EDSR"),
+        ("edsr", with_value("head.0.weight", lambda v: v.sum()), "names of EDSR"),
+        ("edsr", with_value("head.0.weight", lambda v: v[:, :2]), "channels 2"),
         ("edsr", with_value("body.0.body.0.weight", lambda v: v[:3]), r"body\.0\.body\.0\.weight"),
-        ("edsr", with_value("head.0.bias", torch.Tensor.half), r"head\.0\.bias is torch\.float16"),
+        ("edsr", with_value("head.0.bias", torch.Tensor.half), r"head\.0\.bias .*float16"),
         ("edsr", with_value("sub_mean.bias", lambda v: v / 255), r"pictures in 0\.\.1"),
-        ("edsr", without("tail.0"), "enlarges neither ×2 nor ×3 nor ×4"),
-        ("rcan", eight_times, "enlarges neither ×2 nor ×3 nor ×4"),
-        ("rcan", without("conv_du"), "names of RCAN, but not its tensors"),
-        ("rcan", without("body.1.body.0."), "does not fit its network"),
+        ("edsr", without("tail.0"), "×2 nor ×3 nor ×4"),
+        ("rcan", eight_times, "×2 nor ×3 nor ×4"),
+        ("rcan", without("conv_du"), "names of RCAN"),
+        ("rcan", without("body.1.body.0."), "does not fit"),
         ("rcan", without("mean"), "4 tensors are missing"),
-        ("han", without("csa.conv.weight"), "names of HAN, but not its tensors"),
-        (
-            "han",
-            with_value("csa.conv.weight", lambda v: v[..., :2]),
-            r"csa\.kernel is .*\[3, 3, 2\]",
-        ),
-        ("a2n", without("ADM.0"), "names of A2N, but not its tensors"),
-        ("a2n", without("trunk_conv"), "names of A2N, but not|does not fit"),
-        ("a2n", with_value("att1.conv.weight", lambda v: v[:9]), r"tail\.0\.2\.conv\.weight is"),
+        ("han", without("csa.conv.weight"), "names of HAN"),
+        ("han", with_value("csa.conv.weight", lambda v: v[..., :2]), r"csa\.kernel .*\[3, 3, 2\]"),
+        ("a2n", without("ADM.0"), "names of A2N"),
+        ("a2n", without("trunk_conv"), "names of A2N|does not fit"),
+        ("a2n", with_value("att1.conv.weight", lambda v: v[:9]), r"tail\.0\.2\.conv\.weight"),
     ],
 )
-def test_what_is_no_known_network_is_refused(publish, kind, change, message):
+def test_other_contents_are_refused(publish, kind, change, message):
     path, _ = publish(kind, change=change)
     with pytest.raises(CheckpointError, match=message) as caught:
         convert(path, None if kind != "a2n" else 2)
@@ -183,68 +183,61 @@ def test_damaged_files_are_refused(publish, tmp_path):
     torch.save(random_tensors("a2n", 4, 8), path, _use_new_zipfile_serialization=False)
     old = path.read_bytes()
     generator = torch.Generator().manual_seed(1)
-    cases = [
-        b"",
-        b"\x80\x02.",
-        b"text",
-        *(w[: len(w) * k // 5] for w in (whole, old) for k in range(5)),
-    ]
-    for number in range(150):
+    cases = [b"", b"\x80\x02.", b"text"]
+    cases += [w[: len(w) * k // 5] for w in (whole, old) for k in range(5)]
+    for number in range(60):
         damaged = bytearray((whole, old)[number % 2])
         for place, value in torch.randint(0, 2048, (4, 2), generator=generator).tolist():
             damaged[place] = value % 256
         cases.append(bytes(damaged))
-    said = []
+    messages = []
     for case in cases:
         path.write_bytes(case)
         try:
             convert(path)
         except CheckpointError as error:
-            said.append(str(error))
-    assert not any("\n" in text for text in said)
-    assert len(said) > len(cases) // 2
-    with pytest.raises(CheckpointError, match="there is no such file"):
+            messages.append(str(error))
+    assert not any("\n" in message for message in messages)
+    assert len(messages) > len(cases) // 2
+    with pytest.raises(CheckpointError, match="no such file"):
         convert(tmp_path / "none.pt")
     (tmp_path / "net.safetensors").write_bytes(whole)
-    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+    with pytest.raises(CheckpointError, match="not a whole"):
         convert(tmp_path / "net.safetensors")
 
 
 @pytest.mark.parametrize(
     ("kind", "scale", "given", "message"),
     [
-        ("a2n", 3, None, "its shapes fit ×2 and ×3: give --scale 2 or --scale 3"),
-        ("a2n", 3, 4, r"--scale 4: the network of .* enlarges ×2 or ×3"),
-        ("a2n", 4, 2, r"--scale 2: the network of .* enlarges ×4"),
-        ("edsr", 3, 2, r"--scale 2: the network of .* enlarges ×3"),
+        ("a2n", 3, None, "--scale 2 or --scale 3"),
+        ("a2n", 3, 4, "--scale 4: .* ×2 or ×3"),
+        ("a2n", 4, 2, "--scale 2: .* ×4"),
+        ("edsr", 3, 2, "--scale 2: .* ×3"),
     ],
 )
-def test_a_scale_that_cannot_be_is_refused(publish, kind, scale, given, message):
+def test_another_scale_is_refused(publish, kind, scale, given, message):
     with pytest.raises(UsageError, match=message):
         convert(publish(kind, scale)[0], given)
 
 
-# The command
+# Command
 
 
-def test_the_command_writes_a_file_of_ours(publish, tmp_path, capsys):
+def test_the_command_writes_a_model_file(publish, tmp_path):
     path, _ = publish("rcan", 3)
     out = tmp_path / "out.safetensors"
-    main(["import", str(path), str(out), "--task", "sr", "--scale", "3"])
-    told = capsys.readouterr().out
-    found = load_model(out)
-    assert (found.task, found.config.backbone, found.config.group_blocks) == (
-        Task("sr", 3),
-        "rcan",
-        2,
-    )
-    assert found.info["imported"] == "net.pt"
-    assert len(found.info["sha256"]) == 64
-    params = sum(tensor.numel() for tensor in found.model.state_dict().values())
-    assert told == f"{out}: sr x3, rcan of 2 blocks × 16, {params:,} parameters\n"
+    command = [sys.executable, "-m", "acla.checkpoint", "import", path, out, "--scale", "3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    result = load_model(out)
+    params = sum(tensor.numel() for tensor in result.model.state_dict().values())
+    assert done.stdout == f"{out}: sr x3, rcan of 2 blocks × 16, {params:,} parameters\n"
+    assert (result.task, result.config.group_blocks) == (Task("sr", 3), 2)
+    assert result.info["imported"] == "net.pt"
+    assert len(result.info["sha256"]) == 64
     pictures = torch.rand(1, 3, 4, 6)
     with torch.no_grad():
-        assert torch.equal(found.model(pictures), convert(path)(pictures))
+        assert torch.equal(result.model(pictures), convert(path)(pictures))
 
 
 def status(*words) -> int:
@@ -267,7 +260,7 @@ def test_nothing_is_overwritten(publish, tmp_path, capsys):
     assert load_model(out).config.blocks == 2
 
 
-def test_wrong_calls_and_files_have_their_status(publish, tmp_path, capsys):
+def test_exit_status_of_wrong_calls_and_files(publish, tmp_path, capsys):
     path, _ = publish("a2n", 2)
     out = tmp_path / "out.safetensors"
     assert status() == 2
@@ -277,6 +270,5 @@ def test_wrong_calls_and_files_have_their_status(publish, tmp_path, capsys):
     main(["import", str(path), str(out), "--scale", "2"])
     capsys.readouterr()
     assert status("import", out, tmp_path / "more.safetensors", "--scale", "2") == 1
-    told = capsys.readouterr().err
-    assert told == f"error: {out}: one of our files already; use it as it is\n"
+    assert f"error: {out}: " in capsys.readouterr().err
     assert not Path(tmp_path, "more.safetensors").exists()

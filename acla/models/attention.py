@@ -6,7 +6,7 @@ offsets are (dy, dx) in pixels, y first
 Where each equation is computed:
 
     Eq. 2      z = x + h(y)                h in `CrossLayerAttention.forward`, x + in backbones.py
-    Eq. 5, 6   y, weighted sum over keys   sampling, softmax, sum in `kernels.attend`; g in `forward`
+    Eq. 5, 6   y, weighted sum of keys     sampling, softmax, sum: `kernels.attend`; g in `forward`
     Eq. 7, 9   binary Gumbel gate with its straight-through estimator
                                            `binary_gate` in kernels/reference.py; the fast backends
                                            compute the same inside `kernels.attend`

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from acla.config import MASKED, ModelConfig
+from acla.config import ATTENTIONS, ModelConfig
 from acla.models.attention import CrossLayerAttention
 from acla.models.baselines import MultiHeadAttention, NonLocal, SqueezedAttention, SqueezeExcitation
 from acla.models.gumbel import position_seeds
@@ -235,12 +235,12 @@ class Backbone(nn.Module):
 
 def build_module(config: ModelConfig, layers: int) -> nn.Module:
     """An attention module that refers to `layers` layers, its own last."""
-    match config.attention:
-        case "cla" | "acla" | "cla-i" | "cla-k" | "acla+se":
-            kind = SqueezedAttention if config.attention == "acla+se" else CrossLayerAttention
-            masked = config.attention in MASKED
+    kind = ATTENTIONS[config.attention]
+    match kind.module:
+        case "cla" | "acla" | "acla+se":
+            module = SqueezedAttention if kind.module == "acla+se" else CrossLayerAttention
             initial = {"offset_radius": config.offset_radius, "mask_bias": config.mask_bias}
-            return kind(config.width, layers, config.keys, masked, **initial)
+            return module(config.width, layers, config.keys, kind.masked, **initial)
         case "nl":
             return NonLocal(config.width, layers=1)
         case "clnl":

@@ -17,7 +17,7 @@ attention."""
 from collections.abc import Sequence
 from typing import Any
 
-from acla.config import MASKED
+from acla.config import ATTENTIONS
 
 # Inner sizes of the baselines
 
@@ -84,9 +84,10 @@ def full_attention_flops(modules: int, n: int, width: int, keys: int, masked: bo
 def module_flops(attention: str, layers: int, n: int, width: int, keys: int) -> int:
     """FLOPs of one module that refers to `layers` layers and keeps every key, for one picture of n
     positions."""
-    match attention:
-        case "cla" | "acla" | "cla-i" | "cla-k":
-            pair = pair_flops(n, width, keys, n * keys, attention in MASKED)
+    kind = ATTENTIONS[attention]
+    match kind.module:
+        case "cla" | "acla":
+            pair = pair_flops(n, width, keys, n * keys, kind.masked)
             return output_flops(n, width) + layers * pair
         case "acla+se":
             return sum(module_flops(part, layers, n, width, keys) for part in ("acla", "se"))
@@ -106,9 +107,10 @@ def module_flops(attention: str, layers: int, n: int, width: int, keys: int) -> 
 
 def module_parameters(attention: str, layers: int, width: int, keys: int) -> int:
     """Parameters of one module that refers to `layers` layers."""
-    match attention:
-        case "cla" | "acla" | "cla-i" | "cla-k":
-            outputs = width + 3 * keys + (keys if attention in MASKED else 0)  # value, points, mask
+    kind = ATTENTIONS[attention]
+    match kind.module:
+        case "cla" | "acla":
+            outputs = width + 3 * keys + (keys if kind.masked else 0)  # value, points, mask
             return (layers * outputs + width) * (width + 1)
         case "acla+se":
             return sum(module_parameters(part, layers, width, keys) for part in ("acla", "se"))
