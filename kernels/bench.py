@@ -49,13 +49,15 @@ def run_pass(implementation: Implementation, case: Case, which: str) -> list[Ten
         with torch.no_grad():
             return [implementation(case)]
     inputs = [tensor.requires_grad_() for tensor in case.inputs]
-    out = implementation(case)
-    gradient = case.gradient
-    if out.shape != gradient.shape:  # the convolution's
-        gradient = gradient[..., 0, :].permute(0, 3, 1, 2)
-    grads = torch.autograd.grad(out, inputs, gradient, allow_unused=True)
-    for tensor in inputs:
-        tensor.requires_grad_(False)
+    try:
+        out = implementation(case)
+        gradient = case.gradient
+        if out.shape != gradient.shape:  # the convolution's
+            gradient = gradient[..., 0, :].permute(0, 3, 1, 2)
+        grads = torch.autograd.grad(out, inputs, gradient, allow_unused=True)
+    finally:
+        for tensor in inputs:
+            tensor.requires_grad_(False)
     return [out.detach(), *(g for g in grads if g is not None)]
 
 
