@@ -1,6 +1,5 @@
 """Batches made ahead by workers: the same bits for every number of them."""
 
-import json
 import os
 import signal
 import subprocess
@@ -11,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-from acla.analysis import loading
 from acla.config import Task
 from acla.data import datasets
 from acla.data.datasets import Loader, PatchSampler, Pictures, default_workers
@@ -96,31 +94,3 @@ def test_the_number_of_workers(monkeypatch):
     assert default_workers(torch.device("cuda")) == 1
     with pytest.raises(UsageError, match="--workers must be 0 or more, not -1"):
         Loader(None, CPU, -1)
-
-
-def test_the_benchmark_prints_rows(capsys, monkeypatch):
-    monkeypatch.setattr(loading, "training_step", lambda *_: lambda step: None)
-    loading.main(["--preset", "tiny", "--device", "cpu", "--workers", "0", "2", "--batches", "1"])
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row.get("workers") for row in rows] == [0, 2, None]
-    assert all(row["patches_per_second"] > 0 for row in rows)
-
-
-@pytest.mark.parametrize(("batches", "steps"), [(2, 2), (7, 5)])
-def test_the_benchmark_trains_for_a_few_steps_at_most(batches, steps, monkeypatch):
-    done = []
-    monkeypatch.setattr(loading, "training_step", lambda *_: done.append)
-    words = ["--preset", "tiny", "--device", "cpu", "--workers", "0"]
-    loading.main([*words, "--batches", str(batches)])
-    assert done == list(range(steps + 1))  # the first is not counted
-
-
-def test_the_benchmark_wants_batches():
-    for words in (["--batches", "0"], ["--workers", "0", "-1"]):
-        with pytest.raises(UsageError, match="must be 1 or more, and --workers 0 or more"):
-            loading.main(words)
-
-
-def test_the_benchmark_trains(sampler):
-    sampler = PatchSampler(sampler.pictures, Task("sr", 2), 4, 1)
-    loading.training_step(Task("sr", 2), "tiny", sampler, CPU)(0)
