@@ -37,10 +37,14 @@ EXPLANATION = (
 COLOURS = ("#0077b6", "#2a9d8f", "#e9a700", "#e76f51", "#9b2f6f")  # one a module
 
 
-def main() -> None:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, metavar="OUT.png")
-    out = parser.parse_args().out
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    out = parse(argv).out
     network = load_model(WEIGHTS)
     path = next(path for path in find_set("sample", None) if path.name == PICTURE)
     task = Task("car", 10)
@@ -77,7 +81,7 @@ def draw_crop(figure: Figure, column: int, picture: Tensor, title: str) -> None:
 
 def draw_network(axes: Axes, blocks: int, positions: tuple[int, ...]) -> None:
     """The network from left to right; above it, what every attention module reads."""
-    y, block, step, room = 124, 46, 55, 42
+    y, block, step, gap = 124, 46, 55, 42
     draw_box(axes, GAP, y, 66, "JPEG")
     draw_box(axes, 102, y, 66, "head")
     skip, x = 177.0, 186.0
@@ -92,7 +96,7 @@ def draw_network(axes: Axes, blocks: int, positions: tuple[int, ...]) -> None:
             for feature in features:
                 draw_arc(axes, feature, module, y, colour)
             axes.add_patch(Circle((module, y), 13, facecolor=colour, edgecolor="white", lw=2))
-            x += room
+            x += gap
     axes.plot(features, [y] * len(features), "o", color=INK, ms=6, zorder=4)
     draw_box(axes, x, y, 62, "conv")
     draw_skip(axes, skip, x + 82, y, 52, "skip")
