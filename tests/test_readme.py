@@ -46,7 +46,11 @@ def commands() -> list[tuple[str, list[str]]]:
     for name, text in TEXT.items():
         lines = [line for block in blocks("sh", text) for line in block.splitlines()]
         prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-        lines += [span for span in re.findall(r"`(python [^`\n]+)`", prose) if " --" in span or ".png" in span]
+        lines += [
+            span
+            for span in re.findall(r"`(python [^`\n]+)`", prose)
+            if " --" in span or ".png" in span
+        ]
         found += [(name, call) for line in lines for call in calls(line)]
     return [(name, call) for name, call in found if name != HISTORY]
 
