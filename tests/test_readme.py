@@ -132,6 +132,24 @@ def test_sizes_are_those_of_the_commands(capsys):
         assert f"| {size['macs_48x48'] / 1e9:.2f} G |" in row
 
 
+def test_times_of_the_operator_are_those_of_the_benchmark():
+    table = [row.split("|") for row in TEXT["docs/kernels.md"].splitlines() if "× |" in row]
+    lines = (ROOT / "results" / "bench-cpu.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len(table) == 8
+    for _, size, which, *cells, _ in table:
+        name = "forward" if which.strip() == "forward" else "both"
+        B, H, W, C = map(int, size.split("×"))
+        same = [
+            r for r in rows if (r["B"], r["H"], r["W"], r["C"], r["pass"]) == (B, H, W, C, name)
+        ]
+        ms = {row["backend"]: row["ms_p50"] for row in reversed(same) if 0.49 < row["keep"] < 0.51}
+        grid = min(ms["grid_sample per layer"], ms["grid_sample per key"])
+        expected = [ms["cpp"], ms["torch"], grid, ms["conv3x3"], grid / ms["cpp"]]
+        shown = [float(cell.strip(" ×")) for cell in cells]
+        assert shown == pytest.approx(expected, rel=0.006)
+
+
 def anchors(text: str) -> set[str]:
     """What links to the headings of a document end in."""
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
