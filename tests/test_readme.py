@@ -165,3 +165,9 @@ def test_links_lead_somewhere(document):
         path = (ROOT / document).parent / file if file else ROOT / document
         assert path.exists(), target
         assert not anchor or anchor in anchors(path.read_text(encoding="utf-8")), target
+
+
+@pytest.mark.parametrize("document", [name for name in TEXT if name != HISTORY])
+def test_named_files_exist(document):
+    files = re.findall(r"(?<![\w/.])(?:acla|kernels|tests|docs)/[\w/]+\.\w+", TEXT[document])
+    assert [file for file in files if not (ROOT / file).is_file()] == []
