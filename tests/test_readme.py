@@ -11,7 +11,7 @@ import evaluate
 import search
 import train
 from acla import checkpoint
-from acla.analysis import compare, explain, gallery, loading, plots, scores, tables
+from acla.analysis import explain, gallery, loading, plots, results, tables
 from acla.restore import __main__ as restore
 from kernels import autotune, bench, compile
 
@@ -21,13 +21,12 @@ PARTS = (
     autotune,
     bench,
     compile,
-    compare,
     explain,
     loading,
     gallery,
     plots,
     restore,
-    scores,
+    results,
     tables,
 )
 MODULES = {module.__name__: module for module in PARTS} | {"acla.checkpoint": checkpoint}
@@ -67,11 +66,9 @@ def test_the_two_commands_are_there():
 
 
 def test_scores_are_those_of_the_results(capsys, monkeypatch):
-    (words,) = [
-        w for w in commands() if w[1] == "acla.analysis.scores" and w[2].startswith("results/")
-    ]
+    (words,) = [w for w in commands() if w[1:3] == ["acla.analysis.results", "scores"]]
     monkeypatch.chdir(Path(__file__).parents[1])
-    scores.main(words[2:])
+    results.main(words[2:])
     assert capsys.readouterr().out in TEXT
 
 
