@@ -94,8 +94,8 @@ def test_table_and_json_file(capsys, root, tmp_path):
     out, err = capsys.readouterr()
     (row,) = json.loads((tmp_path / "r.json").read_text())["results"]
     assert out.startswith("denoise sigma25: RGB, range 0..255, no border cut")
-    ours = next(text.split() for text in out.splitlines() if text.startswith("untouched input"))
-    assert ours[2:] == [f"{row['mean']['psnr']:.2f}", f"{row['mean']['ssim']:.4f}"]
+    ours = next(line.split() for line in out.splitlines() if line.startswith("| untouched input"))
+    assert ours[4::2] == [f"{row['mean']['psnr']:.2f}", f"{row['mean']['ssim']:.4f}", "|"]
     assert "psnr" not in err
 
 
