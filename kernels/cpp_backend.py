@@ -168,7 +168,7 @@ class LibraryCall:
         self.alive.append(value)
 
     def run(self, function: str, **results: Tensor | list[Tensor | None] | None) -> None:
-        """LibraryCall `function` with the results to write (or their gradients to read)."""
+        """Call `function` with the results to write (or their gradients to read)."""
         for name, value in results.items():
             self.set(name, value)
         loaded = library()

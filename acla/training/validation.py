@@ -10,7 +10,7 @@ from acla.config import Task
 from acla.data.datasets import Pictures
 from acla.data.degradations import generator_for, pair
 from acla.data.image import from_levels
-from acla.data.metrics import line, score
+from acla.data.metrics import protocol_line, score
 from acla.errors import DataError
 from acla.models.backbones import Backbone
 
@@ -33,7 +33,7 @@ def validation_set(paths: Sequence[Path], task: Task, channels: int) -> Pictures
 def validation_protocol(task: Task, channels: int) -> str:
     """What the PSNR of a validation is, in one line."""
     side = f"the middle of each picture, at most {SIDE} × {SIDE} pixels"
-    return f"validation: {side}; {line(task, channels=channels)}"
+    return f"validation: {side}; {protocol_line(task, channels=channels)}"
 
 
 def validation_pair(
