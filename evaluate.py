@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import hashlib
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,22 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from acla.cli import (
-    add_common_flags,
-    add_task_flags,
-    names_no_setting,
-    pick_device,
-    run,
-    task_from_flags,
-)
+from acla import cli
 from acla.config import SETTING_DEFAULT, Task
-from acla.console import check_json, notice, progress, publish
+from acla.console import check_json, notice, publish
 from acla.data.datasets import find_set, match_stems
 from acla.data.degradations import generator_for, pair, untouched
 from acla.data.image import fit_channels, load, save
-from acla.data.metrics import TASK_OF_SET, line, published, score, table, task_of_set
+from acla.data.metrics import (
+    TASK_OF_SET,
+    protocol_line,
+    published,
+    result_table,
+    score_pictures,
+    task_of_set,
+)
 from acla.distributed import Processes, join
-from acla.errors import CheckpointError, DataError, UsageError
+from acla.errors import DataError, UsageError
 from acla.files import provenance
 from acla.models.serialization import load_model
 from acla.restore.inference import check_ensemble, check_tile, restored_pair
@@ -36,68 +35,65 @@ from acla.restore.pretrained import Weights
 DEFAULT_CHECKPOINT = Path("runs/train/model.safetensors")
 
 
-@dataclass
-class Method:
-    """What is scored. `predict`: (clean [C, H, W], path, task) → (prediction, target)."""
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    check(args)
+    processes = join(cli.pick_device(args.device))
+    flags = cli.task_from_flags(args)
+    sets = {name: find_set(name, args.data) for name in dict.fromkeys(args.dataset.split(","))}
+    # Every wrong call is refused here, before the first picture
+    method = pick_method(args, processes.device, sets)
+    tasks = {name: pick_task(args, flags, method, name) for name in sets}
+    folders = {name: make_folders(args, name, sets) for name in sets}
 
-    label: str
-    describe: dict[str, Any]
-    predict: Callable[[Tensor, Path, Task], tuple[Tensor, Tensor]]
-    task: Task | None = None
-    channels: int | None = None
+    results = []
+    for name, paths in sets.items():
+        images = score_set(method, tasks[name], paths, folders[name], args.seed, processes)
+        results.append(report(name, tasks[name], method, images))
+    if processes.first:
+        text = "\n".join(result_table(method.label, result) for result in results)
+        made_on = {"seed": args.seed, "provenance": provenance(processes.device)}
+        publish(text, {"results": results, **made_on}, args.json)
+    processes.leave()
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--dataset",
-        required=True,
-        metavar="NAME[,NAME...]",
-        help="the sets to score on; 'sample' is built in",
-    )
-    add_task_flags(parser, "the network's, else the set's")
-    source = parser.add_argument_group("What is scored (one of these)")
-    source = source.add_mutually_exclusive_group()
+    add = parser.add_argument
+    names = "NAME[,NAME...]"
+    add("--dataset", required=True, metavar=names, help="sets to score; 'sample' is built in")
+    cli.add_task_flags(parser, "the network's, else the set's")
+    group = parser.add_argument_group("What is scored (one of these)")
+    source = group.add_mutually_exclusive_group()
     source.add_argument(
         "--checkpoint",
         type=Path,
         metavar="FILE",
-        help=f"a network (default: {DEFAULT_CHECKPOINT} if it is there, else one that comes along)",
+        help=f"a network (default: {DEFAULT_CHECKPOINT} if there is one, else a pretrained one)",
     )
     source.add_argument("--baseline", action="store_true", help="the untouched input")
     source.add_argument(
         "--predictions",
         type=Path,
         metavar="DIR",
-        help="pictures made elsewhere; their file stem starts with the original's "
+        help="pictures made elsewhere, whose file stem starts with the original's "
         "(with several sets: DIR/NAME)",
     )
-    parser.add_argument(
-        "--save",
-        type=Path,
-        metavar="DIR",
-        help="write the restored pictures there as PNG (with several sets: in DIR/NAME)",
-    )
-    parser.add_argument(
-        "--save-inputs", type=Path, metavar="DIR", help="write the degraded inputs there, likewise"
-    )
-    parser.add_argument(
-        "--json", metavar="FILE|-", help="write the results there; - is standard output"
-    )
-    parser.add_argument(
+    several = "there as PNG (with several sets: in DIR/NAME)"
+    add("--save", type=Path, metavar="DIR", help=f"write the restored pictures {several}")
+    add("--save-inputs", type=Path, metavar="DIR", help=f"write the degraded inputs {several}")
+    add("--json", metavar="FILE|-", help="write the results there; - is standard output")
+    add(
         "--tile",
         type=int,
         metavar="N",
         help="side of a tile in low-quality pixels (default: whole pictures; halved when memory "
         "runs out)",
     )
-    parser.add_argument(
-        "--ensemble",
-        action="store_true",
-        help="average the network over 8 flips and rotations: 8 times slower",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
-    add_common_flags(parser)
+    eight = "average the network over 8 flips and rotations: 8 times slower"
+    add("--ensemble", action="store_true", help=eight)
+    add("--seed", type=int, default=0, help="seed of the noise (default: 0)")
+    cli.add_common_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -105,7 +101,7 @@ def check(args: argparse.Namespace) -> None:
     """Refuse impossible flags before any work is done. Raises UsageError."""
     check_tile(args.tile)
     if args.ensemble and (args.baseline or args.predictions):
-        raise UsageError("--ensemble is for a network: it has nothing to turn here")
+        raise UsageError("--ensemble needs a network: leave out --baseline and --predictions")
     if args.predictions and args.save:
         raise UsageError("--save has nothing to write with --predictions")
     if args.predictions and not args.predictions.is_dir():
@@ -113,32 +109,19 @@ def check(args: argparse.Namespace) -> None:
     check_json(args.json)
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
-    check(args)
-    processes = join(pick_device(args.device))
-    device = processes.device
-    flags = task_from_flags(args)
-    names = list(dict.fromkeys(args.dataset.split(",")))
-    sets = {name: find_set(name, args.data) for name in names}
-    # Everything that can be refused is refused here, before the first picture
-    method = pick_method(args, device, sets)
-    tasks = {name: pick_task(args, flags, method, name) for name in sets}
-    folders = {name: pick_folders(args, name, sets) for name in sets}
-
-    images = {
-        name: score_set(method, tasks[name], paths, folders[name], args.seed, processes)
-        for name, paths in sets.items()
-    }
-    if processes.first:
-        results = [report(name, tasks[name], method, images[name]) for name in sets]
-        tables = "\n".join(table(method.label, result) for result in results)
-        made_on = {"seed": args.seed, "provenance": provenance(device)}
-        publish(tables, {"results": results, **made_on}, args.json)
-    processes.leave()
-
-
 # What is scored, and as which task
+
+
+@dataclass
+class Method:
+    """What is scored. predict: (clean [C, H, W], path, task) → (prediction, target); model: its
+    entry in the results; task, channels: those of a network."""
+
+    label: str
+    model: dict[str, Any]
+    predict: Callable[[Tensor, Path, Task], tuple[Tensor, Tensor]]
+    task: Task | None = None
+    channels: int | None = None
 
 
 def pick_method(
@@ -159,29 +142,9 @@ def pick_method(
         def made_elsewhere(clean: Tensor, path: Path, task: Task) -> tuple[Tensor, Tensor]:
             return read_prediction(clean, path, files[path], task)
 
-        describe = {"kind": "predictions", "folder": str(args.predictions)}
-        return Method("predictions", describe, made_elsewhere)
+        model = {"kind": "predictions", "folder": str(args.predictions)}
+        return Method("predictions", model, made_elsewhere)
     return network(args.checkpoint or default_checkpoint(args, sets), device, args)
-
-
-def default_checkpoint(args: argparse.Namespace, sets: Iterable[str]) -> Path:
-    """The network that train.py writes by default, or else one that comes along. Raises UsageError
-    where there is neither."""
-    if DEFAULT_CHECKPOINT.is_file():
-        found = DEFAULT_CHECKPOINT
-    else:
-        task = task_from_flags(args) or TASK_OF_SET.get(next(iter(sets)), Task())
-        try:
-            offered = Weights(None, task, torch.device("cpu"))
-            quality = None if task.until else int(task.setting)
-            found = offered.files.get(task) or offered.pick(quality)[0]
-        except UsageError as error:
-            raise UsageError(
-                f"there is no {DEFAULT_CHECKPOINT} to score and {error}; or give --baseline or "
-                "--predictions DIR"
-            ) from error
-    notice(f"checkpoint {found}: the default; --checkpoint changes it")
-    return found
 
 
 def network(file: Path, device: torch.device, args: argparse.Namespace) -> Method:
@@ -195,30 +158,30 @@ def network(file: Path, device: torch.device, args: argparse.Namespace) -> Metho
         return restored_pair(checkpoint, clean, task, generator, args.tile, args.ensemble)
 
     config = checkpoint.config
-    describe = {"kind": "network", "checkpoint": str(file), **dataclasses.asdict(config)}
-    describe |= {"sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
-    describe |= {"trained_for": str(checkpoint.task), "ensemble": args.ensemble, "tile": args.tile}
+    model = {"kind": "network", "checkpoint": str(file), **dataclasses.asdict(config)}
+    model |= {"sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    model |= {"trained_for": str(checkpoint.task), "ensemble": args.ensemble, "tile": args.tile}
     label = f"network {file}" + (", ensemble of 8" if args.ensemble else "")
-    return Method(label, describe, restored, checkpoint.task, config.channels)
+    return Method(label, model, restored, checkpoint.task, config.channels)
 
 
-def pick_task(args: argparse.Namespace, flags: Task | None, method: Method, name: str) -> Task:
-    """The flags' task, or the checkpoint's, or the set's. Raises UsageError if they disagree."""
-    trained = method.task
-    if trained is None:
-        return flags or task_of_set(name)
-    if flags is None or (flags.name == trained.name and names_no_setting(args, trained.name)):
-        if not trained.until:
-            return trained
-        usual = Task(trained.name, SETTING_DEFAULT[trained.name])
-        scored = usual if trained.covers(usual) else Task(trained.name, trained.setting)
-        notice(f"{method.label}, trained for {trained}, is scored on {scored}; --q changes it")
-        return scored
-    if flags.name != trained.name or flags.scale != trained.scale:
-        raise UsageError(f"{method.label} was trained for {trained}, not for {flags}")
-    if not trained.covers(flags):
-        notice(f"{method.label} was trained for {trained} and is scored on {flags}")
-    return flags
+def default_checkpoint(args: argparse.Namespace, sets: Iterable[str]) -> Path:
+    """The network that train.py writes by default, or else a pretrained one. Raises UsageError
+    where there is neither."""
+    file = DEFAULT_CHECKPOINT
+    if not file.is_file():
+        task = cli.task_from_flags(args) or TASK_OF_SET.get(next(iter(sets)), Task())
+        try:
+            pretrained = Weights(None, task, torch.device("cpu"))
+            quality = None if task.until else int(task.setting)
+            file = pretrained.files.get(task) or pretrained.pick(quality)[0]
+        except UsageError as error:
+            raise UsageError(
+                f"there is no {DEFAULT_CHECKPOINT} to score and {error}; or give --baseline or "
+                "--predictions DIR"
+            ) from error
+    notice(f"checkpoint {file}: the default; --checkpoint changes it")
+    return file
 
 
 def read_prediction(clean: Tensor, path: Path, file: Path, task: Task) -> tuple[Tensor, Tensor]:
@@ -233,7 +196,28 @@ def read_prediction(clean: Tensor, path: Path, file: Path, task: Task) -> tuple[
     return prediction, target
 
 
-# Where pictures go
+def pick_task(args: argparse.Namespace, flags: Task | None, method: Method, name: str) -> Task:
+    """The flags' task, or the checkpoint's, or the set's. Raises UsageError if they disagree."""
+    trained = method.task
+    if trained is None:
+        return flags or task_of_set(name)
+    if flags is None or (flags.name == trained.name and cli.names_no_setting(args, trained.name)):
+        if not trained.until:
+            return trained
+        usual = Task(trained.name, SETTING_DEFAULT[trained.name])
+        scored = usual if trained.covers(usual) else Task(trained.name, trained.setting)
+        notice(f"{method.label}, trained for {trained}, is scored on {scored}; --q changes it")
+        return scored
+    if flags.name != trained.name or flags.scale != trained.scale:
+        raise UsageError(f"{method.label} was trained for {trained}, not for {flags}")
+    if not trained.covers(flags):
+        notice(f"{method.label} was trained for {trained} and is scored on {flags}")
+    return flags
+
+
+# The loop
+
+Folders = tuple[Path | None, Path | None]  # of restored pictures and of inputs
 
 
 def folder_for(folder: Path, name: str, sets: dict[str, list[Path]]) -> Path:
@@ -241,69 +225,53 @@ def folder_for(folder: Path, name: str, sets: dict[str, list[Path]]) -> Path:
     return folder / name if len(sets) > 1 else folder
 
 
-def pick_folders(
-    args: argparse.Namespace, name: str, sets: dict[str, list[Path]]
-) -> tuple[Path | None, Path | None]:
-    """Folders for restored pictures and for inputs. Raises UsageError if anything would be lost."""
-    folders = []
-    for given in (args.save, args.save_inputs):
-        folder = given and folder_for(given, name, sets)
-        folders.append(folder)
-        written = [] if folder is None else [folder / f"{path.stem}.png" for path in sets[name]]
-        lost = {path.resolve() for path in sets[name]} & {path.resolve() for path in written}
-        if lost or len(set(written)) < len(written):
+def make_folders(args: argparse.Namespace, name: str, sets: dict[str, list[Path]]) -> Folders:
+    """The folders that one set's pictures are written to. Raises UsageError if a file would be
+    overwritten."""
+    if args.save and args.save == args.save_inputs:
+        raise UsageError("--save and --save-inputs must be two folders")
+    folders = [given and folder_for(given, name, sets) for given in (args.save, args.save_inputs)]
+    for folder in filter(None, folders):
+        written = {(folder / f"{path.stem}.png").resolve() for path in sets[name]}
+        if len(written) < len(sets[name]) or written & {path.resolve() for path in sets[name]}:
             raise UsageError(
                 f"{folder}: pictures of set {name!r} would be overwritten there; "
                 "name another folder, or give the originals stems that differ"
             )
-        if folder:
-            folder.mkdir(parents=True, exist_ok=True)
-    if folders[0] is not None and folders[0] == folders[1]:
-        raise UsageError("--save and --save-inputs must be two folders")
+        folder.mkdir(parents=True, exist_ok=True)
     return folders[0], folders[1]
-
-
-# The loop
 
 
 def score_set(
     method: Method,
     task: Task,
     paths: list[Path],
-    folders: tuple[Path | None, Path | None],
+    folders: Folders,
     seed: int,
     processes: Processes,
 ) -> list[dict[str, Any]]:
-    """A row for each picture, one in memory at a time; processes divide the pictures."""
+    """A row for each picture; processes divide the pictures."""
     rows = {}
     own = paths[processes.rank :: processes.world]
     quiet = None if processes.first else True  # None: where standard error is a file
-    for path in progress(own, desc=str(task), unit="picture", disable=quiet):
-        clean = load(path)
-        try:
-            start = time.perf_counter()
-            prediction, target = method.predict(clean, path, task)
-            seconds = time.perf_counter() - start
-            psnr, ssim = score(prediction, target, task)
-            if folders[0]:
-                save(prediction, folders[0] / f"{path.stem}.png")
-            if folders[1]:
-                low, _ = pair(clean, task, generator_for(path.stem, seed), method.channels)
-                save(low, folders[1] / f"{path.stem}.png")
-        except (DataError, CheckpointError) as error:
-            raise type(error)(f"{path.name}: {error}") from error
-        rows[path] = {"name": path.name, "psnr": psnr, "ssim": ssim, "seconds": seconds}
+
+    def predict(clean: Tensor, path: Path) -> tuple[Tensor, Tensor]:
+        return method.predict(clean, path, task)
+
+    for scored in score_pictures(predict, own, task, desc=str(task), disable=quiet):
+        path = scored.path
+        if folders[0]:
+            save(scored.prediction, folders[0] / f"{path.stem}.png")
+        if folders[1]:
+            low, _ = pair(scored.clean, task, generator_for(path.stem, seed), method.channels)
+            save(low, folders[1] / f"{path.stem}.png")
+        row = {name: getattr(scored, name) for name in ("psnr", "ssim", "seconds")}
+        rows[path] = {"name": path.name, **row}
     rows = {path: row for share in processes.all_rows(rows) for path, row in share.items()}
     return [rows[path] for path in paths]
 
 
-# What comes out
-
-
-def mean(values: list[float | None]) -> float | None:
-    """The mean of the values that are there; None without any."""
-    there = [value for value in values if value is not None]
-    return sum(there) / len(there) if there else None
+# What is reported
 
 
 def report(name: str, task: Task, method: Method, images: list[dict[str, Any]]) -> dict[str, Any]:
@@ -318,13 +286,19 @@ def report(name: str, task: Task, method: Method, images: list[dict[str, Any]]) 
         "task": task.name,
         "setting": task.setting,
         "until": task.until,
-        "protocol": line(task, method.describe["kind"] == "baseline", method.channels),
-        "model": method.describe,
+        "protocol": protocol_line(task, method.model["kind"] == "baseline", method.channels),
+        "model": method.model,
         "images": images,
         "mean": {key: mean([row[key] for row in images]) for key in ("psnr", "ssim")},
         "published": published(name, task),
     }
 
 
+def mean(values: list[float | None]) -> float | None:
+    """The mean of the values that are there; None without any."""
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) if there else None
+
+
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

@@ -1,5 +1,5 @@
-"""Search where attention is worth its cost: a supernet with a module behind every block, then
-arch.json.
+"""Search positions where attention is worth its cost, with a supernet that has a module behind each
+block; writes arch.json.
 
     python search.py --task car --q 10
     python search.py --task sr --scale 2 --backbone rcan --data DIR --train-set DIV2K
@@ -10,6 +10,7 @@ arch.json.
 import argparse
 import dataclasses
 import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,52 +19,44 @@ from acla.config import SearchConfig, Task
 from acla.distributed import Processes, join
 from acla.errors import CheckpointError, UsageError
 from acla.files import write_atomically
+from acla.search import lambda_selection, loop
 from acla.search.architecture import for_task
-from acla.search.lambda_selection import (
-    GRID,
-    agreement,
-    agreement_table,
-    cross_validate,
-    publish,
-    within_budget,
-)
-from acla.search.loop import Found, Plan, Sets, run, search_sets, table, undecided
+from acla.search.loop import SearchPlan, SearchResult, Sets
 from acla.training import run_dir, validation
 
 OUT = Path("runs/search")
 PLAN = "plan.json"
-KEPT_FLAGS = ("preset", "auto", "grid", "budget", "seeds")  # in the plan, for --resume
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The choice of λ: automatic, by cross-validation over a grid, or within a budget of
+    multiply-adds, or else the plan's; and the number of searches, with a seed each."""
+
+    auto: bool | None = None
+    grid: list[float] | None = None
+    budget: float | None = None
+    seeds: int = 1
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     processes = join(cli.pick_device(args.device))
-    written = run_dir.open_run(args.out, PLAN, args.resume)
-    if written is None:
-        preset = cli.pick_preset(args.preset, processes.device)
-        plan = plan_from_flags(args, preset)
-        flags = {name: getattr(args, name) for name in KEPT_FLAGS}
-        flags |= {"preset": preset, "seeds": args.seeds or 1}  # as --resume may repeat them
-        cli.tell_of_sample(args)
+    begun = run_dir.open_run(args.out, PLAN, args.resume)
+    if begun:
+        plan, selection = read_plan(begun, args)
     else:
-        plan, flags = read_plan(written, args)
+        plan = plan_from_flags(args, cli.pick_preset(args.preset, processes.device))
+        selection = Selection(args.auto, args.grid, args.budget, args.seeds or 1)
+        cli.notice_sample(args)
     processes.require_share(plan.search.batch_size)
-    sets = search_sets(plan.search.train_set, args.data)
-    processes.wait()  # none may find the plan that another writes
-    if processes.first and written is None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        begun = {"plan": dataclasses.asdict(plan), "flags": flags}
-        write_atomically(args.out / PLAN, json.dumps(begun, indent=2).encode())
-    tell(plan, sets, processes)
-    found = search(plan, flags, sets, args, processes)
-    console.say(table(found))
-    if count := undecided(found):
-        console.notice(
-            f"{count} of {len(found.architecture.alpha)} gates are still undecided "
-            "(chance between 0.1 and 0.9): a longer search, --steps, settles them"
-        )
-    files = " · ".join(str(args.out / name) for name in ("arch.json", "search.jsonl"))
-    console.say(f"written: {files} · {args.out / 'model.safetensors'}")
+    sets = loop.search_sets(plan.search.train_set, args.data)
+    processes.wait()  # every process has looked for the plan
+    if processes.first and not begun:
+        write_plan(args.out, plan, selection)
+    log_plan(plan, sets, processes)
+    result = search(plan, selection, sets, args, processes)
+    report(result, args.out)
     processes.leave()
 
 
@@ -73,6 +66,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     cli.add_run_flags(parser, OUT, "search")
     group = parser.add_argument_group("Choosing λ, and several searches")
+    grid = ",".join(map(str, lambda_selection.GRID))
     group.add_argument(
         "--lambda",
         dest="lam",
@@ -86,14 +80,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--grid",
         metavar="X,X…",
         type=parse_grid,
-        help=f"values that --lambda auto tries (default: {','.join(map(str, GRID))})",
+        help=f"values that --lambda auto tries (default: {grid})",
     )
     group.add_argument(
         "--budget",
         metavar="X",
         type=float,
-        help="most multiply-adds that the attention found may add to a 48×48 picture, every key "
-        "read; λ by bisection",
+        help="most multiply-adds of the attention for a 48×48 picture, with every key open; λ by "
+        "bisection",
     )
     group.add_argument(
         "--seeds",
@@ -101,13 +95,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         type=int,
         help="searches, from --seed on, and their agreement (default: 1)",
     )
-    cli.add_flags(parser, SearchConfig, but=("lam",))
-    cli.add_flags(parser, config.ModelConfig, but=("attention", "positions"))
+    cli.add_flags(parser, SearchConfig, skip=("lam",))
+    cli.add_flags(parser, config.ModelConfig, skip=("attention", "positions"))
     args = parser.parse_args(argv)
-    args.auto = None
-    if getattr(args, "lam", None) == "auto":
+    args.auto = True if getattr(args, "lam", None) == "auto" else None
+    if args.auto:
         del args.lam
-        args.auto = True
     if args.grid and not (args.auto or args.resume):
         raise UsageError("--grid goes with --lambda auto")
     if args.auto and args.budget is not None:
@@ -136,88 +129,110 @@ def parse_grid(text: str) -> list[float]:
     raise argparse.ArgumentTypeError(f"wants numbers of 0 or more, 0.1,0.2, not {text!r}")
 
 
-def plan_from_flags(args: argparse.Namespace, preset: str) -> Plan:
-    """The search that the flags describe; the preset's unless they say otherwise."""
+# Configuration
+
+
+def plan_from_flags(args: argparse.Namespace, preset: str) -> SearchPlan:
+    """The search that the flags describe, with the preset's values for the others. Raises
+    UsageError."""
     task = cli.task_from_flags(args) or Task()
     backbone = getattr(args, "backbone", "edsr")
     model = for_task(cli.override(config.model_preset(preset, task, backbone), args), task)
     cli.refuse_unused(args, model)
-    how = config.search_preset(preset, task, backbone)
-    return Plan(task, model, cli.override_length(how, args))
+    length = cli.override_length(config.search_preset(preset, task, backbone), args)
+    return SearchPlan(task, model, length)
 
 
-def read_plan(path: Path, args: argparse.Namespace) -> tuple[Plan, dict[str, Any]]:
-    """The plan and the flags of the search to go on with. Raises CheckpointError, UsageError."""
+def write_plan(out: Path, plan: SearchPlan, selection: Selection) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    values = {"plan": asdict(plan), "flags": asdict(selection)}
+    write_atomically(out / PLAN, json.dumps(values, indent=2).encode())
+
+
+def read_plan(path: Path, args: argparse.Namespace) -> tuple[SearchPlan, Selection]:
+    """The search to resume. Raises CheckpointError, UsageError."""
     try:
-        begun = json.loads(path.read_text(encoding="utf-8"))
-        flags = {name: begun["flags"][name] for name in KEPT_FLAGS}
-        return run_dir.resumed_plan(Plan, begun, args, path), flags
+        values = json.loads(path.read_text(encoding="utf-8"))
+        names = [item.name for item in dataclasses.fields(Selection)]
+        selection = Selection(**{name: values["flags"][name] for name in names})
+        return run_dir.resumed_plan(SearchPlan, values, args, path), selection
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a plan of search.py: {error!r}") from error
 
 
-def tell(plan: Plan, sets: Sets, processes: Processes) -> None:
-    """What is about to happen, in one line."""
-    how = plan.search
+def log_plan(plan: SearchPlan, sets: Sets, processes: Processes) -> None:
+    """Print the plan in one line, and the protocol of its PSNR in another."""
+    length = plan.search
     console.notice(
         f"{plan.task}: {plan.model.backbone} of {plan.model.blocks} blocks × {plan.model.width}; "
-        f"{how.steps} steps of {how.batch_size} patches of {how.patch_size}², the first "
-        f"{how.first_stage} for the weights alone; {len(sets.weights)} pictures of "
-        f"{how.train_set} for the weights, {len(sets.alpha)} for α; on {processes}"
+        f"{length.steps} steps of {length.batch_size} patches of {length.patch_size}², the first "
+        f"{length.first_stage} for the weights alone; {len(sets.weights)} pictures of "
+        f"{length.train_set} for the weights, {len(sets.alpha)} for α; on {processes}"
     )
     console.notice(validation.validation_protocol(plan.task, plan.model.channels))
 
 
+# The search
+
+
 def search(
-    plan: Plan,
-    flags: dict[str, Any],
+    plan: SearchPlan,
+    selection: Selection,
     sets: Sets,
     args: argparse.Namespace,
     processes: Processes,
-) -> Found:
-    """Choose λ where that is asked for, then search once or with several seeds."""
+) -> SearchResult:
+    """Choose λ by cross-validation if asked to, then search with one seed or with several."""
     out, notes = args.out, {}
-    if flags["auto"]:
-        grid = flags["grid"] or GRID
-        lam, rows = cross_validate(plan, args.data, out / "trials", grid, processes)
-        notes = {"cross_validation": rows}
-        plan = dataclasses.replace(plan, search=dataclasses.replace(plan.search, lam=lam))
-        for row in rows:
-            console.say(
-                f"λ {row['lambda']:<6g} {row['psnr']:.3f} dB, {row['lost']:.3f} ± "
-                f"{row['lost_error']:.3f} below the best; {max(row['macs']) / 1e6:.1f} M "
-                "multiply-adds"
-            )
-    console.notice(f"λ {plan.search.lam:g}" if flags["budget"] is None else "λ by bisection")
-    seeds = range(plan.search.seed, plan.search.seed + (flags["seeds"] or 1))
-    if len(seeds) == 1:
-        return search_once(plan, flags, sets, out, processes, notes)
-    found = []
-    for seed in seeds:
+    if selection.auto:
+        grid = selection.grid or lambda_selection.GRID
+        lam, rows = lambda_selection.cross_validate(
+            plan, args.data, out / "trials", grid, processes
+        )
+        plan, notes = plan.change(lam=lam), {"cross_validation": rows}
+        console.say(lambda_selection.validation_table(rows))
+    console.notice("λ by bisection" if selection.budget else f"λ {plan.search.lam:g}")
+    if selection.seeds == 1:
+        return search_once(plan, selection, sets, out, processes, notes)
+    results = {}
+    for seed in range(plan.search.seed, plan.search.seed + selection.seeds):
         console.notice(f"seed {seed}")
-        how = dataclasses.replace(plan.search, seed=seed)
-        one = dataclasses.replace(plan, search=how)
-        found.append(search_once(one, flags, sets, out / f"seed-{seed}", processes, notes))
-    report = agreement(found)
-    console.say(agreement_table(report))
-    best = max(found, key=lambda one: one.mean_psnr)
-    chosen = best.architecture.seed
-    console.say(f"the best by PSNR, seed {chosen}:")
-    return publish(best, out / f"seed-{chosen}", out, processes, {"agreement": report})
+        one, folder = plan.change(seed=seed), out / f"seed-{seed}"
+        results[seed] = search_once(one, selection, sets, folder, processes, notes)
+    agreed = lambda_selection.agreement(list(results.values()))
+    console.say(lambda_selection.agreement_table(agreed))
+    best = max(results, key=lambda seed: results[seed].mean_psnr)
+    console.say(f"the best by PSNR, seed {best}:")
+    return lambda_selection.adopt(
+        results[best], out / f"seed-{best}", out, processes, {"agreement": agreed}
+    )
 
 
 def search_once(
-    plan: Plan,
-    flags: dict[str, Any],
+    plan: SearchPlan,
+    selection: Selection,
     sets: Sets,
     out: Path,
     processes: Processes,
     notes: dict[str, Any],
-) -> Found:
-    """One search, or the one that a budget allows."""
-    if flags["budget"] is None:
-        return run(plan, sets, out, processes, notes=notes)
-    return within_budget(plan, sets, out / "trials", flags["budget"], processes, notes)
+) -> SearchResult:
+    """One search, or the best one within the budget."""
+    if selection.budget is None:
+        return loop.run(plan, sets, out, processes, notes=notes)
+    return lambda_selection.within_budget(
+        plan, sets, out / "trials", selection.budget, processes, notes
+    )
+
+
+def report(result: SearchResult, out: Path) -> None:
+    """Print the result, and a notice of gates that are not settled."""
+    console.say(loop.table(result))
+    if result.undecided:
+        console.notice(
+            f"{result.undecided} of {len(result.architecture.alpha)} gates are still undecided "
+            "(chance between 0.1 and 0.9): a longer search, --steps, settles them"
+        )
+    console.say(f"written: {out / loop.ARCHITECTURE} · {out / loop.LOG} · {out / run_dir.MODEL}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every script does the same way: common flags, the device, notices, exit status."""
+"""The command line of every script: flags, the device, exit status."""
 
 import argparse
 import dataclasses
@@ -12,8 +12,6 @@ from typing import Any, get_origin
 import torch
 
 from acla.config import (
-    DEFAULT_KEYS,
-    MASKED,
     PRESETS,
     RENAMED,
     SETTING_DEFAULT,
@@ -23,7 +21,7 @@ from acla.config import (
     Task,
     flag_name,
 )
-from acla.console import notice, tell_error
+from acla.console import error, notice
 from acla.errors import AclaError, Stopped, UsageError, out_of_memory
 from kernels import available_backends, why_not
 
@@ -31,7 +29,7 @@ DEVICES = ("auto", "cpu", "cuda")
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
-    """--device and --data, as every script understands them."""
+    """--device and --data, common to every script."""
     parser.add_argument(
         "--device", choices=DEVICES, default="auto", help="where to compute (default: auto)"
     )
@@ -44,21 +42,21 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_run_flags(parser: argparse.ArgumentParser, out: Path, what: str) -> None:
-    """The flags of a script that begins or resumes a run (`what`) in a folder, by default `out`:
-    the common ones, the task, the preset, the folder."""
+def add_run_flags(parser: argparse.ArgumentParser, out: Path, name: str) -> None:
+    """The flags of a script that begins or resumes a run, called `name` in --help, in a folder, by
+    default `out`: the common ones, the task, the preset, the folder."""
     add_common_flags(parser)
     parser.add_argument(
         "--preset", choices=PRESETS, help="size and length (default: paper on a GPU, tiny on a CPU)"
     )
     add_task_flags(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", default=out, help=f"default: {out}")
-    parser.add_argument("--resume", action="store_true", help=f"go on with the {what} in --out")
+    parser.add_argument("--resume", action="store_true", help=f"go on with the {name} in --out")
     parser.add_argument("--epochs", type=int, help="length in epochs instead of --steps")
 
 
-def tell_of_sample(args: argparse.Namespace) -> None:
-    """Say that the pictures below --data are not used where no set of them is named."""
+def notice_sample(args: argparse.Namespace) -> None:
+    """Notice that a run without --train-set uses no pictures of --data."""
     if args.data and "train_set" not in args:
         notice(f"set sample: built in; --train-set NAME takes a set of {args.data}")
 
@@ -89,25 +87,25 @@ def pick_preset(name: str | None, device: torch.device) -> str:
 
 
 def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> None:
-    """Run a script: errors that the user can mend become one line and an exit status (1 the work
-    failed, 2 the call was wrong)."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # σ must not end the work on any terminal
+    """Run a script: errors that the user can mend become one line and an exit status (1: the work
+    failed, 2: the call was wrong)."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # terminals without σ
     try:
         main(argv)
-    except UsageError as error:
-        notice(f"error: {error}")  # every process was called the same way
+    except UsageError as cause:
+        notice(f"error: {cause}")  # the same in every process
         sys.exit(2)
-    except AclaError as error:
-        tell_error(str(error))
+    except AclaError as cause:
+        error(str(cause))
         sys.exit(1)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        tell_error(f"{where}{error.strerror or error}; check the path, its rights and free space")
+    except OSError as cause:
+        where = f"{cause.filename}: " if cause.filename else ""
+        error(f"{where}{cause.strerror or cause}; check the path, its rights and free space")
         sys.exit(1)
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
+    except (MemoryError, RuntimeError) as cause:
+        if not out_of_memory(cause):
             raise
-        tell_error("out of memory; a smaller --batch-size, --patch-size or --tile needs less")
+        error("out of memory; a smaller --batch-size, --patch-size or --tile needs less")
         sys.exit(1)
     except Stopped as stopped:
         notice(str(stopped))
@@ -121,68 +119,53 @@ def parse_positions(text: str) -> tuple[int, ...]:
     """'2,7,10' → (2, 7, 10); '' or 'none' → ()."""
     try:
         return () if text in ("", "none") else tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        wanted = f"wants positions, 2,7,10, or none, not {text!r}"
-        raise argparse.ArgumentTypeError(wanted) from error
+    except ValueError as cause:
+        message = f"wants positions, 2,7,10, or none, not {text!r}"
+        raise argparse.ArgumentTypeError(message) from cause
 
 
 def parse_quality(text: str) -> tuple[int, int]:
     """'10' → (10, 0); '5-60' → (5, 60): a Task's setting and until."""
-    found = re.fullmatch(r"(\d+)(?:-(0*[1-9]\d*))?", text, re.ASCII)
-    if not found:
+    parts = re.fullmatch(r"(\d+)(?:-(0*[1-9]\d*))?", text, re.ASCII)
+    if not parts:
         raise argparse.ArgumentTypeError(f"wants a quality, 10, or a range, 5-60, not {text!r}")
-    return int(found[1]), int(found[2] or 0)
+    return int(parts[1]), int(parts[2] or 0)
 
 
-def add_flags(parser: argparse.ArgumentParser, kind: type, but: tuple[str, ...] = ()) -> None:
-    """Add a flag for each field of a configuration, but for the named ones. A flag that is not
-    given leaves no trace in the parsed arguments, so that a preset can fill it."""
+def add_flags(parser: argparse.ArgumentParser, kind: type, skip: tuple[str, ...] = ()) -> None:
+    """Add a flag for each field of a configuration, except those to skip, and its former names. A
+    flag that is not given leaves no trace in the parsed arguments: a preset can fill it."""
     group = parser.add_argument_group((kind.__doc__ or kind.__name__).splitlines()[0].rstrip("."))
     for item in dataclasses.fields(kind):
-        if item.metadata["help"] is None or item.name in but:
+        text, choices = item.metadata["help"], item.metadata["choices"]
+        if text is None or item.name in skip:
             continue
-        how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+        options: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
         if item.type is not bool:
-            choices = item.metadata["choices"]
-            how = {
-                "type": parse_positions if get_origin(item.type) is tuple else item.type,
-                "choices": choices,
-                "metavar": None if choices else item.name.upper(),
-            }
-        group.add_argument(
-            f"--{flag_name(item.name)}",
-            dest=item.name,
-            default=argparse.SUPPRESS,
-            help=f"{item.metadata['help']} (default: {item.metadata['shown']})",
-            **how,
-        )
+            value = parse_positions if get_origin(item.type) is tuple else item.type
+            metavar = None if choices else item.name.upper()
+            options = {"type": value, "choices": choices, "metavar": metavar}
+        text += f" (default: {item.metadata['shown']})"
+        flag, absent = f"--{flag_name(item.name)}", argparse.SUPPRESS
+        group.add_argument(flag, dest=item.name, default=absent, help=text, **options)
         for old in (old for old, new in RENAMED.items() if new == item.name):
-            add_alias(parser, f"--{flag_name(old)}", item.name, **how)
+            add_alias(parser, f"--{flag_name(old)}", item.name, **options)
 
 
-def add_alias(parser: argparse.ArgumentParser, flag: str, dest: str, **how: Any) -> None:
+def add_alias(parser: argparse.ArgumentParser, flag: str, dest: str, **options: Any) -> None:
     """Add a flag's former name, which --help does not show."""
-    parser.add_argument(flag, dest=dest, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **how)
-
-
-def as_flag(name: str, value: Any) -> str:
-    """A field of a configuration as the flag that says it: --positions 1,3 or --no-ema."""
-    flag = flag_name(name)
-    if value is False:
-        return f"--no-{flag}"
-    if isinstance(value, tuple):
-        value = ",".join(map(str, value)) or "none"
-    return f"no --{flag}" if value == "" else f"--{flag}" if value is True else f"--{flag} {value}"
+    options |= {"dest": dest, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    parser.add_argument(flag, **options)
 
 
 def override(config: Any, args: argparse.Namespace) -> Any:
-    """The configuration with the flags that were given in place of the preset's values."""
+    """The configuration with the values of the given flags."""
     names = {item.name for item in dataclasses.fields(config)}
     return dataclasses.replace(config, **{k: v for k, v in vars(args).items() if k in names})
 
 
 def override_length(config: Any, args: argparse.Namespace) -> Any:
-    """`override`, and --epochs as another way to say --steps."""
+    """`override`, with --epochs as an alternative to --steps. Raises UsageError."""
     config = override(config, args)
     if args.epochs is None:
         return config
@@ -194,51 +177,38 @@ def override_length(config: Any, args: argparse.Namespace) -> Any:
 
 
 def refuse_unused(args: argparse.Namespace, network: ModelConfig) -> None:
-    """Refuse flags that nothing in this network listens to. Raises UsageError."""
-    backbone, attention = network.backbone, network.attention
+    """Refuse flags that change nothing in this network. Raises UsageError."""
+    backbone, kind = network.backbone, network.kind
     grouped = backbone in ("rcan", "han")
-    heard = dict.fromkeys(("keys", "offset_radius", "offset_lr_mult"), attention in DEFAULT_KEYS)
-    heard |= dict.fromkeys(("mask_bias", "mask_temperature"), attention in MASKED)
-    heard |= {"group_blocks": grouped, "residual_scale": backbone == "edsr"}
-    heard |= {"reduction": grouped or backbone in ("a2n", "a2n-m")}
-    for name, does in heard.items():
-        if name in args and not does and not (name == "keys" and args.keys == 0):
-            of_backbone = name in ("group_blocks", "residual_scale", "reduction")
-            where = f"--backbone {backbone}" if of_backbone else f"--attention {attention}"
+    of_backbone = {"group_blocks": grouped, "residual_scale": backbone == "edsr"}
+    of_backbone |= {"reduction": grouped or backbone in ("a2n", "a2n-m")}
+    sampled = kind.keys > 0
+    of_attention = {"keys": sampled, "offset_radius": sampled, "offset_lr_mult": sampled}
+    of_attention |= {"mask_bias": kind.masked, "mask_temperature": kind.masked}
+    for name, used in (of_backbone | of_attention).items():
+        if name in args and not used and not (name == "keys" and args.keys == 0):
+            where = f"--backbone {backbone}" if name in of_backbone else None
+            where = where or f"--attention {network.attention}"
             raise UsageError(f"--{flag_name(name)} changes nothing with {where}: leave it out")
 
 
-def add_task_flags(parser: argparse.ArgumentParser, usual: str = "car") -> None:
-    """--task and the setting of each task. usual: the task where none is named, for --help."""
+def add_task_flags(parser: argparse.ArgumentParser, default: str = "car") -> None:
+    """--task and the setting of each task. default: the task without these flags, for --help."""
     group = parser.add_argument_group("The task")
-    group.add_argument("--task", choices=TASKS, help=f"what is restored (default: {usual})")
-    group.add_argument(
-        "--scale",
-        dest="task_scale",
-        metavar="SCALE",
-        type=int,
-        help="sr: enlargement per side, 2, 3 or 4 (default: 2)",
-    )
-    group.add_argument(
-        "--sigma",
-        dest="task_sigma",
-        metavar="SIGMA",
-        type=float,
-        help="denoise: noise in 8-bit levels (default: 30)",
-    )
-    group.add_argument(
-        "--q",
-        dest="task_q",
-        metavar="Q",
-        type=parse_quality,
-        help="car: JPEG quality, 1 to 100, or a range that pictures draw theirs from, 5-60 "
-        "(default: 10)",
-    )
+    group.add_argument("--task", choices=TASKS, help=f"what is restored (default: {default})")
+    settings = {
+        "scale": (int, "sr: enlargement per side, 2, 3 or 4 (default: 2)"),
+        "sigma": (float, "denoise: noise in 8-bit levels (default: 30)"),
+        "q": (parse_quality, "car: JPEG quality, 1 to 100, or a range, 5-60 (default: 10)"),
+    }
+    for name, (kind, text) in settings.items():
+        metavar = name.upper()
+        group.add_argument(f"--{name}", dest=f"task_{name}", metavar=metavar, type=kind, help=text)
 
 
 def task_from_flags(args: argparse.Namespace) -> Task | None:
-    """The task that the flags name, or None if they name none. A setting alone names its task: --q
-    20 is car."""
+    """The task of the flags, or None without any. A setting alone implies its task: --q 20 is
+    car."""
     given = {task: getattr(args, f"task_{flag}") for task, flag in SETTING_FLAG.items()}
     given = {task: value for task, value in given.items() if value is not None}
     names = {args.task} if args.task else set(given)
@@ -249,7 +219,7 @@ def task_from_flags(args: argparse.Namespace) -> Task | None:
     if more or stray:
         raise UsageError("; ".join(stray) + f"; this call is for --task {name}")
     setting = given.get(name, SETTING_DEFAULT[name])
-    return Task(name, *(setting if name in given and name == "car" else (setting,)))
+    return Task(name, *(setting if isinstance(setting, tuple) else (setting,)))
 
 
 def names_no_setting(args: argparse.Namespace, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Several processes, as torchrun starts them: who this one is, and the means that all agree on."""
+"""Several processes, as torchrun starts them: rank, device, and means over all of them."""
 
 import datetime
 import os
@@ -51,16 +51,16 @@ class Processes:
     def mean_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace every gradient by its mean over all processes. The same parameters must have one
         in each, as they have where all draw the same gates."""
-        found = [p.grad for p in parameters if p.grad is not None]
-        if self.world == 1 or not found:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if self.world == 1 or not gradients:
             return
-        flat = self.mean(torch.cat([gradient.flatten() for gradient in found]))
-        parts = flat.split([gradient.numel() for gradient in found])
-        for gradient, part in zip(found, parts, strict=True):
+        flat = self.mean(torch.cat([gradient.flatten() for gradient in gradients]))
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Wait for every process."""
         if self.world > 1:
             dist.barrier()
 
@@ -73,7 +73,7 @@ class Processes:
         return shares
 
     def leave(self) -> None:
-        """Part from the others; nothing else may follow."""
+        """Leave the process group; no collective call may follow."""
         if self.world > 1:
             dist.destroy_process_group()
 

@@ -1,9 +1,9 @@
-"""The errors a user can mend. The scripts print their message in one line; anything else is a bug
-and keeps its traceback."""
+"""Errors that a user can mend: the scripts print their message in one line. Any other error is a
+bug and keeps its traceback."""
 
 import torch
 
-# What reading somebody's JSON as something may raise
+# Errors of reading JSON of unknown origin
 NOT_VALID = (KeyError, ValueError, TypeError, OverflowError, RecursionError)
 
 
@@ -32,13 +32,14 @@ NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "ALL
 
 def out_of_memory(error: Exception) -> bool:
     """Whether an error says that memory ran out, on the GPU or not."""
-    said = isinstance(error, RuntimeError) and any(sign in str(error) for sign in NO_MEMORY)
-    return said or isinstance(error, MemoryError | torch.OutOfMemoryError)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY)
 
 
 class Stopped(KeyboardInterrupt):
-    """A run that was asked to stop has written its state. `status` is its exit status, as a shell
-    tells the signal."""
+    """A run stopped by a signal, with its state written. status: the exit status, 128 + the signal
+    as in a shell."""
 
     def __init__(self, number: int, text: str):
         super().__init__(text)

@@ -4,22 +4,13 @@ import importlib.metadata
 import os
 import platform
 import re
-import subprocess
 from pathlib import Path
 
 import torch
 
+from kernels.timing import commit
+
 PACKAGES = ("torch", "triton", "numpy", "pillow", "scikit-image")
-
-
-def commit() -> str:
-    """The commit of this code, '+' after it if files differ; 'unknown' outside a repository."""
-    here = Path(__file__).parent
-    command = ["git", "-C", here, "describe", "--always", "--dirty=+", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def provenance(device: torch.device) -> dict[str, object]:

@@ -2,7 +2,8 @@
 
 from kernels.dispatch import available_backends, why_not
 from kernels.ops import Attended, attend, to_rows
-from kernels.reference import binary_gate, logistic_noise
+from kernels.philox import logistic_noise
+from kernels.reference import binary_gate
 
 __all__ = [
     "Attended",

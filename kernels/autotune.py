@@ -1,11 +1,7 @@
-"""Tile sizes: the lists, the default that needs no tuning, and the choices saved per GPU.
+"""Time every tile size on the GPU at hand: `python -m kernels.autotune`. The fastest are saved
+(`kernels.launch` says where and for what).
 
-B batch · L referred layers · K sampled keys per layer and query · H,W grid, N = H·W · C channels
-
-`python -m kernels.autotune` times every configuration on the GPU that is there and saves the best
-in the user's cache directory ($ACLA_CACHE); kernels/tuned.json is the repository's copy. A choice
-depends on the GPU's name, the features' type, K, C and a class of sizes, never on H or W: every
-picture has its own size. Without a saved choice the first configuration of a list is taken.
+B batch · L referred layers · K sampled keys per layer and query · H,W grid · C channels
 """
 
 import argparse

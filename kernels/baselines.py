@@ -1,4 +1,4 @@
-"""The operator as its users compute it today, and as we do: what the benchmark compares.
+"""Implementations of the operator that the benchmark compares: ours, and what users write today.
 
 B batch · L referred layers · K sampled keys per layer and query · H,W grid · C channels
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels import attend, available_backends, to_rows
+from kernels import attend, to_rows
 
 LAYERS, KEYS = 5, 16
 
@@ -60,7 +60,10 @@ def make_case(
     return Case(features, points, maps, gradient)
 
 
-def by_backend(name: str) -> Callable[[Case], Tensor]:
+Implementation = Callable[[Case], Tensor]  # → aggregate [B,H,W,L,C]
+
+
+def by_backend(name: str) -> Implementation:
     def run(case: Case) -> Tensor:
         return attend(case.features, case.points, case.mask_maps, backend=name).aggregate
 
@@ -86,7 +89,7 @@ def open_keys(mask_map: Tensor, grid: Tensor) -> Tensor:
     return (soft > 0.5).to(soft) + (soft - soft.detach())
 
 
-def by_grid_sample(per_key: bool) -> Callable[[Case], Tensor]:
+def by_grid_sample(per_key: bool) -> Implementation:
     """What users write today: every key of every layer is sampled, then multiplied by its weight
     and mask.
 
@@ -116,7 +119,7 @@ def by_grid_sample(per_key: bool) -> Callable[[Case], Tensor]:
     return run
 
 
-def by_deform_conv(deform_conv2d: Callable) -> Callable[[Case], Tensor]:
+def by_deform_conv(deform_conv2d: Callable) -> Implementation:
     """The authors' pattern: a 1×1 deformable convolution with an identity kernel for each key."""
 
     def run(case: Case) -> Tensor:
@@ -148,17 +151,17 @@ def by_convolution(case: Case) -> Tensor:
     return F.conv2d(value, kernel.requires_grad_(value.requires_grad), padding=1)
 
 
-def contenders(device: str) -> dict[str, Callable[[Case], Tensor]]:
-    """Everything that can run on the device, by name; the reference is not meant to be fast and
-    stays out."""
+def implementations(device: str) -> dict[str, Implementation]:
+    """Everything that runs on the device, by name; our fastest backend first, the reference left
+    out. A missing torchvision is noted on standard error."""
     fast = {"cpu": ("cpp", "torch"), "cuda": ("triton", "torch")}[device]
-    found = {name: by_backend(name) for name in fast if name in available_backends()}
-    found["grid_sample per layer"] = by_grid_sample(per_key=False)
-    found["grid_sample per key"] = by_grid_sample(per_key=True)
+    by_name = {name: by_backend(name) for name in fast}
+    by_name["grid_sample per layer"] = by_grid_sample(per_key=False)
+    by_name["grid_sample per key"] = by_grid_sample(per_key=True)
     try:
         from torchvision.ops import deform_conv2d
     except ImportError:
         print("torchvision is not installed: no deform_conv2d rows", file=sys.stderr)
     else:
-        found["deform_conv2d"] = by_deform_conv(deform_conv2d)
-    return found
+        by_name["deform_conv2d"] = by_deform_conv(deform_conv2d)
+    return by_name

@@ -55,7 +55,7 @@ class Job(NamedTuple):
     wide_loads: int  # that a thread must do; 0 where the width does not matter
 
 
-class Row(NamedTuple):
+class Compiled(NamedTuple):
     """What came of it."""
 
     target: str
@@ -82,13 +82,13 @@ def jobs(targets: Sequence[str], quick: bool) -> list[Job]:
                 for target in targets:
                     configs = autotune.candidates(call, TARGETS[target][2])
                     for config in configs[:1] if quick else configs:
-                        job = describe(call, target, config)
+                        job = job_of(call, target, config)
                         key = (job.kernel, str(job.signature), str(job.constants), target, config)
                         found.setdefault(key, job)
     return list(found.values())
 
 
-def describe(call: launch.Call, target: str, config: launch.Config) -> Job:
+def job_of(call: launch.Call, target: str, config: launch.Config) -> Job:
     """A launch as Triton's compiler is told of it, specialised as the launch would be."""
     lanes = TARGETS[target][2]
     blocks = call.blocks(config, lanes)
@@ -138,7 +138,7 @@ def describe(call: launch.Call, target: str, config: launch.Config) -> Job:
     return Job(*name, signature, constants, attributes, wide_loads)
 
 
-def compile_job(job: Job) -> Row:
+def compile_job(job: Job) -> Compiled:
     """Compile and read registers, spills and load widths from what came out."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -158,7 +158,7 @@ def compile_job(job: Job) -> Row:
     problems = [f"spills {spills}"] if spills else []
     if job.wide_loads and load < WIDE:
         problems.append(f"loads {load} bytes at a time")
-    return Row(
+    return Compiled(
         *(job.target, job.kernel.strip("_"), job.variant, *job.config, registers, spills),
         *(compiled.metadata.shared, load, " and ".join(problems)),
     )
@@ -189,7 +189,7 @@ def read_amd(text: str) -> tuple[int, int, Counter[int]]:
     return numbers["vgpr_count"], spills, Counter(AMD_WIDTHS.get(load, 1) for load in loads)
 
 
-def compile_all(todo: Sequence[Job], workers: int) -> list[Row]:
+def compile_all(todo: Sequence[Job], workers: int) -> list[Compiled]:
     """Compile in several processes, with a cache directory that is thrown away."""
     with tempfile.TemporaryDirectory(prefix="compile-") as cache:
         context = multiprocessing.get_context("spawn")  # processes that have not imported Triton
@@ -256,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             Path(options.json).write_text(text + "\n", encoding="utf-8")
     bad = [row for row in rows if row.problem]
     for row in bad:
-        name = " ".join(map(str, row[: Row._fields.index("registers")]))
+        name = " ".join(map(str, row[: Compiled._fields.index("registers")]))
         print(f"{name}: {row.problem}", file=sys.stderr)
     return 1 if bad else 0
 

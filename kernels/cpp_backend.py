@@ -70,7 +70,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The three results of `kernels.attend`: aggregate, coverage, kept."""
     B, H, W, L, _, _ = points.shape
-    call = Call(features, points, mask_maps, gates, seeds)
+    call = LibraryCall(features, points, mask_maps, gates, seeds)
     aggregate = torch.empty(B, H, W, L, features[0].shape[-1], dtype=call.storage)
     coverage = torch.empty(B, H, W, L, dtype=call.arithmetic)
     kept = torch.empty(B, L, dtype=torch.float64)
@@ -92,7 +92,7 @@ def backward(
 
     `gradients` are those of the three results of `forward`; None means zero.
     """
-    call = Call(features, points, mask_maps, gates, seeds, temperature)
+    call = LibraryCall(features, points, mask_maps, gates, seeds, temperature)
     types = (call.storage, call.arithmetic, torch.float64)
     given = [
         None if gradient is None else gradient.to(dtype).contiguous()
@@ -125,7 +125,7 @@ def backward(
     )
 
 
-class Call:
+class LibraryCall:
     """One call of the library: the inputs in the types and layouts it reads, kept alive."""
 
     def __init__(
@@ -205,7 +205,7 @@ def library() -> ctypes.CDLL | str:
             key = hashlib.sha256("\0".join((*sources, *command, macros)).encode())
             return cached(command, key.hexdigest()[:32])
         except (OSError, subprocess.SubprocessError) as error:
-            reason = f"{shlex.join(compiler)} failed: {describe(error)}"
+            reason = f"{shlex.join(compiler)} failed: {reason_of(error)}"
     return reason
 
 
@@ -247,7 +247,7 @@ def run(command: list[str]) -> str:
     return subprocess.run(command, check=True, timeout=600, **quiet, **readable).stdout
 
 
-def describe(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """The line in which a failed command names its error, its last one, or the error itself."""
     lines = (getattr(error, "stderr", None) or "").strip().splitlines()
     errors = [line for line in lines if "error" in line]

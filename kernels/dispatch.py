@@ -1,10 +1,4 @@
-"""The public operator: checks, the choice of a backend, autograd.
-
-B batch · L referred layers · K sampled keys per layer and query · H,W grid · C channels
-offsets are (dy, dx) in pixels, y first
-
-The environment variable ACLA_BACKEND names the backend that "auto" takes.
-"""
+"""The choice of a backend, with its reason."""
 
 import functools
 import logging

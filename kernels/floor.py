@@ -1,5 +1,4 @@
-"""How fast the operator can be on a GPU: what must move and be computed at least, and how long
-that takes.
+"""The least time of the operator on a GPU, by memory, gathers and instructions.
 
 B batch · L referred layers · K sampled keys per layer and query · H,W grid · C channels
 
@@ -22,7 +21,7 @@ class Work(NamedTuple):
     """What one pass does at least."""
 
     bytes: int  # to and from memory: every tensor once
-    flops: int  # Eq. 12's aggregation, 6 a channel and key, as `kernels.library` counts it
+    flops: int  # Eq. 12's aggregation, 6 a channel and key, as `kernels.registration` counts it
     gathered: int  # bytes between the caches and the registers: every corner of every key
     instructions: int  # of one lane each
 
@@ -94,12 +93,8 @@ def works(
 ) -> tuple[Work, ...]:
     """The passes, one after another, of "forward" or "both"."""
     problem = (B, L, K, H, W, C, keep, dtype)
-    match which:
-        case "forward":
-            return (forward_work(*problem),)
-        case "both":
-            return forward_work(*problem), backward_work(*problem)
-    raise ValueError(f"no pass is called {which!r}; known: forward, both")
+    forward = forward_work(*problem)
+    return (forward,) if which == "forward" else (forward, backward_work(*problem))
 
 
 def floor_ms(passes: Sequence[Work], gpu: Gpu) -> float:
@@ -118,24 +113,29 @@ def floor_ms(passes: Sequence[Work], gpu: Gpu) -> float:
 PER_CLOCK = {(8, 0): (128, 4), (8, 6): (128, 4), (8, 9): (128, 4), (9, 0): (128, 4)}
 
 
-def gpu_of(properties: object) -> Gpu | None:
-    """The GPU of `torch.cuda.get_device_properties`; None if PER_CLOCK does not know it, or torch
-    does not tell its clocks: the highest, in kHz; memory moves twice a clock."""
-    known = PER_CLOCK.get((properties.major, properties.minor))
-    names = ("clock_rate", "memory_clock_rate", "memory_bus_width")
-    clock, memory_clock, bits = (getattr(properties, name, 0) for name in names)
-    if torch.version.hip or known is None or not (clock and memory_clock and bits):
-        return None
-    cache, warps = known
+def gpu_of(device: torch.device) -> Gpu:
+    """The limits of a CUDA device: highest clocks, and memory that moves twice a clock.
+
+    Clocks are the driver's, as Triton reads them: torch's device properties lack them since CUDA
+    13. Raises LookupError, with the reason, where the limits are not known."""
+    properties = torch.cuda.get_device_properties(device)
+    capability = (properties.major, properties.minor)
+    if torch.version.hip or capability not in PER_CLOCK:
+        raise LookupError(f"no limits are known for {properties.name}")
+    try:
+        from triton.runtime import driver
+
+        limits = driver.active.utils.get_device_properties(device.index or 0)
+        clock, memory_clock = limits["sm_clock_rate"], limits["mem_clock_rate"]  # kHz
+        bus = limits["mem_bus_width"]  # bits
+    except (ImportError, RuntimeError, AttributeError, KeyError) as error:
+        raise LookupError(f"Triton's driver does not give the clocks ({error!r})") from error
+    if not (clock and memory_clock and bus):
+        raise LookupError("the driver gives no clocks")
+    cache, warps = PER_CLOCK[capability]
     clocks = properties.multi_processor_count * clock * 1e3
     return Gpu(
-        memory=2 * memory_clock * 1e3 * bits / 8,
+        memory=2 * memory_clock * 1e3 * bus / 8,
         cache=clocks * cache,
         lanes=clocks * warps * properties.warp_size,
     )
-
-
-def fields(passes: Sequence[Work], gpu: Gpu | None) -> dict[str, object]:
-    """A row's part: bytes, flops and, where the GPU is known, the floor in milliseconds."""
-    counted = {name: sum(getattr(work, name) for work in passes) for name in ("bytes", "flops")}
-    return counted if gpu is None else counted | {"floor_ms": round(floor_ms(passes, gpu), 5)}

@@ -1,4 +1,4 @@
-"""The public operator: checks, the choice of a backend, autograd.
+"""The public operator: its arguments, their checks, its results.
 
 B batch · L referred layers · K sampled keys per layer and query · H,W grid · C channels
 offsets are (dy, dx) in pixels, y first

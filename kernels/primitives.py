@@ -205,7 +205,7 @@ def inside(row, column, H, W):
 
 @triton.jit
 def logistic_noise(seed, counter):
-    """Draw number `counter` (int64) of a seed (`reference.logistic_noise`, Eq. 7)."""
+    """Draw number `counter` (int64) of a seed (`philox.draw`, Eq. 7)."""
     low = counter.to(tl.uint32)
     zero = tl.zeros_like(low)
     word, _, _, _ = tl.philox(seed, low, (counter >> 32).to(tl.uint32), zero, zero)

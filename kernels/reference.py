@@ -10,9 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
-LOW = 0xFFFFFFFF
+from kernels.philox import logistic_noise
 
 
 def attend(
@@ -86,24 +84,3 @@ def binary_gate(logit: Tensor, noise: Tensor | float, temperature: float) -> Ten
     soft = ((logit + noise) / temperature).sigmoid()
     hard = (logit + noise > 0).to(soft.dtype)
     return hard + (soft - soft.detach())
-
-
-def logistic_noise(seeds: Tensor, count: int) -> Tensor:
-    """ε1 − ε2 of Eq. 7: `count` draws for each of B seeds (int64) → [B, count], float32.
-
-    The difference of two Gumbel variables is logistic. Draw i of a seed is a function of (seed, i)
-    alone: Philox4x32-10 with the seed as key and i as counter (its first word), of which 23 bits
-    make u in (0, 1). So every backend, and every split of a batch over processes, draws the same
-    noise."""
-    index = torch.arange(count, device=seeds.device)
-    key = [(seeds & LOW).unsqueeze(1), (seeds >> 32 & LOW).unsqueeze(1)]
-    c0, c1 = (index & LOW).unsqueeze(0), (index >> 32).unsqueeze(0)
-    c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
-    for _ in range(10):
-        # int64 products wrap, but their bits are those of the unsigned product.
-        p0, p1 = c0 * PHILOX_MULTIPLIERS[0], c2 * PHILOX_MULTIPLIERS[1]
-        c0, c2 = (p1 >> 32 & LOW) ^ c1 ^ key[0], (p0 >> 32 & LOW) ^ c3 ^ key[1]
-        c1, c3 = p1 & LOW, p0 & LOW
-        key = [(k + w) & LOW for k, w in zip(key, PHILOX_WEYL, strict=True)]
-    u = ((c0 >> 9).float() + 0.5) * 2.0**-23
-    return u.log() - (1 - u).log()

@@ -1,8 +1,9 @@
-"""How long a call takes and how much memory it needs, fairly: contenders take turns."""
+"""Time and memory of calls that take turns, so that all of them meet the same machine."""
 
 import itertools
 import json
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -11,8 +12,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# Clock cycles, some 20 ms, in which any contender has launched nearly all of its kernels.
+# Clock cycles, some 20 ms, in which any implementation has launched nearly all of its kernels.
 QUEUE = 40_000_000
+
+
+def commit() -> str:
+    """The commit of this code, '+' after it if files differ; 'unknown' outside a repository."""
+    here = Path(__file__).parent
+    command = ["git", "-C", here, "describe", "--always", "--dirty=+", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 class Clock:
@@ -53,7 +64,7 @@ def paired(
     least: int = 3,
     queued: bool = False,
 ) -> list[list[float]]:
-    """Milliseconds of each contender's calls, taken in turns until `seconds` have passed, at least
+    """Milliseconds of each work's calls, taken in turns until `seconds` have passed, at least
     `least` each, after one call that is not counted."""
     clock = Clock(device, queued)
     for work in works:

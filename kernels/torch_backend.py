@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels import philox
+
 CHUNK = 1 << 16  # keys worked on at a time: some 30 MB of temporaries
 
 
@@ -200,7 +202,7 @@ class Layer:
             if self.seeds is not None:
                 K, (l, L) = y.shape[1], self.place
                 counter = (query % (H * W) * L + l) * K + torch.arange(K, device=query.device)
-                chunk.logit = chunk.logit + logistic(self.seeds[image], counter)
+                chunk.logit = chunk.logit + philox.draw(self.seeds[image], counter)
             chunk.open = chunk.logit > 0
         return chunk
 
@@ -361,22 +363,6 @@ def bag_sums(table: Tensor, rows: Tensor, weights: Tensor, begins: Tensor) -> Te
         per_sample_weights=weights,
         include_last_offset=True,
     )
-
-
-def logistic(seeds: Tensor, counter: Tensor) -> Tensor:
-    """The mask's noise (`kernels.logistic_noise`) for int64 seeds and counters that broadcast."""
-    low = 0xFFFFFFFF
-    k0, k1 = seeds & low, seeds >> 32 & low
-    c0, c1 = counter & low, counter >> 32
-    c2, c3 = torch.zeros_like(counter), torch.zeros_like(counter)
-    for _ in range(10):
-        # int64 products wrap, but their bits are those of the unsigned product.
-        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c2 = (p1 >> 32 & low) ^ c1 ^ k0, (p0 >> 32 & low) ^ c3 ^ k1
-        c1, c3 = p1 & low, p0 & low
-        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
-    u = ((c0 >> 9).float() + 0.5) * 2.0**-23
-    return u.log() - (1 - u).log()
 
 
 def gate_values(gates: Tensor | None, layers: int) -> list[float]:

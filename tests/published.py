@@ -1,8 +1,8 @@
 """The published networks written straight, in the parameter names of their PyTorch files, and
 random tensors by these names.
 
-B batch · C channels · H,W grid; t: tensors by name, whose type is the arithmetic's; levels: how
-many times larger features that make factors would be in the published range, 0..255."""
+B batch · C channels · H,W grid; t: tensors by name, whose type is the arithmetic's; pictures are in
+0..255"""
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ def edsr(t: Tensors, x: Tensor, scale: int) -> Tensor:
     return enlarged(t, shallow + conv(t, f"body.{BLOCKS}", y), scale)
 
 
-def groups(t: Tensors, x: Tensor, levels: float) -> tuple[Tensor, list[Tensor]]:
+def groups(t: Tensors, x: Tensor) -> tuple[Tensor, list[Tensor]]:
     """The shallow features, and what comes out of every group and of the last convolution."""
     shallow = y = conv(t, "head.0", conv(t, "sub_mean", x))
     outputs = []
@@ -40,7 +40,7 @@ def groups(t: Tensors, x: Tensor, levels: float) -> tuple[Tensor, list[Tensor]]:
         for n in range(GROUP_BLOCKS):
             part = f"body.{g}.body.{n}.body"
             z = conv(t, f"{part}.2", conv(t, f"{part}.0", y).relu())
-            mean = levels * z.mean((2, 3), keepdim=True)
+            mean = z.mean((2, 3), keepdim=True)
             factor = conv(t, f"{part}.3.conv_du.0", mean).relu()
             y = y + z * conv(t, f"{part}.3.conv_du.2", factor).sigmoid()
         y = before + conv(t, f"body.{g}.body.{GROUP_BLOCKS}", y)
@@ -48,24 +48,24 @@ def groups(t: Tensors, x: Tensor, levels: float) -> tuple[Tensor, list[Tensor]]:
     return shallow, [*outputs, conv(t, f"body.{BLOCKS}", y)]
 
 
-def rcan(t: Tensors, x: Tensor, scale: int, levels: float = 1) -> Tensor:
-    shallow, outputs = groups(t, x, levels)
+def rcan(t: Tensors, x: Tensor, scale: int) -> Tensor:
+    shallow, outputs = groups(t, x)
     return enlarged(t, shallow + outputs[-1], scale)
 
 
-def han(t: Tensors, x: Tensor, scale: int, levels: float = 1) -> Tensor:
-    shallow, outputs = groups(t, x, levels)
+def han(t: Tensors, x: Tensor, scale: int) -> Tensor:
+    shallow, outputs = groups(t, x)
     layers = outputs[::-1]
     mixed = []
     for one in layers:
-        agree = torch.stack([(one * other).sum((1, 2, 3)) for other in layers]) * levels**2
+        agree = torch.stack([(one * other).sum((1, 2, 3)) for other in layers])
         share = torch.exp(agree.min(0).values - agree)
         share = (share / share.sum(0))[..., None, None, None]  # [N,B,1,1,1]
         mean = sum(s * other for s, other in zip(share, layers, strict=True))
         mixed.append(one + t["la.gamma"] * mean)
     among = conv(t, "last_conv", torch.cat(mixed, 1))
     deep = outputs[-1]
-    around = F.pad(levels * deep, (0, 0, 0, 0, 1, 1))  # a channel of zeros on either side
+    around = F.pad(deep, (0, 0, 0, 0, 1, 1))  # a channel of zeros on either side
     logits = t["csa.conv.bias"]
     for d in range(3):
         plane = around[:, d : d + deep.shape[1]].flatten(0, 1)[:, None]
@@ -79,26 +79,25 @@ def leaky(x: Tensor) -> Tensor:
     return torch.where(x > 0, x, 0.2 * x)
 
 
-def a2n(t: Tensors, x: Tensor, scale: int, levels: float = 1) -> Tensor:
-    """scale 1, which nobody published, has no steps in the tail."""
+def a2n(t: Tensors, x: Tensor, scale: int) -> Tensor:
     shallow = y = conv(t, "conv_first", x)
     for n in range(BLOCKS):
         part = f"AAB_trunk.{n}"
         z = leaky(conv(t, f"{part}.conv_first", y))
-        inner = (levels * z.mean((2, 3)) @ t[f"{part}.ADM.0.weight"].T).relu()
+        inner = (z.mean((2, 3)) @ t[f"{part}.ADM.0.weight"].T).relu()
         first, second = (inner @ t[f"{part}.ADM.2.weight"].T).T[..., None, None, None]
         share = torch.sigmoid((first - second) / 30)
         around = leaky(conv(t, f"{part}.attention.k1", z))
-        factor = conv(t, f"{part}.attention.k2", levels * around)
+        factor = conv(t, f"{part}.attention.k2", around)
         attended = conv(t, f"{part}.attention.k3", z) * factor.sigmoid()
         attended = conv(t, f"{part}.attention.k4", attended)
         z = share * attended + (1 - share) * conv(t, f"{part}.non_attention", z)
         y = y + conv(t, f"{part}.conv_last", leaky(z))
     z = shallow + conv(t, "trunk_conv", y)
-    for n, step in enumerate(STEPS.get(scale, ()), 1):
+    for n, step in enumerate(STEPS[scale], 1):
         z = z.repeat_interleave(step, 2).repeat_interleave(step, 3)
         z = conv(t, f"upconv{n}", z)
-        z = leaky(z * conv(t, f"att{n}.conv", levels * z).sigmoid())
+        z = leaky(z * conv(t, f"att{n}.conv", z).sigmoid())
         z = leaky(conv(t, f"HRconv{n}", z))
     size = [side * scale for side in x.shape[2:]]
     return conv(t, "conv_last", z) + F.interpolate(x, size, mode="bilinear", align_corners=False)

@@ -33,7 +33,7 @@ def perturbed(std: float = 0.15, **fields: object) -> Backbone:
 
 
 def as_used(model: Backbone):
-    return lambda pictures: model.attended(pictures, temperature=FIXED_MASKS)[0]
+    return lambda pictures: model.forward_with_counts(pictures, temperature=FIXED_MASKS)[0]
 
 
 # Local attribution

@@ -1,11 +1,20 @@
-"""EDSR and RCAN: the paper's sizes, what an inserted module sees, and odd pictures."""
+"""All backbones with every attention: published sizes, odd pictures, what a module reads, and
+learning."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from acla.config import PAPER_POSITIONS, ModelConfig, Task, model_preset
+from acla.config import (
+    ATTENTIONS,
+    BACKBONES,
+    DEFAULT_KEYS,
+    PAPER_POSITIONS,
+    ModelConfig,
+    Task,
+    model_preset,
+)
 from acla.models.backbones import Backbone
 from acla.models.factory import build_network, describe
 from kernels import to_rows
@@ -22,6 +31,14 @@ def paper(task: Task, backbone: str = "edsr", **changes) -> ModelConfig:
     [
         pytest.param(paper(Task("sr", 2)), 40_729_627, id="edsr-x2"),
         pytest.param(paper(Task("sr", 2), "rcan"), 15_444_667, id="rcan-x2"),
+        pytest.param(paper(Task("sr", 2), "han"), 15_924_057, id="han-x2"),
+        pytest.param(paper(Task("sr", 3), "han"), 16_108_697, id="han-x3"),
+        pytest.param(paper(Task("sr", 4), "han"), 16_071_769, id="han-x4"),
+        pytest.param(paper(Task("sr", 2), "a2n"), 1_036_443, id="a2n-x2"),
+        pytest.param(paper(Task("sr", 3), "a2n"), 1_036_443, id="a2n-x3"),
+        pytest.param(paper(Task("sr", 4), "a2n"), 1_047_459, id="a2n-x4"),
+        pytest.param(paper(Task("sr", 2), "a2n-m"), 831_643, id="a2n-m-x2"),
+        pytest.param(paper(Task("sr", 4), "a2n-m"), 842_659, id="a2n-m-x4"),
         pytest.param(
             paper(Task("sr", 2), positions=(3, 12, 26, 31, 32)), 42_292_187, id="edsr-acla-42.29M"
         ),
@@ -33,7 +50,7 @@ def paper(task: Task, backbone: str = "edsr", **changes) -> ModelConfig:
         pytest.param(paper(Task("denoise", 30)), 4_877_327, id="16-blocks-4.88M"),
     ],
 )
-def test_parameters_are_the_papers(config, params):
+def test_parameters_are_the_published(config, params):
     assert describe(config)["params"] == params
 
 
@@ -49,32 +66,54 @@ def test_described_attention_is_counted_once_a_pair():
     assert size["macs_48x48"] - size["attention_macs_48x48"] == pytest.approx(93.97e9, rel=0.002)
 
 
-@pytest.mark.parametrize("backbone", ["edsr", "rcan"])
+@pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize(("channels", "scale"), [(1, 1), (3, 1), (1, 2), (3, 3), (3, 4)])
-@pytest.mark.parametrize(("H", "W"), [(1, 1), (5, 9), (8, 3)])
-def test_any_picture_goes_through(backbone, channels, scale, H, W):
-    net = Backbone(replace(SMALL, backbone=backbone, channels=channels, scale=scale))
-    pictures = torch.rand(2, channels, H, W)
-    restored = net(pictures)
-    assert restored.shape == (2, channels, H * scale, W * scale)
-    assert restored.isfinite().all()
-    if scale == 1:
-        assert torch.equal(restored, pictures)  # starts as the identity
+def test_pictures_of_any_size(backbone, channels, scale):
+    net = build_network(replace(SMALL, backbone=backbone, channels=channels, scale=scale))
+    for H, W in ((1, 1), (5, 9), (8, 3)):
+        pictures = torch.rand(2, channels, H, W)
+        restored = net(pictures)
+        assert restored.shape == (2, channels, H * scale, W * scale)
+        assert restored.isfinite().all()
+        if scale == 1:
+            assert torch.equal(restored, pictures)  # starts as the identity
 
 
-@pytest.mark.parametrize("backbone", ["edsr", "rcan"])
-@pytest.mark.parametrize("attention", ["cla", "acla"])
-def test_inserting_modules_leaves_a_network_unchanged(backbone, attention):
-    plain = Backbone(
-        replace(SMALL, backbone=backbone, attention="none", positions=(), scale=2)
-    ).eval()
-    torch.nn.init.normal_(plain.tail[-1].weight)
-    inserted = Backbone(replace(SMALL, backbone=backbone, attention=attention, scale=2)).eval()
-    missing, unexpected = inserted.load_state_dict(plain.state_dict(), strict=False)
-    assert unexpected == []
-    assert all(name.startswith("attention.") for name in missing)
-    pictures = torch.rand(1, 3, 7, 6)
-    torch.testing.assert_close(inserted(pictures), plain(pictures), rtol=0, atol=0)
+@pytest.mark.parametrize(
+    ("backbone", "attention"),
+    [
+        *(("edsr", attention) for attention in ATTENTIONS if attention != "none"),
+        *((backbone, "acla") for backbone in BACKBONES if backbone != "edsr"),
+        *(("rcan", attention) for attention in ("cla", "clnl", "mha", "se")),
+    ],
+)
+def test_inserted_modules_start_as_the_identity_and_every_parameter_learns(backbone, attention):
+    torch.manual_seed(0)
+    keys = 3 if attention in DEFAULT_KEYS else 0
+    changes = {"backbone": backbone, "attention": attention, "keys": keys, "scale": 2}
+    net = build_network(replace(SMALL, **changes))
+    plain = build_network(replace(net.config, attention="none", positions=(), keys=0))
+    missing, unexpected = plain.load_state_dict(net.state_dict(), strict=False)
+    assert missing == []
+    assert all(name.startswith("attention.") for name in unexpected)
+    pictures, seeds = torch.rand(2, 3, 7, 5), torch.tensor([1, 2])
+    restored, kept = net.forward_with_counts(pictures, seeds)
+    assert torch.equal(restored, plain(pictures)) == (attention not in ("se", "acla+se"))
+    shapes = {position: tuple(count.shape) for position, count in kept.items()}
+    assert shapes == {1: (2, 1), 3: (2, 2), 4: (2, 3)}
+    net.double()
+    for name, parameter in net.named_parameters():
+        if name.startswith("attention."):
+            torch.nn.init.normal_(parameter, std=0.3)
+        if name.endswith(("squeeze.bias", "conv_du.0.bias", "gamma")):  # opens ReLUs, HAN's paths
+            torch.nn.init.ones_(parameter)
+        if name.endswith(("conv_du.0.weight", "ADM.0.weight")):  # factors between their ends
+            parameter.data *= 0.01
+        if name.endswith("ADM.0.weight"):  # one of its ReLUs is open
+            parameter.data[1] = -parameter.data[0]
+    net(pictures.double(), seeds).square().sum().backward()
+    fixed = [n for n, p in net.named_parameters() if p.grad is None or not p.grad.any()]
+    assert all(name.startswith(("sub_mean.", "add_mean.")) for name in fixed), fixed
 
 
 @pytest.mark.parametrize("backbone", ["edsr", "rcan"])
@@ -116,15 +155,6 @@ def test_each_module_draws_noise_of_its_own():
     assert len({seed for seeds in drawn for seed in seeds}) == 6
 
 
-def test_every_parameter_learns():
-    net = Backbone(replace(SMALL, scale=2))
-    for parameter in net.attention.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    net(torch.rand(2, 3, 6, 5), torch.tensor([1, 2])).square().sum().backward()
-    fixed = [n for n, p in net.named_parameters() if p.grad is None or not p.grad.any()]
-    assert fixed == ["sub_mean.weight", "sub_mean.bias", "add_mean.weight", "add_mean.bias"]
-
-
 def test_mixed_precision_stays_near():
     net = Backbone(replace(SMALL, scale=2)).eval()
     pictures = torch.rand(1, 3, 12, 12)
@@ -135,7 +165,7 @@ def test_mixed_precision_stays_near():
     assert (half - full).abs().max() < 0.05 * full.abs().max()
 
 
-@pytest.mark.parametrize("backbone", ["edsr", "rcan", "han", "a2n"])
+@pytest.mark.parametrize("backbone", BACKBONES)
 def test_the_mean_colour_keeps_its_digits_in_mixed_precision(backbone):
     net = build_network(replace(SMALL, backbone=backbone, scale=2)).eval()
     for parameter in net.tail.parameters():

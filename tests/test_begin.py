@@ -78,16 +78,16 @@ def test_weights_of_another_backbone_are_refused(small_sets):
         train.main([*SMALL, *begin, "--init", "none.safetensors"])
 
 
-def test_inheriting_begins_with_the_supernets_weights():
+def test_a_run_begins_with_the_supernets_weights():
     search.main(
         [*SMALL[:-2], "--batch-size", "2", "--patch-size", "16", "--steps", "4", "--lambda", "0"]
     )
-    found = load_model(Path("runs/search/model.safetensors"))
+    supernet = load_model(Path("runs/search/model.safetensors"))
     still = ["--lr", "1e-30", "--batch-size", "2", "--patch-size", "16", "--steps", "1", "--ema"]
     train.main(["--init-supernet", *still])
     trained = load_model(Path("runs/train/model.safetensors"))
-    assert trained.config == found.config
-    ours, theirs = trained.model.state_dict(), found.model.state_dict()
+    assert trained.config == supernet.config
+    ours, theirs = trained.model.state_dict(), supernet.model.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     for words, message in (
         (

@@ -1,4 +1,5 @@
-"""The benchmark: contenders agree, a wrong one is refused, rows and ratios are what they say."""
+"""The operator's benchmark: implementations agree, a wrong one is left out, rows and ratios hold
+what they say."""
 
 import argparse
 import contextlib
@@ -8,67 +9,69 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import kernels
-from acla.config import ModelConfig
-from acla.models.attention import CrossLayerAttention
-from acla.models.backbones import Backbone
 from kernels import bench, timing
+from kernels.baselines import by_grid_sample, make_case
+from kernels.floor import Gpu
 
 TINY = ["--sizes", "1x6x5x8", "--seconds", "0"]
 FIELDS = {
-    *("device", "dtype", "B", "L", "K", "H", "W", "C", "keep", "backend", "pass"),
-    *("ms_p20", "ms_p50", "ms_p80", "peak_mb", "commit"),
+    *("device", "threads", "dtype", "B", "L", "K", "H", "W", "C", "keep", "backend", "pass"),
+    *("ms_p20", "ms_p50", "ms_p80", "peak_mb"),
 }
 
 
-def test_rows_have_their_fields_and_every_contender(capsys):
-    bench.main([*TINY, "--only", "operator", "--json", "-"])
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert all(row.keys() == FIELDS | {"threads"} for row in rows)  # on CPUs nothing else is known
+def test_rows_have_their_fields_and_every_implementation(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("old\n")
+    assert bench.main([*TINY, "--json", str(path)]) == 0
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all(row.keys() == FIELDS | {"commit"} for row in rows)  # on CPUs no floor
     names = {row["backend"] for row in rows}
     assert {"torch", "grid_sample per layer", "grid_sample per key", "conv3x3"} <= names
     assert all(0 < row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"] for row in rows)
     kept = sorted({row["keep"] for row in rows})
     assert kept[-1] == 1
     assert kept[0] < 0.4
-
-
-def test_ratios_are_printed_last(capsys):
-    bench.main([*TINY, "--only", "operator"])
     out = capsys.readouterr().out
     assert "1 CPU thread(s)" in out
     assert "as the better grid_sample" in out
-    assert "of its time with all" in out
-    assert "(target: 0.45 or less, " in out
+    assert "of its time with all keys" in out
 
 
-@pytest.mark.parametrize("spoil", ["result", "gradient"])
-def test_a_wrong_contender_is_never_timed(capsys, spoil):
-    case = bench.make_case((1, 5, 4, 3), 0.5, torch.float32, "cpu")
-    right = bench.by_grid_sample(per_key=True)
-    assert bench.what_is_wrong(right, case) is None
+def test_rows_alone_are_on_standard_output(capsys):
+    rows = bench.write_rows([{"a": 1}, {"a": 2}], "-")
+    lines = capsys.readouterr().out.splitlines()
+    assert [json.loads(line)["a"] for line in lines] == [row["a"] for row in rows] == [1, 2]
 
-    def wrong(case):
+
+@pytest.mark.parametrize("fault", ["result", "gradient", "raises"])
+def test_a_faulty_implementation_is_never_timed(capsys, fault, monkeypatch):
+    case = make_case((1, 5, 4, 3), 0.5, torch.float32, "cpu")
+    right = by_grid_sample(per_key=True)
+
+    def faulty(case):
         out = right(case)
-        return out * 1.001 if spoil == "result" else out.detach() + 0 * out
+        if fault == "raises":
+            raise RuntimeError("no kernel image")
+        return out * 1.001 if fault == "result" else out.detach() + 0 * out
 
-    found = bench.right_ones({"right": right, "rival": wrong}, case)
-    assert found == {"right": right}
-    assert "rival is left out, for it is wrong" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="torch is wrong"):
-        bench.right_ones({"torch": wrong}, case)
+    assert bench.working({"right": right, "other": faulty}, case) == {"right": right}
+    assert "other is left out: " in capsys.readouterr().err
+    monkeypatch.setattr(bench, "implementations", lambda device: {"torch": faulty, "grid": right})
+    assert bench.main(TINY) == 1  # a backend of ours; the other rows are there
+    assert "backend=grid" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("per_key", [False, True], ids=["per-layer", "per-key"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_grid_sample_is_right_on_wide_features_of_sixteen_bits(dtype, per_key):
-    case = bench.make_case((1, 5, 4, 256), 0.5, dtype, "cpu")
-    assert bench.what_is_wrong(bench.by_grid_sample(per_key), case) is None
+    case = make_case((1, 5, 4, 256), 0.5, dtype, "cpu")
+    assert bench.error_of(by_grid_sample(per_key), case) is None
 
 
 @pytest.mark.parametrize("keep", [1.0, 0.5, 0.25])
 def test_masks_keep_about_what_is_asked(keep):
-    case = bench.make_case((2, 24, 24, 2), keep, torch.float32, "cpu")
+    case = make_case((2, 24, 24, 2), keep, torch.float32, "cpu")
     assert case.kept() == pytest.approx(keep, abs=0.03)
 
 
@@ -90,70 +93,73 @@ def test_peak_memory_counts_what_was_alive_together():
     assert timing.peak_mb(work, "cpu") == pytest.approx(2, abs=0.1)
 
 
-@pytest.mark.parametrize("sizes", ["1x2x3", "axbxcxd", "0x2x3x4", ""])
-def test_impossible_sizes_are_refused(sizes, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        bench.main(["--sizes", sizes])
-    assert stopped.value.code == 2
-    assert "BxHxWxC" in capsys.readouterr().err
-
-
-def test_rows_that_could_not_be_written_are_told_of_first(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--sizes", "1x2x3"], "BxHxWxC"),
+        (["--sizes", "axbxcxd"], "BxHxWxC"),
+        (["--sizes", "0x2x3x4"], "BxHxWxC"),
+        (["--json", "nowhere/rows.jsonl"], "there is no folder"),
+        (["--json", "."], "that is a folder"),
+        (["--threads", "0"], "--threads must be 1 or more"),
+        (["--device", "cuda"], "use --device cpu"),
+    ],
+)
+def test_impossible_calls_are_refused_before_anything_is_measured(
+    words, message, capsys, monkeypatch
+):
     monkeypatch.setattr(bench, "operator_rows", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stopped:
-        bench.main([*TINY, "--json", str(tmp_path / "none" / "rows.jsonl")])
+        bench.main(words)
     assert stopped.value.code == 2
-    assert "there is no folder" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_what_is_measured_outlives_a_later_failure(monkeypatch, tmp_path):
-    made, sizes, path = bench.make_case, "1x6x5x8,1x7x5x8", tmp_path / "rows.jsonl"
+def test_rows_outlive_a_later_failure(monkeypatch, tmp_path):
+    sizes, path = "1x6x5x8,1x7x5x8", tmp_path / "rows.jsonl"
 
-    def make_case(size, *others):
+    def make(size, *others):
         if size[1] == 7:
             raise MemoryError
-        return made(size, *others)
+        return make_case(size, *others)
 
-    monkeypatch.setattr(bench, "make_case", make_case)
+    monkeypatch.setattr(bench, "make_case", make)
     with pytest.raises(MemoryError):
-        bench.main([*TINY, "--only", "operator", "--sizes", sizes, "--json", str(path)])
+        bench.main(["--seconds", "0", "--sizes", sizes, "--json", str(path)])
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert {row["H"] for row in rows} == {6}
     assert [row["pass"] for row in rows[-6:]] == ["forward"] * 3 + ["both"] * 3  # all of that size
 
 
-def test_rows_replace_the_file_when_there_are_any(tmp_path, capsys):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("old\n")
-    assert bench.written([], str(path)) == []
-    assert path.read_text() == "old\n"
-    assert bench.written(iter([{"a": 1}, {"a": 2}]), str(path)) == [{"a": 1}, {"a": 2}]
-    text = path.read_text()
-    assert [json.loads(line)["a"] for line in text.splitlines()] == [1, 2]
-    bench.written([{"a": 1}, {"a": 2}], "-")
-    assert capsys.readouterr().out == text
+# Ratios
 
 
-def test_a_device_that_is_not_there_is_refused(capsys):
-    if torch.cuda.is_available():
-        pytest.skip("there is a CUDA device")
-    with pytest.raises(SystemExit) as stopped:
-        bench.main(["--device", "cuda"])
-    assert stopped.value.code == 2
-    assert "use --device cpu" in capsys.readouterr().err
+def row(backend, ms, which="forward", keep=0.5, **others):
+    size = {"B": 1, "H": 48, "W": 48, "C": 64, "keep": keep, "pass": which}
+    return size | {"backend": backend, "ms_p50": ms, **others}
 
 
-# ---- GPUs
+def test_ratios_by_hand():
+    rows = [row("grid_sample per layer", 30.0), row("grid_sample per key", 40.0)]
+    rows += [row("conv3x3", 1.0), row("deform_conv2d", 32.0)]
+    rows += [row("triton", 2.0, floor_share=0.4)]
+    rows += [row("cpp", 1.0, "both", 1.0), row("cpp", 0.7, "both"), row("cpp", 0.45, "both", 0.25)]
+    title = "1×48×48, C 64, forward, 50% of the keys"
+    times = "15.0× as fast as the better grid_sample, 16.00× as deform_conv2d, 0.50× as conv3x3"
+    assert list(bench.ratios(rows)) == [
+        f"{title}: triton is {times}",
+        f"{title}: triton reaches 0.40 of the floor",
+        "1×48×48, C 64, both, 25% of the keys: cpp takes 0.45 of its time with all keys "
+        "(less is better)",
+    ]
 
-H100 = SimpleNamespace(
-    **{"major": 9, "minor": 0, "multi_processor_count": 132, "warp_size": 32},
-    **{"clock_rate": 1_980_000, "memory_clock_rate": 2_619_000, "memory_bus_width": 5120},
-    L2_cache_size=50,
-)
+
+# GPUs
 
 
 class FakeCuda:
-    """Notes, in order, what a program asks of a GPU that is not there."""
+    """Notes, in order, the calls to a GPU that is not there."""
 
     def __init__(self, monkeypatch):
         self.notes = []
@@ -181,7 +187,7 @@ class FakeCuda:
             "graph": lambda graph: inside("capture"),
             "Event": lambda enable_timing: event,
             "_sleep": note("sleep"),
-            "get_device_properties": lambda: H100,
+            "get_device_properties": lambda: SimpleNamespace(L2_cache_size=50),
             "get_device_name": lambda: "NVIDIA H100 80GB HBM3",
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
@@ -208,87 +214,18 @@ def test_queued_kernels_wait_in_line_before_the_clock_starts(monkeypatch, queued
     assert fake.notes == [*before, "event", "work", "event", "synchronize"]
 
 
-def gpu_rows(monkeypatch, run):
-    """The rows of a run on a GPU that is not there, each of its calls taking 0.25 ms."""
-
-    def paired(works, *_, **__):
-        for work in works:
-            work()
-        return [[0.25] * 3 for _ in works]
-
+@pytest.mark.parametrize("known", [True, False])
+def test_operator_rows_of_a_gpu_have_the_work_and_the_share_of_the_floor(monkeypatch, known):
     FakeCuda(monkeypatch)
-    monkeypatch.setattr(bench, "paired", paired)
+    monkeypatch.setattr(bench, "paired", lambda works, *_, **__: [[0.25] * 3 for _ in works])
     monkeypatch.setattr(bench, "peak_mb", lambda *_: 1.0)
-    return list(run(argparse.Namespace(device="cuda", dtype="bfloat16", seconds=0.0)))
-
-
-def test_operator_rows_of_a_gpu_tell_the_work_and_the_share_of_the_floor(monkeypatch):
-    def run(args):
-        cases = [(name, lambda case: None, None, 0.5) for name in ("triton", "conv3x3")]
-        monkeypatch.setattr(bench, "run_pass", lambda *_: None)
-        return bench.timed_cases(cases, (1, 48, 48, 256), "forward", args)
-
-    ours, convolution = gpu_rows(monkeypatch, run)
-    assert convolution.keys() == (FIELDS | {"threads"}) - {"commit"}
-    assert ours.keys() - convolution.keys() == {"bytes", "flops", "floor_ms", "floor_share"}
+    h100 = Gpu(memory=3.352e12, cache=132 * 1.98e9 * 128, lanes=132 * 1.98e9 * 128)
+    args = argparse.Namespace(device="cuda", dtype="bfloat16", seconds=0.0)
+    args.limits = h100 if known else None
+    cases = [(name, lambda case: None, None, 0.5) for name in ("triton", "conv3x3")]
+    ours, convolution = bench.operator_pass_rows(cases, (1, 48, 48, 256), "forward", args)
+    assert convolution.keys() == FIELDS
+    floor = {"floor_ms": 0.00599, "floor_share": round(0.00599 / 0.25, 4)} if known else {}
+    assert ours.keys() == FIELDS | {"bytes", "flops"} | floor.keys()
     assert ours["flops"] == 6 * 256 * 48 * 48 * 80 // 2
-    assert ours["floor_ms"] == 0.00599
-    assert ours["floor_share"] == round(0.00599 / 0.25, 4)
-    monkeypatch.setattr(H100, "major", 12)
-    unknown, _ = gpu_rows(monkeypatch, run)
-    assert unknown.keys() - convolution.keys() == {"bytes", "flops"}
-
-
-def test_networks_run_on_a_gpu_piece_by_piece_and_as_graphs(monkeypatch):
-    monkeypatch.setattr(bench, "NETWORKS", {"edsr-16x64": ("car", "tiny", "edsr")})
-    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_, **__: self)
-    rand = torch.rand
-    monkeypatch.setattr(torch, "rand", lambda *shape, device: rand(*shape))
-    monkeypatch.setattr(bench, "replay", lambda work: work)
-    rows = gpu_rows(monkeypatch, bench.network_rows)
-    assert [(row["backend"], row["pass"], row["peak_mb"]) for row in rows] == [
-        ("edsr-16x64", "network", 1.0),
-        ("edsr-16x64 + acla", "network", 1.0),
-        ("edsr-16x64", "replay", None),
-        ("edsr-16x64 + acla", "replay", None),
-    ]
-    assert {row["dtype"] for row in rows} == {"float32"}
-
-
-def attending_network():
-    """A network whose output depends on its attention, which adds nothing when it is fresh."""
-    config = ModelConfig(blocks=3, width=16, channels=1, attention="acla", positions=(1, 3), keys=4)
-    torch.manual_seed(0)
-    net = Backbone(config).eval()
-    torch.nn.init.normal_(net.tail[-1].weight, std=0.1)
-    for module in net.modules():
-        if isinstance(module, CrossLayerAttention):
-            for layer in (module.points, module.output):
-                torch.nn.init.normal_(layer.weight, std=0.3)
-    return net
-
-
-@pytest.mark.parametrize("spoiled", ["aggregate", "coverage"])
-def test_the_network_that_is_replayed_depends_on_the_operator(monkeypatch, spoiled):
-    net, picture = attending_network(), torch.rand(1, 1, 13, 10)
-    expected = bench.without_gradients(net, picture)
-
-    def garbage(*args, **options):
-        out = kernels.attend(*args, **options)
-        return out._replace(**{spoiled: torch.zeros_like(getattr(out, spoiled))})
-
-    monkeypatch.setattr("acla.models.attention.attend", garbage)
-    change = (bench.without_gradients(net, picture) - expected).abs().max()
-    assert change > 0.01 * expected.abs().max()
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_a_replayed_network_gives_what_the_network_gives():
-    net = attending_network().cuda()
-    picture, other = torch.rand(2, 1, 1, 13, 10, device="cuda")
-    expected = [bench.without_gradients(net, p.clone()) for p in (other, picture)]
-    first = picture.clone()
-    run = timing.replay(lambda: bench.without_gradients(net, picture))
-    for given, right in zip((other, first), expected, strict=True):
-        picture.copy_(given)
-        torch.testing.assert_close(run(), right)
+    assert {name: ours[name] for name in floor} == floor

@@ -1,8 +1,7 @@
-"""Checkpoints: equal to the bit, rebuilt from the file alone, refused with the reason."""
+"""Conversion of published files: the same function for pictures in 0..1, no code run, errors of one
+line."""
 
-import json
 import os
-import re
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -10,247 +9,266 @@ from pathlib import Path
 
 import pytest
 import torch
-from published import random_tensors
+from published import NETWORKS, random_tensors
 from safetensors.torch import save_file
 
-from acla import files
-from acla.config import BACKBONES, ModelConfig, Task
-from acla.errors import CheckpointError
-from acla.models import serialization
-from acla.models.backbones import Backbone
+from acla.checkpoint import convert, infer_config, main
+from acla.cli import run
+from acla.config import Task, model_preset
+from acla.errors import CheckpointError, UsageError
 from acla.models.factory import build_network
-from acla.models.serialization import load_model, load_state, save_model, save_state
+from acla.models.serialization import load_model
 
 ROOT = Path(__file__).parents[1]
-RUN = {"step": 3, "seconds": 0.5, "plan": {}, "data": {}}  # the progress of a search
-TRAINED = {"flags": {}, "scaler": {}, "val_psnr": 30.0, "best": {"step": 3, "val_psnr": 30.0}}
-SMALL = ModelConfig(blocks=3, width=8, group_blocks=1, reduction=2, keys=3, positions=(1, 3))
-
-
-def random_network(**changes) -> Backbone:
-    net = build_network(replace(SMALL, **changes)).eval()
-    for parameter in net.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return net
-
-
-@pytest.mark.parametrize("backbone", BACKBONES)
-@pytest.mark.parametrize("scale", [1, 2])
-def test_a_network_comes_back_to_the_bit(tmp_path, backbone, scale):
-    net = random_network(backbone=backbone, scale=scale)
-    path = tmp_path / "model.safetensors"
-    task = Task("sr", 2) if scale == 2 else Task("demosaic", 0)
-    save_model(path, net, net.config, task, {"step": 7})
-    found = load_model(path)
-    assert (found.config, found.task, found.info) == (net.config, task, {"step": 7})
-    assert not found.model.training
-    assert {n: p.requires_grad for n, p in found.model.named_parameters()} == {
-        n: p.requires_grad for n, p in build_network(net.config).named_parameters()
-    }
-    pictures = torch.rand(1, 3, 7, 4)
-    with torch.no_grad():
-        assert torch.equal(found.model(pictures), net(pictures))
-
-
-def test_a_state_comes_back_to_the_bit(tmp_path):
-    tensors = {"a": torch.randn(3, 2), "b.step": torch.tensor(3.0), "c": torch.arange(4)}
-    save_state(tmp_path / "state.safetensors", tensors, RUN)
-    found, progress = load_state(tmp_path / "state.safetensors")
-    assert progress == RUN
-    assert found.keys() == tensors.keys()
-    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+WIDTHS = {"edsr": 8, "rcan": 16, "han": 16, "a2n": 8, "a2n-m": 8}
 
 
 @pytest.fixture
-def written(tmp_path):
-    net = random_network()
-    path = tmp_path / "model.safetensors"
-    save_model(path, net, net.config, Task("denoise", 30), {})
-    return path
+def publish(tmp_path):
+    """Writes a published file, changed by a function of its tensors; returns (path, tensors)."""
+
+    def write(kind="edsr", scale=2, change=lambda t: t, name="net.pt"):
+        tensors = random_tensors(kind, scale, WIDTHS[kind])
+        torch.save(change(tensors), tmp_path / name)
+        return tmp_path / name, tensors
+
+    return write
 
 
-def test_the_wrong_file_is_told_from_the_right_one(written, tmp_path):
-    save_state(tmp_path / "state.safetensors", {"a": torch.ones(1)}, {})
-    with pytest.raises(CheckpointError, match=r"holds a state.*wanted is model\.safetensors"):
-        load_model(tmp_path / "state.safetensors")
-    with pytest.raises(CheckpointError, match=r"holds a model.*wanted is state\.safetensors"):
-        load_state(written)
-    save_file({"a": torch.ones(1)}, tmp_path / "foreign.safetensors")
-    with pytest.raises(CheckpointError, match=r"not one of ours.*wanted is model\.safetensors"):
-        load_model(tmp_path / "foreign.safetensors")
+@pytest.mark.parametrize(
+    ("kind", "scale"),
+    [
+        *(("edsr", scale) for scale in (2, 3, 4)),
+        *(("rcan", scale) for scale in (2, 4)),
+        ("han", 3),
+        *(("a2n", scale) for scale in (2, 3, 4)),
+        ("a2n-m", 2),
+    ],
+)
+def test_the_function_is_the_published_one(publish, kind, scale):
+    path, tensors = publish(kind, scale)
+    network = convert(path, scale).double()
+    exact = {name: tensor.double() for name, tensor in tensors.items()}
+    for H, W in ((7, 5), (1, 1)):
+        pictures = torch.rand(2, 3, H, W, dtype=torch.float64)
+        with torch.no_grad():
+            theirs = NETWORKS[kind](exact, 255 * pictures, scale)
+            torch.testing.assert_close(network(pictures), theirs / 255, rtol=1e-6, atol=1e-6)
+    size = {"blocks": 2, "width": WIDTHS[kind], "channels": 3, "scale": scale, "positions": ()}
+    config = asdict(network.config)
+    assert {name: config[name] for name in size} == size
+    assert config["backbone"] == kind
+
+
+@pytest.mark.parametrize(
+    ("preset", "backbone", "change"),
+    [
+        ("paper", "edsr", {}),
+        ("small", "edsr", {"blocks": 16}),
+        ("paper", "rcan", {}),
+        ("tiny", "rcan", {"reduction": 4}),
+        ("paper", "a2n", {}),
+        ("paper", "a2n-m", {"reduction": 8}),
+    ],
+)
+def test_the_configuration_is_inferred_from_shapes(preset, backbone, change):
+    config = replace(model_preset(preset, Task("sr", 2), backbone), **change, scale=1)
+    config = replace(config, attention="none", keys=0)
+    with torch.device("meta"):
+        tensors = build_network(config).state_dict()
+    assert infer_config(tensors, backbone.removesuffix("-m")) == config
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda t: {"state_dict": t, "epoch": 3}, id="state_dict"),
+        pytest.param(lambda t: {"model": {"state_dict": t}}, id="nested"),
+        pytest.param(lambda t: {"params": {f"module.{n}": v for n, v in t.items()}}, id="parallel"),
+    ],
+)
+def test_wrapped_tensors_are_unwrapped(publish, change):
+    plain = convert(publish()[0]).state_dict()
+    found = convert(publish(change=change)[0]).state_dict()
+    assert all(torch.equal(found[name], plain[name]) for name in plain)
+
+
+def test_files_of_other_formats_are_read(publish, tmp_path):
+    path, tensors = publish()
+    plain = convert(path).state_dict()
+    save_file(tensors, tmp_path / "net.safetensors")
+    torch.save(tensors, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    for name in ("net.safetensors", "old.pt"):
+        found = convert(tmp_path / name).state_dict()
+        assert all(torch.equal(found[name], plain[name]) for name in plain)
+
+
+class Evil:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_code_in_a_file_is_refused_and_never_run(publish, tmp_path, zipped):
+    path, tensors = publish()
+    evil = {**tensors, "more": Evil(tmp_path / "ran")}
+    torch.save(evil, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match=r"needs pickled code \(\w+\.mkdir\), which is never"):
+        convert(path)
+    assert not (tmp_path / "ran").exists()
+    torch.save(torch.nn.Conv2d(1, 1, 1), path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match=r"needs pickled code \(torch\.nn\."):
+        convert(path)
+
+
+def without(*parts):
+    return lambda t: {n: v for n, v in t.items() if not any(part in n for part in parts)}
+
+
+def with_value(name, change):
+    return lambda t: {**t, name: change(t[name])}
+
+
+def eight_times(t):
+    parts = [(step, part) for step in (2, 4) for part in ("weight", "bias")]
+    return t | {f"tail.0.{step}.{part}": t[f"tail.0.0.{part}"] for step, part in parts}
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("edsr", lambda t: {"fc.weight": t["head.0.weight"]}, "no supported network"),
+        ("edsr", lambda t: {}, "no supported network"),
+        ("edsr", lambda t: [*t.values()], "more than tensors"),
+        ("edsr", lambda t: {**t, "epoch": 3}, "more than tensors"),
+        ("edsr", lambda t: {**t, 3: t["head.0.weight"]}, "more than tensors"),
+        ("edsr", lambda t: {**t, "more": t["head.0.weight"].to_sparse()}, "more than tensors"),
+        ("edsr", lambda t: {**t, "more": t["head.0.weight"].to("meta")}, "more than tensors"),
+        ("edsr", lambda t: {**t, "more": t["head.0.weight"]}, "1 are unknown, .* more"),
+        ("edsr", without("head.0.bias"), "1 tensors are missing"),
+        ("edsr", without("head."), "names of EDSR"),
+        ("edsr", with_value("head.0.weight", lambda v: v.sum()), "names of EDSR"),
+        ("edsr", with_value("head.0.weight", lambda v: v[:, :2]), "channels 2"),
+        ("edsr", with_value("body.0.body.0.weight", lambda v: v[:3]), r"body\.0\.body\.0\.weight"),
+        ("edsr", with_value("head.0.bias", torch.Tensor.half), r"head\.0\.bias .*float16"),
+        ("edsr", with_value("sub_mean.bias", lambda v: v / 255), r"pictures in 0\.\.1"),
+        ("edsr", without("tail.0"), "×2 nor ×3 nor ×4"),
+        ("rcan", eight_times, "×2 nor ×3 nor ×4"),
+        ("rcan", without("conv_du"), "names of RCAN"),
+        ("rcan", without("body.1.body.0."), "does not fit"),
+        ("rcan", without("mean"), "4 tensors are missing"),
+        ("han", without("csa.conv.weight"), "names of HAN"),
+        ("han", with_value("csa.conv.weight", lambda v: v[..., :2]), r"csa\.kernel .*\[3, 3, 2\]"),
+        ("a2n", without("ADM.0"), "names of A2N"),
+        ("a2n", without("trunk_conv"), "names of A2N|does not fit"),
+        ("a2n", with_value("att1.conv.weight", lambda v: v[:9]), r"tail\.0\.2\.conv\.weight"),
+    ],
+)
+def test_other_contents_are_refused(publish, kind, change, message):
+    path, _ = publish(kind, change=change)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        convert(path, None if kind != "a2n" else 2)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_files_are_refused(publish, tmp_path):
+    path, _ = publish("a2n", 4)
+    whole = path.read_bytes()
+    torch.save(random_tensors("a2n", 4, 8), path, _use_new_zipfile_serialization=False)
+    old = path.read_bytes()
+    generator = torch.Generator().manual_seed(1)
+    cases = [b"", b"\x80\x02.", b"text"]
+    cases += [w[: len(w) * k // 5] for w in (whole, old) for k in range(5)]
+    for number in range(60):
+        damaged = bytearray((whole, old)[number % 2])
+        for place, value in torch.randint(0, 2048, (4, 2), generator=generator).tolist():
+            damaged[place] = value % 256
+        cases.append(bytes(damaged))
+    messages = []
+    for case in cases:
+        path.write_bytes(case)
+        try:
+            convert(path)
+        except CheckpointError as error:
+            messages.append(str(error))
+    assert not any("\n" in message for message in messages)
+    assert len(messages) > len(cases) // 2
     with pytest.raises(CheckpointError, match="no such file"):
-        load_model(tmp_path / "missing.safetensors")
-    with pytest.raises(CheckpointError, match=r"that is a folder; .* model\.safetensors in it"):
-        load_model(tmp_path)
-    torch.save({"a": torch.ones(1)}, tmp_path / "published.pt")
-    with pytest.raises(CheckpointError, match=r"python -m acla\.checkpoint import"):
-        load_model(tmp_path / "published.pt")
+        convert(tmp_path / "none.pt")
+    (tmp_path / "net.safetensors").write_bytes(whole)
+    with pytest.raises(CheckpointError, match="not a whole"):
+        convert(tmp_path / "net.safetensors")
 
 
 @pytest.mark.parametrize(
-    "spoil",
+    ("kind", "scale", "given", "message"),
     [
-        pytest.param(lambda data: data[: len(data) // 2], id="truncated"),
-        pytest.param(lambda data: b"", id="empty"),
-        pytest.param(lambda data: b"\xff" * 8 + data[8:], id="absurd-header-length"),
-        pytest.param(lambda data: data[:8] + b"x" + data[9:], id="header-no-json"),
-        pytest.param(lambda data: b"PK\x03\x04" + data, id="another-format"),
+        ("a2n", 3, None, "--scale 2 or --scale 3"),
+        ("a2n", 3, 4, "--scale 4: .* ×2 or ×3"),
+        ("a2n", 4, 2, "--scale 2: .* ×4"),
+        ("edsr", 3, 2, "--scale 2: .* ×3"),
     ],
 )
-def test_a_broken_file_is_refused(written, spoil):
-    written.write_bytes(spoil(written.read_bytes()))
-    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
-        load_model(written)
+def test_another_scale_is_refused(publish, kind, scale, given, message):
+    with pytest.raises(UsageError, match=message):
+        convert(publish(kind, scale)[0], given)
 
 
-def rewrite(path, tensors=None, **header):
-    found, old = serialization.read_tensors(path, "model")
-    save_file(found if tensors is None else tensors(found), path, metadata={**old, **header})
+# Command
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        *("{}", "[]", "{", "null"),
-        json.dumps({"width": 10**12}),
-        json.dumps(asdict(SMALL) | {"residual_scale": 10**400}),
-    ],
-    ids=["empty", "list", "broken", "null", "width-alone", "400-digits"],
-)
-def test_a_configuration_that_is_not_valid_is_refused(written, model):
-    rewrite(written, model=model)
-    with pytest.raises(CheckpointError, match="configuration inside is not valid"):
-        load_model(written)
-
-
-def test_a_network_of_another_scale_than_its_task_is_refused(tmp_path):
-    net = random_network(scale=2)
-    save_model(tmp_path / "model.safetensors", net, net.config, Task("sr", 3), {})
-    with pytest.raises(CheckpointError, match="a network for ×2 with the task sr x3"):
-        load_model(tmp_path / "model.safetensors")
-
-
-def test_tensors_must_be_the_networks(written):
-    rewrite(written, lambda t: {**t, "more": torch.ones(1)})
-    with pytest.raises(CheckpointError, match="1 are unknown, for instance more"):
-        load_model(written)
-    rewrite(written, lambda t: {k: v for k, v in t.items() if k not in ("more", "head.0.bias")})
-    with pytest.raises(CheckpointError, match="1 tensors are missing"):
-        load_model(written)
-    rewrite(written, lambda t: {**t, "head.0.bias": torch.ones(9)})
-    with pytest.raises(CheckpointError, match=r"head\.0\.bias is torch\.float32 \[9\]"):
-        load_model(written)
-    rewrite(written, lambda t: {**t, "head.0.bias": torch.ones(8, dtype=torch.float16)})
-    with pytest.raises(CheckpointError, match=r"head\.0\.bias is torch\.float16"):
-        load_model(written)
-
-
-@pytest.mark.parametrize("info", ["[1]", "null", "3", '"text"'])
-def test_notes_that_are_no_object_are_refused(written, info):
-    rewrite(written, info=info)
-    with pytest.raises(CheckpointError, match="not valid: the notes must be a JSON object, not "):
-        load_model(written)
-
-
-def test_more_blocks_than_tensors_are_refused_before_they_are_built(written, monkeypatch):
-    monkeypatch.setattr(serialization, "build_network", lambda *_: pytest.fail("built"))
-    config = replace(SMALL, backbone="rcan", blocks=256, group_blocks=256)
-    rewrite(written, model=json.dumps(asdict(config)))
-    with pytest.raises(CheckpointError, match=r"does not fit its network: \d+ tensors for 65536 "):
-        load_model(written)
-    with pytest.raises(CheckpointError, match=r"1 tensors for 65536 blocks; begin anew with --out"):
-        serialization.require_network(
-            config, {"model.a": torch.ones(1), "b": torch.ones(1)}, written
-        )
-
-
-def test_a_state_s_network_is_compared_before_memory_is_taken_for_it(tmp_path):
-    tensors = {f"model.{name}": t for name, t in random_network().state_dict().items()}
-    serialization.require_network(SMALL, {**tensors, "averaged.x": torch.ones(1)}, tmp_path)
-    wide = replace(SMALL, width=4096, keys=1024)
-    with pytest.raises(CheckpointError, match=r"model\.\S+ is torch\.float32 .*; begin anew with"):
-        serialization.require_network(wide, tensors, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"step": None}, "step must be int, not NoneType"),
-        ({"step": True}, "step must be int, not bool"),
-        ({"step": -1}, "step must be 0 or more, not -1"),
-        ({"step": 2**63}, "a number of 19 digits"),
-        ({"data": {"deep": [-(10**400)]}}, "a number of 402 digits"),
-        ({"seconds": "1"}, "seconds must be float, not str"),
-        ({"data": []}, "data must be dict, not list"),
-        ({"plan": 3}, "plan must be dict, not int"),
-        ({"more": 3}, "'more' is unknown"),
-        ({"seen": [1.0]}, "seen must be two sums"),
-        ({"seen": [1.0, "2"]}, "seen must be a list of numbers"),
-        ({"seen": [1.0, 2.0], "count": -1}, "count must be a number of steps, 0 or more"),
-        ({"seen": [1.0, 2.0], "count": 0.5}, "count must be a number of steps, 0 or more"),
-        ({"plan": {"train": 0}}, "the progress has no flags"),
-        ({"plan": {"train": 0}, **TRAINED, "flags": []}, "flags must be dict, not list"),
-        ({"plan": {"train": 0}, **TRAINED, "scaler": 1}, "scaler must be dict, not int"),
-        ({"plan": {"train": 0}, **TRAINED, "best": None}, "best must be dict, not NoneType"),
-        ({"plan": {"train": 0}, **TRAINED, "best": {"step": 3}}, "best has no val_psnr"),
-        ({"plan": {"train": 0}, **TRAINED, "val_psnr": "inf"}, "val_psnr must be float, not str"),
-        ({"plan": {"train": 0}, **TRAINED, "step": 0}, "best must be NoneType, not dict"),
-        ({"plan": {"train": 0}, **TRAINED, "more": 1}, "'more' is unknown"),
-        ({"plan": {"train": 0}, **TRAINED, "losses": 1.0}, "losses must be a list of numbers"),
-        ({"plan": {"train": 0}, **TRAINED, "best": None, "losses": [1.0]}, "best must be dict"),
-        ({"plan": {"train": 0}, **TRAINED, "count": 1}, "'count' is unknown"),
-    ],
-)
-def test_progress_of_another_kind_is_refused(tmp_path, change, reason):
-    path = tmp_path / "state.safetensors"
-    save_state(path, {}, {**RUN, **change})
-    said = f"{path}: the progress inside is not valid: {reason}"
-    with pytest.raises(CheckpointError, match=f"^{re.escape(said)}.*; begin anew with --out DIR$"):
-        load_state(path)
-
-
-def test_progress_of_a_training_is_read(tmp_path):
-    path = tmp_path / "state.safetensors"
-    row = {"loss": 1.0, "lr": 0.1, "norm": 2.0, "val_psnr_Set5": 29.0, "begun_with": None}
-    begun = {"step": 0, "best": None}
-    stopped = {"losses": [1.0], "norms": [2.0]}
-    for change in ({}, begun, stopped):
-        progress = {**RUN, "plan": {"train": {}}, **TRAINED, **row, **change}
-        save_state(path, {}, progress)
-        assert load_state(path)[1] == progress
-    early = {**RUN, "plan": {"train": {}}, "flags": {}, "scaler": {}, "best": None, **stopped}
-    for progress in (early, {**RUN, "seen": [1.0, 2.0], "count": 3}):
-        save_state(path, {}, progress)
-        assert load_state(path)[1] == progress
-
-
-def test_what_killed_writes_left_is_removed_and_nothing_else(written):
-    folder = written.parent
-    kept = [".hidden", ".notes.tmp", "model.1.tmp", written.name]
-    for name in [*kept[:-1], ".state.safetensors.123.tmp", ".train.jsonl.4.tmp"]:
-        (folder / name).touch()
-    files.clear_temporary(folder)
-    assert sorted(path.name for path in folder.iterdir()) == sorted(kept)
-
-
-def test_a_failed_write_leaves_the_old_file_whole(written, monkeypatch):
-    before = written.read_bytes()
-
-    def full_disk(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        save_model(written, random_network(), SMALL, Task("denoise", 30), {})
-    assert written.read_bytes() == before
-    assert list(written.parent.iterdir()) == [written]
-
-
-def test_the_command_imports_a_published_file(tmp_path):
-    source, out = tmp_path / "a2n.pt", tmp_path / "a2n.safetensors"
-    torch.save(random_tensors("a2n", 3, 8), source)
-    command = [sys.executable, "-m", "acla.checkpoint", "import", source, out]
-    done = subprocess.run([*command, "--scale", "3"], cwd=ROOT, capture_output=True, text=True)
+def test_the_command_writes_a_model_file(publish, tmp_path):
+    path, _ = publish("rcan", 3)
+    out = tmp_path / "out.safetensors"
+    command = [sys.executable, "-m", "acla.checkpoint", "import", path, out, "--scale", "3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith(f"{out}: sr x3, a2n of 2 blocks × 8, ")
-    assert load_model(out).task == Task("sr", 3)
+    result = load_model(out)
+    params = sum(tensor.numel() for tensor in result.model.state_dict().values())
+    assert done.stdout == f"{out}: sr x3, rcan of 2 blocks × 16, {params:,} parameters\n"
+    assert (result.task, result.config.group_blocks) == (Task("sr", 3), 2)
+    assert result.info["imported"] == "net.pt"
+    assert len(result.info["sha256"]) == 64
+    pictures = torch.rand(1, 3, 4, 6)
+    with torch.no_grad():
+        assert torch.equal(result.model(pictures), convert(path)(pictures))
+
+
+def status(*words) -> int:
+    with pytest.raises(SystemExit) as caught:
+        run(main, [str(word) for word in words])
+    return caught.value.code
+
+
+def test_nothing_is_overwritten(publish, tmp_path, capsys):
+    path, _ = publish()
+    out = tmp_path / "out.safetensors"
+    out.write_text("mine")
+    assert status("import", path, out) == 2
+    assert out.read_text() == "mine"
+    assert status("import", path, path, "--overwrite") == 2
+    assert status("import", tmp_path / "none.pt", out, "--overwrite") == 1
+    assert out.read_text() == "mine"
+    assert capsys.readouterr().err.count("error: ") == 3
+    main(["import", str(path), str(out), "--overwrite"])
+    assert load_model(out).config.blocks == 2
+
+
+def test_exit_status_of_wrong_calls_and_files(publish, tmp_path, capsys):
+    path, _ = publish("a2n", 2)
+    out = tmp_path / "out.safetensors"
+    assert status() == 2
+    assert status("import", path, out, "--scale", "8") == 2
+    assert status("import", path, out) == 2
+    assert status("import", path, tmp_path / "none" / "out.safetensors", "--scale", "2") == 1
+    main(["import", str(path), str(out), "--scale", "2"])
+    capsys.readouterr()
+    assert status("import", out, tmp_path / "more.safetensors", "--scale", "2") == 1
+    assert f"error: {out}: " in capsys.readouterr().err
+    assert not Path(tmp_path, "more.safetensors").exists()

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from acla.analysis import compare
-from acla.cli import run
+from acla.analysis import results
 from acla.config import ModelConfig, Task, TrainConfig
 from acla.errors import AclaError
 from acla.models.factory import build_network, describe
@@ -26,6 +25,7 @@ def write(tmp_path):
         name,
         seed,
         psnr,
+        *,
         seconds=5.0,
         sets=("LIVE1",),
         begun=None,
@@ -34,35 +34,28 @@ def write(tmp_path):
         tile=None,
         **fields,
     ):
-        pictures = pictures or {}
-        fields = SIZE | {"attention": "none", "keys": 0} | fields
-        config, folder = ModelConfig(**fields), tmp_path / name
+        config = ModelConfig(**(SIZE | {"attention": "none", "keys": 0} | fields))
+        folder = tmp_path / name
         folder.mkdir()
-        train = vars(TrainConfig(seed=seed))
-        info = {"train": train, "step": 10, "seconds": seconds, "data": {"train": data}}
+        info = {"train": vars(TrainConfig(seed=seed)), "data": {"train": data}}
+        info |= {"step": 10, "seconds": seconds}
         info["begun_with"] = begun and {"file": "plain.safetensors", "sha256": begun}
         file = folder / "model.safetensors"
         save_model(file, build_network(config), config, Task(), info)
-        common = {"task": "car", "setting": 10, "published": {}, "protocol": "car q10: Y"}
-        model = {"kind": "network", "checkpoint": str(file), "ensemble": False, "tile": tile}
-        results = [
-            {
-                "dataset": s,
-                "model": model,
-                "mean": {"psnr": psnr, "ssim": 0.8},
-                "images": [{"name": name, "psnr": value} for name, value in pictures.items()],
-                **common,
-            }
-            for s in sets
-        ]
-        (folder / "scores.json").write_text(json.dumps({"results": results}))
+        result = {"task": "car", "setting": 10, "published": {}, "protocol": "car q10: Y"}
+        result["model"] = {"kind": "network", "checkpoint": str(file), "ensemble": False}
+        result["model"]["tile"] = tile
+        result["mean"] = {"psnr": psnr, "ssim": 0.8}
+        result["images"] = [{"name": n, "psnr": value} for n, value in (pictures or {}).items()]
+        scores = {"results": [result | {"dataset": name} for name in sets]}
+        (folder / "scores.json").write_text(json.dumps(scores))
         return str(folder)
 
     return write
 
 
 def table(capsys, *argv):
-    compare.main(list(argv))
+    results.main(["compare", *argv])
     out = capsys.readouterr().out
     assert out.endswith(" |\n\n- car q10: Y\n")
     lines = out.splitlines()[:-2]
@@ -75,24 +68,10 @@ def test_seeds_are_put_together_and_gains_are_paired(capsys, write):
     more = [write("b0", 0, 29.1, **attended), write("b1", 1, 29.25, **attended)]
     alone = write("c2", 2, 30.0, attention="cla", keys=3, positions=(1,))
     head, _, one, two, three = table(capsys, *plain, *more, alone)
-    assert head == [
-        "",
-        "seeds",
-        "parameters",
-        "multiply-adds",
-        "s/step",
-        "LIVE1 q10",
-        "gain",
-    ]
+    assert head[1:] == ["seeds", "parameters", "multiply-adds", "s/step", "LIVE1 q10", "gain"]
     assert one[0] == "attention none, positions –"
-    assert one[1:] == [
-        "2",
-        f"{describe(ModelConfig(attention='none', keys=0, **SIZE))['params']:,}",
-        "0.002 G",
-        "1.000",
-        "29.100 ± 0.141",
-        "–",
-    ]
+    params = describe(ModelConfig(attention="none", keys=0, **SIZE))["params"]
+    assert one[1:] == ["2", f"{params:,}", "0.002 G", "1.000", "29.100 ± 0.141", "–"]
     assert two[0] == "attention acla, keys 3, positions 1 2"
     assert two[5:] == ["29.175 ± 0.106", "+0.075 ± 0.025"]
     assert three[0] == "attention cla, keys 3, positions 1"
@@ -120,7 +99,7 @@ def test_pictures_are_sorted_by_what_they_gain(capsys, write):
     ]
     other = write("c", 0, 29.0, pictures={"x": 28.0, "z": 30.0}, width=8)
     with pytest.raises(AclaError, match="other pictures"):
-        compare.main([plain[0], other])
+        results.main(["compare", plain[0], other])
 
 
 def test_runs_that_began_otherwise_are_no_seeds_of_one(capsys, write):
@@ -156,14 +135,14 @@ def test_runs_are_kept_in_a_file_that_is_read_again(capsys, write, tmp_path):
     more = write("c0", 0, 29.3, pictures=pictures, width=8)
     assert len(table(capsys, file, more)) == len(table(capsys, file)) + 1
     with pytest.raises(AclaError, match="are the same run"):
-        compare.main([file, file])
+        results.main(["compare", file, file])
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"runs": [1]}', '{"runs": [{"model": {}}]}', "\x00"])
 def test_a_file_of_anything_else_is_refused(tmp_path, text):
     (tmp_path / "kept.json").write_text(text)
-    with pytest.raises(AclaError, match="not a file of acla"):
-        compare.main([str(tmp_path / "kept.json")])
+    with pytest.raises(AclaError, match=r"not a file of .* compare --json"):
+        results.main(["compare", str(tmp_path / "kept.json")])
 
 
 def test_scores_of_an_older_network_are_refused(capsys, write, tmp_path):
@@ -177,55 +156,45 @@ def test_scores_of_an_older_network_are_refused(capsys, write, tmp_path):
     found["results"][0]["model"]["sha256"] = "0"
     file.write_text(json.dumps(found))
     with pytest.raises(AclaError, match="written anew since: score it again"):
-        compare.main([folder])
+        results.main(["compare", folder])
 
 
 def test_scores_must_be_the_runs_own(capsys, write, tmp_path):
     one, two = write("a", 0, 29.0), write("b", 1, None)
     other = (tmp_path / "b" / "scores.json").read_text()
-    with pytest.raises(AclaError, match="PSNR has no mean"):
-        compare.main([two])
     three = write("c", 0, 29.0, pictures={"x": 28.0, "exact": None})
-    with pytest.raises(AclaError, match="PSNR has no mean"):
-        compare.main([three])
-    (tmp_path / "a" / "scores.json").write_text(other)
-    with pytest.raises(AclaError, match=r"the scores of .*b/model.safetensors, not of"):
-        compare.main([one])
-    found = json.loads(other)
-    found["results"][0]["model"] = {"kind": "baseline"}
-    (tmp_path / "a" / "scores.json").write_text(json.dumps(found))
-    with pytest.raises(AclaError, match="not of"):
-        compare.main([one])
+    for folder in (two, three):
+        with pytest.raises(AclaError, match="PSNR has no mean"):
+            results.main(["compare", folder])
+    baseline = json.loads(other)
+    baseline["results"][0]["model"] = {"kind": "baseline"}
+    for text in (other, json.dumps(baseline)):
+        (tmp_path / "a" / "scores.json").write_text(text)
+        with pytest.raises(AclaError, match="not of"):
+            results.main(["compare", one])
 
 
-def test_the_same_run_twice_or_other_sets_are_refused(capsys, write, tmp_path):
+def test_the_same_run_twice_and_what_is_no_scored_run_are_refused(write, tmp_path):
     one, two = write("a", 0, 29.0), write("b", 0, 29.0)
     other = write("c", 1, 29.0, sets=("Classic5",))
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    for argv, message in (
+    (tmp_path / "bare").mkdir()
+    imported = write("d", 0, 29.0)
+    config = ModelConfig(attention="none", keys=0, **SIZE)
+    save_model(tmp_path / "d" / "model.safetensors", build_network(config), config, Task(), {})
+    for paths, message in (
         ((one, two), "are the same run"),
         ((one, other), "scored on other pictures"),
-        ((str(bare),), "holds no scores.json: python evaluate.py"),
+        ((str(tmp_path / "bare"),), "holds no scores.json: python evaluate.py"),
+        ((imported,), "train.py did not write it"),
     ):
-        with pytest.raises(SystemExit) as stop:
-            run(compare.main, list(argv))
-        assert stop.value.code == 1
-        assert message in capsys.readouterr().err
-
-
-def test_a_network_that_train_did_not_write_is_refused(capsys, write, tmp_path):
-    folder = write("a", 0, 29.0)
-    config = ModelConfig(attention="none", keys=0, **SIZE)
-    save_model(tmp_path / "a" / "model.safetensors", build_network(config), config, Task(), {})
-    with pytest.raises(SystemExit):
-        run(compare.main, [folder])
-    assert "train.py did not write it" in capsys.readouterr().err
+        with pytest.raises(AclaError, match=message):
+            results.main(["compare", *paths])
 
 
 @pytest.mark.parametrize("file", sorted(RESULTS.glob("trial-*.json")), ids=lambda path: path.stem)
 def test_the_tables_of_the_trials_are_those_of_their_runs(capsys, file):
-    text = (RESULTS / "README.md").read_text(encoding="utf-8")
-    assert f"python -m acla.analysis.compare results/{file.name}\n" in text
-    compare.main([str(file)])
+    documents = (RESULTS.parent / "docs" / "results.md", RESULTS / "README.md")
+    text = "".join(path.read_text(encoding="utf-8") for path in documents if path.is_file())
+    assert f"python -m acla.analysis.results compare results/{file.name}\n" in text
+    results.main(["compare", str(file)])
     assert capsys.readouterr().out in text

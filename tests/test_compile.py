@@ -14,7 +14,7 @@ def gather_job(target="sm_80", dtype=torch.float32, config=None):
     """The compilation of the gather's default, or of another configuration."""
     calls = autotune.trace(autotune.problem((1, 4, 4, 64, 2, 16), dtype, "cpu"), run=False)
     call = next(call for call in calls if call.name == "_aggregate")
-    return compile.describe(call, target, config or launch.CONFIGS["_aggregate"][0])
+    return compile.job_of(call, target, config or launch.CONFIGS["_aggregate"][0])
 
 
 @pytest.mark.slow
@@ -35,7 +35,7 @@ def test_strides_of_one_compile_too():
     calls = autotune.trace(autotune.problem((1, 1, 1, 1, 3, 1), torch.float32, "cpu"), run=False)
     for call in calls:
         config = launch.CONFIGS[call.name][0]
-        assert compile.compile_job(compile.describe(call, "sm_90", config)).registers > 0
+        assert compile.compile_job(compile.job_of(call, "sm_90", config)).registers > 0
 
 
 def test_the_full_list_holds_every_configuration():

@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+import search
+import train
 from acla import cli, config
 from acla.config import ModelConfig, SearchConfig, Task, TrainConfig
 from acla.errors import UsageError
@@ -154,7 +156,7 @@ def test_flags_override_the_preset_and_nothing_else():
     assert network.positions == (2, 5)
     assert network.scale == 1  # the task's, not a field's flag
     length = cli.override_length(config.train_preset("tiny"), args)
-    assert (length.amp, length.ema, length.batch) == (True, False, 4)
+    assert (length.amp, length.ema, length.batch_size) == (True, False, 4)
 
 
 def test_offsets_learn_at_ten_times_the_rate_where_training_is_short():
@@ -179,3 +181,21 @@ def test_the_papers_positions_fit_every_preset(preset, name, backbone):
     network = config.model_preset(preset, Task(name, config.SETTING_DEFAULT[name]), backbone)
     found = dataclasses.replace(network, positions=config.PAPER_POSITIONS[name, backbone])
     assert len(found.positions) in (4, 5)
+
+
+@pytest.mark.parametrize("script", [train, search], ids=["train", "search"])
+def test_former_flags_work_and_are_not_in_the_help(script, capsys):
+    words = ["--rate", "1e-3", "--batch", "4", "--patch", "24", "--ring", "3", "--open-logit", "1"]
+    values = {"lr": 1e-3, "batch_size": 4, "patch_size": 24, "offset_radius": 3, "mask_bias": 1}
+    if script is train:
+        words += ["--halve", "9", "--validate", "7", "--offset-rate", "5", "--inherit"]
+        values |= {"lr_half_every": 9, "val_every": 7, "offset_lr_mult": 5, "init_supernet": True}
+    else:
+        words += ["--alpha-rate", "2e-3"]
+        values |= {"alpha_lr": 2e-3}
+    given = vars(script.parse(words))
+    assert {name: given[name] for name in values} == values
+    with pytest.raises(SystemExit):
+        script.parse(["--help"])
+    shown = capsys.readouterr().out
+    assert not [word for word in words if word.startswith("--") and f"{word} " in shown]

@@ -76,7 +76,7 @@ def test_missing_set_shows_expected_found_and_fix(tmp_path):
     assert "--data DIR or the variable ACLA_DATA" in text
 
 
-def test_missing_root_is_told(tmp_path):
+def test_missing_root_is_reported(tmp_path):
     with pytest.raises(DataError, match="only 'sample' is built in"):
         find_set("Set5", None)
     with pytest.raises(DataError, match="none is no folder"):
@@ -134,7 +134,7 @@ def test_pictures_stay_within_memory(tmp_path):
     assert Pictures(held.paths, memory=100)[0].shape == (3, 10, 10)
 
 
-def test_memory_is_bounded_where_the_system_does_not_tell_its_size(monkeypatch):
+def test_memory_is_bounded_where_the_system_does_not_report_its_size(monkeypatch):
     assert quarter_of_memory() > 0
     monkeypatch.delattr("os.sysconf")
     assert quarter_of_memory() == UNKNOWN_MEMORY // 4
@@ -182,7 +182,7 @@ def test_processes_share_one_batch(pictures, task):
         PatchSampler(pictures, task, 10, 6, world=4)
 
 
-def test_the_pictures_of_a_step_are_told(tmp_path):
+def test_the_pictures_of_a_step_are_named(tmp_path):
     for i in range(5):
         Image.new("L", (20, 20), 40 * i).save(tmp_path / f"{i}.png")
     paths = sorted(tmp_path.iterdir())
@@ -193,7 +193,7 @@ def test_the_pictures_of_a_step_are_told(tmp_path):
         assert sampler.names(step) == [f"{level}.png" for level in levels]
 
 
-def test_walk_meets_every_picture_once(tmp_path):
+def test_each_pass_takes_every_picture_once(tmp_path):
     for i in range(5):
         Image.new("L", (20, 20), 40 * i).save(tmp_path / f"{i}.png")
     sampler = PatchSampler(Pictures(sorted(tmp_path.iterdir())), Task("demosaic", 0), 4, 2, seed=3)
@@ -292,7 +292,7 @@ def test_predictions_match_by_stem(tmp_path):
     assert [found[path].name for path in originals] == ["img_1_x2.png", "img_10_x2.png", "baby.png"]
 
 
-def test_missing_and_doubtful_predictions_are_named(tmp_path):
+def test_missing_and_ambiguous_predictions_are_named(tmp_path):
     write_pictures(tmp_path, "a_x2.png", "a_x3.png")
     with pytest.raises(DataError, match=r"no prediction for b\.png \(of 2 pictures"):
         match_stems([Path("a.png"), Path("b.png")], tmp_path)

@@ -29,18 +29,24 @@ def sampled(*offsets: tuple[float, float], layers: int = 1) -> Keys:
     return Keys(*(value.expand(layers, *value.shape) for value in (position, weight, kept)))
 
 
-def test_some_of_many_positions_are_drawn():
-    assert figures.spread([3, 12, 26], 6) == [3, 12, 26]
-    assert figures.spread(list(range(1, 33)), 6) == [1, 7, 13, 20, 26, 32]
+def panels(figure) -> list:
+    return [axis for axis in figure.axes if axis.get_title()]
+
+
+def test_some_of_many_positions_are_drawn(pyplot):
+    keys = {position: sampled((0.0, 1.0), layers=position) for position in range(1, 33)}
+    figure = figures.draw_keys(pyplot, scene(), keys)
+    drawn = [1, 7, 13, 20, 26, 32]
+    titles = [f"{i} → {j}" for i in drawn for j in drawn if j <= i]
+    assert [axis.get_title() for axis in panels(figure)] == titles
 
 
 def test_keys_stand_where_they_are(pyplot):
     offsets = [(2.0, -1.0), (-3.5, 4.0), (0.0, 0.5)]
     keys = {2: sampled(*offsets), 5: sampled(*offsets, layers=2)}
     figure = figures.draw_keys(pyplot, scene(), keys)
-    panels = [axis for axis in figure.axes if axis.get_title()]
-    assert [axis.get_title() for axis in panels] == ["2 → 2", "5 → 2", "5 → 5"]
-    for axis in panels:
+    assert [axis.get_title() for axis in panels(figure)] == ["2 → 2", "5 → 2", "5 → 5"]
+    for axis in panels(figure):
         kept, shut = axis.collections
         assert kept.get_offsets().tolist() == [[11.0, 1.5], [7.5, 5.0]]  # x, y
         assert shut.get_offsets().tolist() == [[6.0, 7.0]]
@@ -50,12 +56,21 @@ def test_keys_stand_where_they_are(pyplot):
         assert axis.get_ylim() == (13, -1)
 
 
-def test_the_frame_holds_the_keys(pyplot):
-    assert figures.frame(scene(), [sampled((0.0, 0.0))]) == 8
-    assert figures.frame(scene(), [sampled((-20.0, 1.0), (20.0, 3.0))]) == 22
-    assert figures.frame(scene(), [sampled((torch.nan, 0.0), (1.0, 1.0))]) == 8
-    many = [(1.0, 1.0)] * 99 + [(500.0, 0.0)]
-    assert figures.frame(scene(), [sampled(*many)]) == 8
+@pytest.mark.parametrize(
+    ("offsets", "reach"),
+    [
+        ([(0.0, 0.0)], 8),
+        ([(-20.0, 1.0), (20.0, 3.0)], 22),
+        ([(torch.nan, 0.0), (1.0, 1.0)], 8),
+        ([(1.0, 1.0)] * 99 + [(500.0, 0.0)], 8),
+    ],
+    ids=["near", "far", "nan", "one-far-out"],
+)
+def test_the_frame_holds_the_keys(pyplot, offsets, reach):
+    figure = figures.draw_keys(pyplot, scene(80), {1: sampled(*offsets)})
+    (axis,) = panels(figure)
+    assert axis.get_xlim()[1] == pytest.approx(7 + reach)
+    assert axis.get_ylim()[0] == pytest.approx(5 + reach)
 
 
 def test_shares_are_cells(pyplot):
@@ -76,13 +91,13 @@ def test_the_window_is_framed_on_every_picture(pyplot, scale):
     channels = given.task.channels
     restored = torch.rand(channels, 24 * scale, 24 * scale)
     found = Attribution(torch.rand(channels, 24, 24), 0.0, 1.0)
-    figure = figures.draw_attribution(pyplot, given, restored, found, 12.345)
+    figure = figures.draw_attribution(pyplot, given, restored, found)
     wanted = [(6, 4, scale), (6 * scale, 4 * scale, 1), (6, 4, scale)]
     for axis, (x, y, factor) in zip(figure.axes, wanted, strict=False):
         (frame,) = axis.patches
         assert frame.get_xy() == (x - 0.5, y - 0.5)
         assert frame.get_width() == frame.get_height() == 8 / factor
-    assert "12.35" in figure.get_suptitle() or "12.34" in figure.get_suptitle()
+    assert f"{found.diffusion_index:.2f}" in figure.get_suptitle()
     heat = figure.axes[2].images[1].get_array()
     strength = found.map.sum(0)
     torch.testing.assert_close(torch.as_tensor(heat) ** 2, strength / strength.max())
@@ -91,4 +106,3 @@ def test_the_window_is_framed_on_every_picture(pyplot, scale):
 def test_branches_are_a_curve(pyplot):
     axis = figures.draw_branches(pyplot, [0.5, 0.6, 0.45]).axes[0]
     assert axis.lines[0].get_xydata().tolist() == [[1, 0.5], [2, 0.6], [3, 0.45]]
-    assert axis.get_ylim() == pytest.approx((0.39, 0.61))

@@ -14,8 +14,8 @@ SIZE = (1, 2, 3, 4, 5, 8, 0.5)
 WIDE = 84 * (8 * 4 + 3 * 4) + 40 * 9 * 4  # bytes of features, mask maps and points
 NARROW = 84 * (8 * 2 + 3 * 4) + 40 * 9 * 4
 
-H100 = {"major": 9, "minor": 0, "multi_processor_count": 132, "warp_size": 32}
-H100 |= {"clock_rate": 1_980_000, "memory_clock_rate": 2_619_000, "memory_bus_width": 5120}
+H100 = {"name": "H100", "major": 9, "minor": 0, "multi_processor_count": 132, "warp_size": 32}
+CLOCKS = {"sm_clock_rate": 1_980_000, "mem_clock_rate": 2_619_000, "mem_bus_width": 5120}
 
 
 def test_forward_by_hand():
@@ -69,16 +69,27 @@ def test_the_slowest_resource_of_each_pass_counts(limit):
 def test_both_is_forward_and_then_backward():
     forward, backward = floor.works(*SIZE, torch.float32, "both")
     assert (forward,) == floor.works(*SIZE, torch.float32, "forward")
-    assert floor.fields((forward, backward), None) == {
-        "bytes": forward.bytes + backward.bytes,
-        "flops": forward.flops + backward.flops,
-    }
-    with pytest.raises(ValueError, match="no pass is called 'network'"):
-        floor.works(*SIZE, torch.float32, "network")
+    assert backward == floor.backward_work(*SIZE, torch.float32)
 
 
-def test_an_h100_s_floor():
-    gpu = floor.gpu_of(SimpleNamespace(**H100))
+@pytest.fixture
+def gpu_of(monkeypatch):
+    """`floor.gpu_of` of a GPU that is not there."""
+    runtime = pytest.importorskip("triton.runtime", reason="Triton is not installed")
+
+    def of(properties=(), clocks=CLOCKS):
+        found = SimpleNamespace(**{**H100, **dict(properties)})
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+        utils = SimpleNamespace(get_device_properties=lambda index: clocks)
+        driver = SimpleNamespace(active=SimpleNamespace(utils=utils))
+        monkeypatch.setattr(runtime, "driver", driver)
+        return floor.gpu_of(torch.device("cuda", 0))
+
+    return of
+
+
+def test_an_h100_s_floor(gpu_of):
+    gpu = gpu_of()
     assert gpu.memory == pytest.approx(3.352e12, rel=1e-3)  # as NVIDIA states: 3.35 TB/s
     assert gpu.lanes * 2 == pytest.approx(66.9e12, rel=1e-3)  # 67 TFLOPS by multiply-adds
     work = floor.forward_work(1, 5, 16, 48, 48, 256, 1.0, torch.bfloat16)
@@ -86,23 +97,23 @@ def test_an_h100_s_floor():
     assert work.gathered / gpu.cache == pytest.approx(11.28e-6, rel=1e-3)
     instructions = 2304 * 80 * 4 * (256 + 256 + 32)
     assert floor.floor_ms([work], gpu) == pytest.approx(instructions / (132 * 128 * 1.98e6))
-    assert floor.fields([work], gpu)["floor_ms"] == 0.01199
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"major": 12}, {"clock_rate": 0}, {"memory_clock_rate": 0}],
+    ("properties", "clocks", "reason"),
+    [
+        ({"major": 12}, CLOCKS, "no limits are known for H100"),
+        ({}, CLOCKS | {"sm_clock_rate": 0}, "no clocks"),
+        ({}, {"sm_clock_rate": 1}, "mem_clock_rate"),
+    ],
     ids=["another-architecture", "no-clock", "no-memory-clock"],
 )
-def test_what_is_not_known_of_a_gpu_is_not_invented(change):
-    assert floor.gpu_of(SimpleNamespace(**(H100 | change))) is None
+def test_an_unknown_limit_has_its_reason(gpu_of, properties, clocks, reason):
+    with pytest.raises(LookupError, match=reason):
+        gpu_of(properties, clocks)
 
 
-def test_a_torch_that_does_not_tell_the_bus_gives_no_floor():
-    told = {name: value for name, value in H100.items() if name != "memory_bus_width"}
-    assert floor.gpu_of(SimpleNamespace(**told)) is None
-
-
-def test_an_amd_gpu_with_the_same_numbers_is_another(monkeypatch):
+def test_an_amd_gpu_with_the_same_numbers_is_unknown(gpu_of, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert floor.gpu_of(SimpleNamespace(**H100)) is None
+    with pytest.raises(LookupError, match="no limits"):
+        gpu_of()

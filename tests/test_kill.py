@@ -1,5 +1,5 @@
-"""A training that is killed twenty times, during writes too, ends where one that is left alone
-ends."""
+"""A training that is killed and stopped nine times, during writes too, ends with the bits of one
+that is not."""
 
 import json
 import os
@@ -14,9 +14,10 @@ from PIL import Image
 from acla.models.serialization import load_model, load_state
 
 ROOT = Path(__file__).parents[1]
-KILLS = 20
+KILLS = 9
 # A process that has imported everything and computed nothing forks the trainings, so that each
 # begins in no time. Every file takes a while to reach the disk, so that kills fall in writes too.
+# Signals go to the workers as well, as a terminal and a batch system send them.
 DRIVER = """
 import os, random, signal, sys, time
 from pathlib import Path
@@ -31,6 +32,7 @@ torch.compiler.reset()  # imports what an optimiser's first step imports
 kills, *words = sys.argv[1:]
 rng, fsync = random.Random(0), os.fsync
 state, resume = Path("killed/state.safetensors"), []
+SIGNALS = signal.SIGKILL, signal.SIGINT, signal.SIGTERM
 
 def slowly(file):
     time.sleep(0.01)
@@ -39,9 +41,13 @@ def slowly(file):
 def begin(*words):
     child = os.fork()
     if not child:
+        os.setpgid(0, 0)
         os.fsync = slowly
         sys.stderr = open(os.devnull, "w")
-        cli.run(train.main, list(words))
+        try:
+            cli.run(train.main, list(words))
+        except SystemExit as exit:
+            os._exit(exit.code)
         os._exit(0)
     return child
 
@@ -51,6 +57,9 @@ def end(child):
 def seen():
     return state.stat().st_mtime_ns if state.exists() else None
 
+def unfinished():
+    return list(Path("killed").glob(".*.tmp"))
+
 def wait_for_write(child):
     before = seen()
     while seen() == before:
@@ -59,25 +68,29 @@ def wait_for_write(child):
 
 begun = time.monotonic()
 end(begin(*words, "--out", "straight"))
-interval = (time.monotonic() - begun) / 60
+interval = (time.monotonic() - begun) / 30
 for kill in range(int(kills)):
-    child = begin(*words, "--out", "killed", *resume)
+    child = begin(*(resume or words), "--out", "killed")
+    number = SIGNALS[kill % 3]
     for _ in range(rng.randrange(1, 3) if kill % 4 else 0):
         wait_for_write(child)
     time.sleep(rng.random() * 1.5 * interval)
-    os.kill(child, signal.SIGKILL)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    resume = ["--resume"] if state.exists() else []
-    print("killed", len(list(Path("killed").glob(".*.tmp"))), flush=True)
-end(begin(*words, "--out", "killed", "--resume"))
+    while number == signal.SIGKILL and kill and not unfinished():
+        time.sleep(0.001)
+    os.killpg(child, number)
+    status = os.waitpid(child, 0)[1]
+    assert number in (os.WTERMSIG(status), os.waitstatus_to_exitcode(status) - 128), status
+    resume = ["--data", ".", "--workers", "1", "--resume"] if state.exists() else []
+    print("killed", len(unfinished()), flush=True)
+end(begin("--data", ".", "--workers", "1", "--out", "killed", "--resume"))
 """
 RUN = "--task car --preset tiny --blocks 2 --width 8 --keys 3 --positions 1,2 --device cpu"
-LENGTH = "--steps 120 --val-every 2 --batch-size 2 --patch-size 16 --lr-half-every 20"
+LENGTH = "--steps 60 --val-every 2 --batch-size 2 --patch-size 16 --lr-half-every 20"
 ALL = "--ema --amp --clip 100 --workers 1 --train-set T --val-set V --data ."
 
 
 @pytest.mark.slow
-def test_twenty_kills_change_no_bit(tmp_path, make_scene):
+def test_kills_and_signals_change_no_bit(tmp_path, make_scene):
     for name in ("T/a", "T/b", "T/c", "V/v"):
         path = tmp_path / f"{name}.png"
         path.parent.mkdir(exist_ok=True)
@@ -96,13 +109,13 @@ def test_twenty_kills_change_no_bit(tmp_path, make_scene):
     assert done.returncode == 0, done.stdout + done.stderr
     left = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("killed")]
     assert len(left) == KILLS
-    assert any(left)  # or no kill met a write, and the test says less
+    assert any(left)  # a kill fell in a write
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     assert not list(killed.glob(".*.tmp"))
-    (a, said), (b, also) = (load_state(f / "state.safetensors") for f in (straight, killed))
+    (a, values), (b, others) = (load_state(f / "state.safetensors") for f in (straight, killed))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
-    assert {**said, "seconds": 0} == {**also, "seconds": 0}
+    assert {**values, "seconds": 0} == {**others, "seconds": 0}
     for name in ("model.safetensors", "best.safetensors"):
         one, other = (load_model(folder / name) for folder in (straight, killed))
         kept, found = one.model.state_dict(), other.model.state_dict()
@@ -111,4 +124,4 @@ def test_twenty_kills_change_no_bit(tmp_path, make_scene):
     logs = [(folder / "train.jsonl").read_text().splitlines() for folder in (straight, killed)]
     one, other = ([{**json.loads(line), "seconds": 0} for line in log] for log in logs)
     assert one == other
-    assert len(one) == 60
+    assert len(one) == 30

@@ -1,14 +1,15 @@
-"""Batches made ahead: the same bits for every number of workers."""
+"""Batches made ahead by workers: the same bits for every number of them."""
 
-import json
-import threading
+import os
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
 from PIL import Image
 
-from acla.analysis import loading
 from acla.config import Task
 from acla.data import datasets
 from acla.data.datasets import Loader, PatchSampler, Pictures, default_workers
@@ -21,52 +22,69 @@ CPU = torch.device("cpu")
 def sampler(tmp_path, make_scene):
     for i in range(3):
         Image.fromarray(make_scene(40 + i, 50, seed=i)).save(tmp_path / f"{i}.png")
-    # Room for one picture: the others are decoded again and again
+    # Memory for one picture: the others are decoded again and again
     return PatchSampler(Pictures(sorted(tmp_path.iterdir()), 7000), Task("car", 10), 12, 4)
 
 
-@pytest.mark.parametrize("workers", [0, 1, 3])
-def test_workers_change_no_bit(sampler, workers):
-    made = Loader(sampler, CPU, workers)
-    for step in [0, 1, 2, 3, 3, 7, 8, 2, *range(30, 50)]:  # in order, again, ahead, back
-        for one, other in zip(made.batch(step), sampler.batch(step), strict=True):
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("task", [Task("car", 10), Task("sr", 3)], ids=str)
+def test_workers_change_no_bit(sampler, task, workers):
+    sampler = PatchSampler(sampler.pictures, task, 12, 4)
+    loader = Loader(sampler, CPU, workers)
+    for step in [0, 1, 2, 2, *range(30, 40)]:  # in order, again, ahead
+        for one, other in zip(loader.batch(step), sampler.batch(step), strict=True):
             assert torch.equal(one, other)
 
 
-def test_batches_are_made_before_they_are_asked_for(sampler):
-    asked, seen = sampler.batch, []
-
+def test_each_worker_has_its_share_of_the_memory_for_pictures(sampler):
     def batch(step):
-        seen.append((step, threading.current_thread() is threading.main_thread()))
-        return asked(step)
+        return torch.tensor(os.getpid()), torch.tensor(sampler.pictures.memory)
 
     sampler.batch = batch
-    made = Loader(sampler, CPU, 2)
-    made.batch(0)
-    made.pool.shutdown()
-    assert sorted(seen) == [(step, False) for step in range(5)]
+    workers, memory = zip(*map(Loader(sampler, CPU, 2).batch, range(4)), strict=True)
+    assert len({os.getpid(), *map(int, workers)}) == 3
+    assert {int(m) for m in memory} == {3500}
+    assert sampler.pictures.memory == 7000
 
 
-def test_threads_end_with_their_loader(sampler):
-    before = threading.active_count()
-    made = Loader(sampler, CPU, 3)
-    made.batch(0)
-    assert threading.active_count() > before
-    del made
+def test_workers_outlive_signals_and_end_with_their_loader(sampler):
+    sampler.batch = lambda step: (torch.tensor(os.getpid()), torch.tensor(step))
+    loader = Loader(sampler, CPU, 2)
+    workers = {int(loader.batch(step)[0]) for step in range(2)}
+    for worker in workers:
+        os.kill(worker, signal.SIGINT)
+        child = subprocess.run(["kill", "-TERM", str(worker)], check=False)  # not the parent
+        assert child.returncode == 0
+    assert {int(loader.batch(step)[0]) for step in range(2, 10)} == workers
+    del loader
     deadline = time.monotonic() + 30
-    while threading.active_count() > before:
+    while any(os.path.exists(f"/proc/{worker}") for worker in workers):
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
-def test_an_unreadable_picture_is_named(sampler):
+def test_a_process_ends_while_its_workers_still_work():
+    program = (
+        "import torch; from acla.config import Task; from acla.data.datasets import *\n"
+        "sampler = PatchSampler(Pictures(sample('val')), Task('car', 10), 12, 4)\n"
+        "loader = Loader(sampler, torch.device('cpu'), 2); loader.batch(0)\n"
+        "error = ValueError(); error.loader = loader; error.self = error; raise error"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.endswith("ValueError\n")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_picture_is_named_in_one_line(sampler, workers):
     sampler.pictures.paths[1].write_bytes(b"no picture")
-    made = Loader(sampler, CPU, 2)
-    with pytest.raises(PictureError, match=r"1\.png"):
-        made.batch(0)
+    with pytest.raises(PictureError, match=r"1\.png") as error:
+        Loader(sampler, CPU, workers).batch(0)
+    assert "\n" not in str(error.value)
 
 
-def test_how_many_workers(monkeypatch):
+def test_the_number_of_workers(monkeypatch):
     assert default_workers(CPU) == 0
     monkeypatch.setattr(datasets.os, "cpu_count", lambda: 6)
     assert default_workers(torch.device("cuda")) == 4
@@ -76,31 +94,3 @@ def test_how_many_workers(monkeypatch):
     assert default_workers(torch.device("cuda")) == 1
     with pytest.raises(UsageError, match="--workers must be 0 or more, not -1"):
         Loader(None, CPU, -1)
-
-
-def test_the_benchmark_prints_rows(capsys, monkeypatch):
-    monkeypatch.setattr(loading, "training_step", lambda *_: lambda step: None)
-    loading.main(["--preset", "tiny", "--device", "cpu", "--workers", "0", "2", "--batches", "1"])
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row.get("workers") for row in rows] == [0, 2, None]
-    assert all(row["patches_per_second"] > 0 for row in rows)
-
-
-@pytest.mark.parametrize(("batches", "steps"), [(2, 2), (7, 5)])
-def test_the_benchmark_trains_for_a_few_steps_at_most(batches, steps, monkeypatch):
-    done = []
-    monkeypatch.setattr(loading, "training_step", lambda *_: done.append)
-    words = ["--preset", "tiny", "--device", "cpu", "--workers", "0"]
-    loading.main([*words, "--batches", str(batches)])
-    assert done == list(range(steps + 1))  # the first is not counted
-
-
-def test_the_benchmark_wants_batches():
-    for words in (["--batches", "0"], ["--workers", "0", "-1"]):
-        with pytest.raises(UsageError, match="must be 1 or more, and --workers 0 or more"):
-            loading.main(words)
-
-
-def test_the_benchmark_trains(sampler):
-    sampler = PatchSampler(sampler.pictures, Task("sr", 2), 4, 1)
-    loading.training_step(Task("sr", 2), "tiny", sampler, CPU)(0)

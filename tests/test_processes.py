@@ -16,7 +16,7 @@ from acla.models.serialization import load_state
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--preset", "tiny", "--blocks", "2", "--width", "8", "--keys", "3", "--device", "cpu"]
-SHORT = ["--batch-size", "4", "--patch-size", "16", "--steps", "6"]
+SHORT = ["--batch-size", "4", "--patch-size", "12", "--steps", "4"]
 
 
 def torchrun(script: str, *words: str, processes: int = 2) -> subprocess.CompletedProcess:
@@ -50,13 +50,13 @@ def test_a_batch_must_divide():
 
 @pytest.mark.slow
 def test_two_processes_search_as_one():
-    words = [*SMALL, *SHORT, "--epoch-steps", "3", "--warmup", "0.4", "--lambda", "5"]
+    words = [*SMALL, *SHORT, "--epoch-steps", "4", "--warmup", "0.25", "--lambda", "5"]
     done = torchrun("search.py", *words, "--out", "two")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("positions:") == 1
     search.main([*words, "--out", "one"])
-    (two, said), (one, _) = (load_state(Path(f, "supernet.safetensors")) for f in ("two", "one"))
-    assert said["step"] == 6
+    (two, values), (one, _) = (load_state(Path(f, "supernet.safetensors")) for f in ("two", "one"))
+    assert values["step"] == 4
     assert two.keys() == one.keys()
     assert one["supernet.alpha"].abs().min() > 0.1  # α moved, or the comparison says nothing
     torch.testing.assert_close(two["supernet.alpha"], one["supernet.alpha"], rtol=1e-3, atol=1e-4)
@@ -68,17 +68,15 @@ def test_two_processes_search_as_one():
 
 @pytest.mark.slow
 def test_two_processes_train_as_one():
-    words = [*SMALL, *SHORT, "--positions", "1,2", "--ema", "--clip", "10", "--val-every", "6"]
+    words = [*SMALL, *SHORT, "--positions", "1,2", "--ema", "--clip", "10", "--val-every", "4"]
     done = torchrun("train.py", *words, "--out", "two")
     assert done.returncode == 0, done.stderr
     train.main([*words, "--out", "one"])
-    (two, said), (one, also) = (load_state(Path(f, "state.safetensors")) for f in ("two", "one"))
+    (two, values), (one, others) = (
+        load_state(Path(f, "state.safetensors")) for f in ("two", "one")
+    )
     assert two.keys() == one.keys()
-    assert said["norm"] == pytest.approx(also["norm"], rel=1e-2)
+    assert values["val_psnr"] == pytest.approx(others["val_psnr"], rel=1e-2)
     for name in one:
         if name.startswith("model."):
             torch.testing.assert_close(two[name], one[name], rtol=1e-2, atol=2e-4, msg=name)
-    refused = torchrun("train.py", *words, "--out", "three", processes=3)
-    assert refused.returncode != 0
-    assert "--batch-size 4 does not divide among 3 processes" in refused.stderr
-    assert not Path("three").exists()

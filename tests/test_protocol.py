@@ -8,7 +8,16 @@ import torch
 
 from acla.config import Task
 from acla.data.image import luma, round_8bit, to_levels
-from acla.data.metrics import line, psnr, published, published_rows, score, ssim, table, task_of_set
+from acla.data.metrics import (
+    protocol_line,
+    psnr,
+    published,
+    published_rows,
+    result_table,
+    score,
+    ssim,
+    task_of_set,
+)
 from acla.errors import DataError, UsageError
 
 
@@ -70,14 +79,14 @@ def test_equal_and_tiny_pictures(make_picture):
     ids=str,
 )
 def test_protocol_line_says_what_matters(task, words):
-    text = line(task)
+    text = protocol_line(task)
     assert "\n" not in text
     assert all(word in text for word in [str(task), *words])
 
 
 def test_baseline_and_gray_lines_differ():
-    assert "without rounding in between" in line(Task("sr", 2), baseline=True)
-    assert "RGB" not in line(Task("denoise", 30), channels=1)
+    assert "without rounding in between" in protocol_line(Task("sr", 2), baseline=True)
+    assert "RGB" not in protocol_line(Task("denoise", 30), channels=1)
 
 
 def test_tasks_of_known_sets():
@@ -116,12 +125,14 @@ def test_table_puts_the_paper_below_ours():
     result = {
         "dataset": "LIVE1",
         "images": [{}] * 29,
-        "protocol": line(task),
+        "protocol": protocol_line(task),
         "mean": {"psnr": 32.354, "ssim": None},
         "published": published("LIVE1", task),
     }
-    lines = table("untouched input", result).splitlines()
-    assert lines[0] == line(task)
-    assert lines[3].split() == ["untouched", "input", "32.35", "-"]
-    assert lines[4].split() == ["paper:", "JPEG", "32.35", "-"]
-    assert lines[-1].endswith("35.55       -  misprint in the paper")
+    lines = result_table("untouched input", result).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    assert lines[0] == protocol_line(task)
+    assert cells[0][:3] == ["LIVE1, 29 pictures", "PSNR, dB", "SSIM"]
+    assert cells[2] == ["untouched input", "32.35", "–", ""]
+    assert cells[3] == ["paper: JPEG", "32.35", "–", ""]
+    assert cells[-1][1:] == ["35.55", "–", "misprint in the paper"]

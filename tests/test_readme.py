@@ -1,5 +1,7 @@
-"""The README's example runs, its commands parse, its figures come from the commands beside them."""
+"""The documents: the example runs, every command parses, figures come from the commands beside
+them, links lead somewhere."""
 
+import importlib
 import json
 import re
 import shlex
@@ -7,80 +9,165 @@ from pathlib import Path
 
 import pytest
 
-import evaluate
-import search
 import train
-from acla import checkpoint
-from acla.analysis import compare, explain, gallery, loading, plots, scores, tables
-from acla.restore import __main__ as restore
-from kernels import autotune, bench, compile
 
-TEXT = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-SCRIPTS = {"train.py": train, "search.py": search, "evaluate.py": evaluate}
-PARTS = (
-    autotune,
-    bench,
-    compile,
-    compare,
-    explain,
-    loading,
-    gallery,
-    plots,
-    restore,
-    scores,
-    tables,
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+DOCUMENTS = sorted(
+    path for folder in (".", "docs", "weights", "results") for path in (ROOT / folder).glob("*.md")
 )
-MODULES = {module.__name__: module for module in PARTS} | {"acla.checkpoint": checkpoint}
+TEXT = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in DOCUMENTS}
+HISTORY = "CHANGELOG.md"  # names commands that are gone
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
+def blocks(language: str, text: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
-def commands() -> list[list[str]]:
-    """Every call of a script in the README's shell blocks, as words."""
-    lines = [line for block in blocks("sh") for line in block.splitlines()]
-    calls = [call for line in lines for call in line.split("&&")]
-    words = [shlex.split(call, comments=True) for call in calls]
-    called = [[w[0], *w[2:]] if w[1:2] == ["-m"] else w for w in words]
-    called = [["python", *w[3:]] if w[:1] == ["torchrun"] else w for w in called]
-    return [w for w in called if len(w) > 1 and w[0] == "python" and w[1] in SCRIPTS | MODULES]
+def calls(line: str) -> list[list[str]]:
+    """The calls of Python in a line, as module and arguments: `python train.py`, `python -m
+    acla.restore`, `torchrun … train.py`."""
+    found = []
+    for call in line.split("&&"):
+        words = shlex.split(call, comments=True)
+        if words[:1] == ["torchrun"]:
+            words = ["python", *words[3:]]
+        if words[:2] == ["python", "-m"]:
+            found.append(words[2:])
+        elif words[:1] == ["python"]:
+            found.append([words[1].removesuffix(".py").replace("/", "."), *words[2:]])
+    return found
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """(document, call) of every command in a shell block, and of every complete one in a line of
+    text."""
+    found = []
+    for name, text in TEXT.items():
+        lines = [line for block in blocks("sh", text) for line in block.splitlines()]
+        prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+        lines += [
+            span
+            for span in re.findall(r"`(python [^`\n]+)`", prose)
+            if " --" in span or ".png" in span
+        ]
+        found += [(name, call) for line in lines for call in calls(line)]
+    return [(name, call) for name, call in found if name != HISTORY]
+
+
+def named_modules() -> set[str]:
+    """Modules that a document names with `python -m`."""
+    return {
+        module
+        for name, text in TEXT.items()
+        for module in re.findall(r"python -m ([\w.]+\w)", text)
+        if name != HISTORY
+    } - {"venv"}
+
+
+def command(name: str):
+    """The module behind a command; of a package its `__main__`."""
+    module = importlib.import_module(name)
+    return importlib.import_module(f"{name}.__main__") if hasattr(module, "__path__") else module
 
 
 def test_the_example_runs():
-    (example,) = blocks("python")
+    (example,) = blocks("python", TEXT["README.md"])
     names: dict = {}
     exec(example, names)
     assert names["attended"].aggregate.shape == (1, 48, 48, 2, 64)
     assert names["restored"].shape == (1, 1, 48, 48)
 
 
-@pytest.mark.parametrize("words", commands(), ids=" ".join)
-def test_commands_are_understood(words):
-    (SCRIPTS | MODULES)[words[1]].parse(words[2:])
+@pytest.mark.parametrize(("document", "call"), commands(), ids=lambda value: str(value)[:80])
+def test_every_command_parses(document, call):
+    command(call[0]).parse(call[1:])
+
+
+@pytest.mark.parametrize("module", sorted(named_modules()))
+def test_every_named_module_is_a_command(module):
+    assert callable(command(module).parse)
 
 
 def test_the_two_commands_are_there():
-    first, second = (line for line in TEXT.splitlines() if line.startswith("python3 -m venv"))
+    first, second = (
+        line for line in TEXT["README.md"].splitlines() if line.startswith("python3 -m venv")
+    )
     assert "search.py --task car --q 10" in first
     assert second.endswith("pip install -e '.[test]' && pytest")
 
 
-def test_scores_are_those_of_the_results(capsys, monkeypatch):
-    (words,) = [
-        w for w in commands() if w[1] == "acla.analysis.scores" and w[2].startswith("results/")
-    ]
-    monkeypatch.chdir(Path(__file__).parents[1])
-    scores.main(words[2:])
-    assert capsys.readouterr().out in TEXT
+@pytest.mark.parametrize(
+    ("document", "call"),
+    [
+        (document, call)
+        for document, call in commands()
+        if call[0] == "acla.analysis.results" and all((ROOT / file).is_file() for file in call[2:])
+    ],
+    ids=lambda value: str(value)[:80],
+)
+def test_tables_of_results_are_those_of_the_commands(document, call, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    command(call[0]).main(call[1:])
+    printed = capsys.readouterr().out
+    if document == "README.md":  # its table alone
+        printed = printed[: printed.index("\n\n")]
+    assert printed in TEXT[document]
+
+
+def test_every_trial_has_its_table():
+    shown = {file for _, call in commands() for file in call if file.startswith("results/trial-")}
+    assert shown == {f"results/{path.name}" for path in (ROOT / "results").glob("trial-*.json")}
 
 
 def test_sizes_are_those_of_the_commands(capsys):
-    described = [w for w in commands() if "--describe" in w]
-    rows = [row for row in TEXT.splitlines() if row.startswith(("| EDSR", "| RCAN"))]
+    described = [call for name, call in commands() if "--describe" in call and "results" in name]
+    rows = [row for row in TEXT["docs/results.md"].splitlines() if row.startswith("| EDSR")]
+    rows += [row for row in TEXT["docs/results.md"].splitlines() if row.startswith("| RCAN")]
     assert len(described) == len(rows) == 3
-    for words, row in zip(described, rows, strict=True):
-        train.main(words[2:])
+    for call, row in zip(described, rows, strict=True):
+        train.main(call[1:])
         size = json.loads(capsys.readouterr().out)
         assert f"| {size['params']:,} |" in row
         assert f"| {size['macs_48x48'] / 1e9:.2f} G |" in row
+
+
+def test_times_of_the_operator_are_those_of_the_benchmark():
+    table = [row.split("|") for row in TEXT["docs/kernels.md"].splitlines() if "× |" in row]
+    lines = (ROOT / "results" / "bench-cpu.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len(table) == 8
+    for _, size, which, *cells, _ in table:
+        name = "forward" if which.strip() == "forward" else "both"
+        B, H, W, C = map(int, size.split("×"))
+        same = [
+            r for r in rows if (r["B"], r["H"], r["W"], r["C"], r["pass"]) == (B, H, W, C, name)
+        ]
+        ms = {row["backend"]: row["ms_p50"] for row in reversed(same) if 0.49 < row["keep"] < 0.51}
+        grid = min(ms["grid_sample per layer"], ms["grid_sample per key"])
+        expected = [ms["cpp"], ms["torch"], grid, ms["conv3x3"], grid / ms["cpp"]]
+        shown = [float(cell.strip(" ×")) for cell in cells]
+        assert shown == pytest.approx(expected, rel=0.006)
+
+
+def anchors(text: str) -> set[str]:
+    """What links to the headings of a document end in."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", TEXT)
+def test_links_lead_somewhere(document):
+    for target in re.findall(r"\]\(([^)\s]+)\)", TEXT[document]):
+        if target.startswith("http"):
+            continue
+        file, _, anchor = target.partition("#")
+        path = (ROOT / document).parent / file if file else ROOT / document
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path.read_text(encoding="utf-8")), target
+
+
+@pytest.mark.parametrize("document", [name for name in TEXT if name != HISTORY])
+def test_named_files_exist(document):
+    files = re.findall(r"(?<![\w/.])(?:acla|kernels|tests|docs)/[\w/]+\.\w+", TEXT[document])
+    assert [file for file in files if not (ROOT / file).is_file()] == []

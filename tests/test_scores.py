@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from acla.analysis import scores
-from acla.cli import run
+from acla.analysis import results
 from acla.errors import AclaError
 
 
@@ -32,7 +31,7 @@ def write(tmp_path):
 
 
 def table(capsys, *argv):
-    scores.main(list(argv))
+    results.main(["scores", *argv])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
@@ -56,7 +55,9 @@ def test_methods_are_rows_and_sets_are_columns(capsys, write):
 
 
 def test_a_line_for_each_protocol_is_below_the_table(capsys, write):
-    scores.main([write("a.json", result(), result("Classic5")), write("b.json", result(q=20))])
+    results.main(
+        ["scores", write("a.json", result(), result("Classic5")), write("b.json", result(q=20))]
+    )
     assert capsys.readouterr().out.endswith(" |\n\n- car q10: Y\n- car q20: Y\n")
 
 
@@ -82,7 +83,7 @@ def test_runs_are_told_apart_by_their_folders(capsys, write):
     assert [row[0] for row in rows] == ["ours: plain/model", "ours: warm/model"]
     alike = write("b.json", runs[0], result(q=20, checkpoint="old/plain/model.safetensors"))
     with pytest.raises(AclaError, match="ours: plain/model is two, "):
-        scores.main([alike])
+        results.main(["scores", alike])
 
 
 def test_a_range_of_qualities_is_no_single_one(capsys, write):
@@ -102,11 +103,9 @@ def test_a_range_of_qualities_is_no_single_one(capsys, write):
         (json.dumps({"results": [result(), result()]}), "LIVE1 q10 of ours: car-q10-a is there"),
     ],
 )
-def test_other_files_are_refused(capsys, tmp_path, text, message):
+def test_other_files_are_refused(tmp_path, text, message):
     path = tmp_path / "r.json"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(SystemExit) as stop:
-        run(scores.main, [str(path)])
-    assert stop.value.code == 1
-    assert message in capsys.readouterr().err
+    with pytest.raises(AclaError, match=message):
+        results.main(["scores", str(path)])

@@ -9,7 +9,7 @@ from acla.data.datasets import Loader, sample
 from acla.distributed import Processes
 from acla.models.cost import full_attention_flops
 from acla.models.gumbel import draw_gates
-from acla.search.loop import ALPHA, WEIGHTS, Plan, Search, Sets, temperature
+from acla.search.loop import ALPHA, WEIGHTS, Search, SearchPlan, Sets, temperature
 from acla.training import trainer
 
 ALONE = Processes(torch.device("cpu"))
@@ -18,7 +18,7 @@ ALONE = Processes(torch.device("cpu"))
 def make_search(blocks: int = 3, width: int = 8, keys: int = 3, **how) -> Search:
     options = {"steps": 6, "batch_size": 2, "patch_size": 16, "warmup": 0.5, "lam": 0.02, **how}
     model = ModelConfig(blocks=blocks, width=width, keys=keys, channels=1)
-    plan = Plan(Task("car", 10), model, SearchConfig(**options))
+    plan = SearchPlan(Task("car", 10), model, SearchConfig(**options))
     return Search(plan, Sets(sample("train"), sample("val")), ALONE)
 
 

@@ -36,7 +36,7 @@ def test_the_derived_network_is_the_supernet_with_shut_gates(backbone, positions
     assert derived.config.positions == positions
     with torch.no_grad():
         restored, kept = net(pictures, gates)
-        expected, derived_kept = derived.attended(pictures)
+        expected, derived_kept = derived.forward_with_counts(pictures)
     torch.testing.assert_close(restored, expected)
     for position, count in derived_kept.items():
         layers = [p - 1 for p in positions if p <= position]
@@ -100,7 +100,7 @@ def test_cost_of_hard_gates_is_that_of_the_derived_network_alone():
         supernet_cost = net.cost(net(pictures, gates)[1], 20, gates)
         derived = net.derive((1, 4)).double()
         small = Supernet(replace(SMALL, blocks=2)).double()
-        counts = dict(enumerate(derived.attended(pictures)[1].values(), 1))
+        counts = dict(enumerate(derived.forward_with_counts(pictures)[1].values(), 1))
         alone = small.cost(counts, 20, torch.ones(2, dtype=torch.float64))
     torch.testing.assert_close(supernet_cost, alone)
 

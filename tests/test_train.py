@@ -15,14 +15,13 @@ from PIL import Image
 from running import SHORT, SMALL, rows
 
 import train
-from acla import cli, files
-from acla.config import Task
+from acla import cli
+from acla.config import RENAMED, Task
 from acla.data.datasets import PatchSampler, Pictures
 from acla.errors import AclaError, DataError, Stopped, UsageError
-from acla.models import serialization
 from acla.models.serialization import load_model, load_state, save_state
 from acla.training import validation
-from acla.training.trainer import Learner
+from acla.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -45,60 +44,56 @@ def same_state(one: str, other: str) -> bool:
     ],
     ids=["car", "car-range", "denoise-gray", "demosaic", "sr3", "sr2-rcan"],
 )
-def test_every_task_trains_and_its_network_comes_back(words, task):
-    train.main([*SMALL, *SHORT, *words])
-    found = load_model(Path("runs/train/model.safetensors"))
-    assert found.task == task
-    assert found.config.positions == (1, 3)
-    assert [row["step"] for row in rows("runs/train")] == [2, 4, 6]
+def test_every_task_trains_and_its_network_comes_back(words, task, small_sets):
+    train.main([*SMALL, *SHORT, *small_sets, *words, "--steps", "3"])
+    saved = load_model(Path("runs/train/model.safetensors"))
+    assert saved.task == task
+    assert saved.config.positions == (1, 3)
+    assert [row["step"] for row in rows("runs/train")] == [2, 3]
     assert all(row["val_psnr"] > 5 for row in rows("runs/train"))
 
 
-@pytest.mark.parametrize(
-    "words",
-    [[], ["--ema"], ["--amp"], ["--clip", "5"]],
-    ids=["plain", "ema", "amp", "clip"],
-)
+@pytest.mark.parametrize("words", [["--ema", "--clip", "5"], ["--amp"]], ids=["ema clip", "amp"])
 def test_a_resumed_run_equals_a_straight_one_to_the_bit(words, small_sets):
     words = [*SMALL, *SHORT, *small_sets, *words]
     train.main([*words, "--out", "straight"])
     train.main([*words, "--out", "parts", "--steps", "2"])
-    train.main([*small_sets, "--out", "parts", "--resume", "--steps", "6"])
+    train.main([*small_sets[-2:], "--out", "parts", "--resume", "--steps", "6"])
     assert same_state("straight", "parts")
     timeless = [[{**row, "seconds": 0} for row in rows(f)] for f in ("straight", "parts")]
     assert timeless[0] == timeless[1]
 
 
-@pytest.mark.parametrize("step", [0, 1, 3], ids=["before a row", "with a row", "after a row"])
+@pytest.mark.parametrize("step", [1, 2], ids=["with a row", "after a row"])
 def test_a_run_that_is_stopped_loses_nothing(step, small_sets, monkeypatch, capfd):
-    words = [*SMALL, *SHORT, *small_sets, "--clip", "5", "--ema"]
+    words = [*SMALL, *SHORT, *small_sets, "--clip", "5", "--ema", "--steps", "4"]
     train.main([*words, "--out", "straight"])
-    learn = Learner.step
+    learn = Trainer.step
 
     def stopped(self, number, *batch):
         if number == step:
             os.kill(os.getpid(), signal.SIGTERM)
         learn(self, number, *batch)
 
-    monkeypatch.setattr(Learner, "step", stopped)
+    monkeypatch.setattr(Trainer, "step", stopped)
     with pytest.raises(Stopped, match=f"stopped after step {step + 1}; --resume") as stop:
         train.main([*words, "--out", "parts"])
     assert stop.value.status == 128 + signal.SIGTERM
-    monkeypatch.setattr(Learner, "step", learn)
+    monkeypatch.setattr(Trainer, "step", learn)
     _, progress = load_state(Path("parts/state.safetensors"))
     assert progress["step"] == step + 1
     assert len(progress["losses"]) == len(progress["norms"]) == (step + 1) % 2
     if progress["losses"]:  # a run may not end between two rows
-        with pytest.raises(UsageError, match="goes on as it was begun, with --steps 6"):
-            train.main([*small_sets, "--out", "parts", "--resume", "--steps", str(step + 1)])
-    train.main([*small_sets, "--out", "parts", "--resume"])
+        with pytest.raises(UsageError, match=f"--steps {step + 1}: .* give more"):
+            train.main([*small_sets[-2:], "--out", "parts", "--resume", "--steps", str(step + 1)])
+    train.main([*small_sets[-2:], "--out", "parts", "--resume"])
     assert same_state("straight", "parts")
     timeless = [[{**row, "seconds": 0} for row in rows(f)] for f in ("straight", "parts")]
     assert timeless[0] == timeless[1]
 
 
 def test_a_run_that_diverged_keeps_its_checkpoint_when_it_is_stopped(small_sets, monkeypatch):
-    learn = Learner.step
+    learn = Trainer.step
 
     def diverging(self, number, *batch):
         learn(self, number, *batch)
@@ -106,7 +101,7 @@ def test_a_run_that_diverged_keeps_its_checkpoint_when_it_is_stopped(small_sets,
             self.losses[-1] *= torch.nan
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(Learner, "step", diverging)
+    monkeypatch.setattr(Trainer, "step", diverging)
     with pytest.raises(AclaError, match=r"the loss is nan in step 3, .* of step 2"):
         train.main([*SMALL, *SHORT, *small_sets])
     assert load_state(Path("runs/train/state.safetensors"))[1]["step"] == 2
@@ -124,15 +119,23 @@ def test_several_sets_validate(small_sets, tmp_path, make_scene):
 
 
 def test_workers_change_no_bit(small_sets):
-    train.main([*SMALL, *SHORT, *small_sets, "--out", "none"])
-    train.main([*SMALL, *SHORT, *small_sets, "--out", "three", "--workers", "3"])
-    assert same_state("none", "three")
+    words = [*SMALL, *SHORT, *small_sets, "--steps", "4"]
+    for workers in "012":
+        train.main([*words, "--out", workers, "--workers", workers])
+        assert same_state("0", workers)
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_picture_that_breaks_is_named_in_one_line(small_sets, capsys, workers):
+    Path("T/b.png").write_bytes(b"no picture")
+    line = failing([*SMALL, *SHORT, *small_sets, "--workers", workers], capsys)
+    assert "T/b.png" in line
 
 
 def test_the_best_network_is_kept_beside_the_last(small_sets, monkeypatch, capsys):
     def score(*values: float) -> None:
-        found = iter(values)
-        monkeypatch.setattr(validation, "each_psnr", lambda *_: [next(found)])
+        scores = iter(values)
+        monkeypatch.setattr(validation, "each_psnr", lambda *_: [next(scores)])
 
     def kept(name: str) -> tuple[int, float]:
         info = load_model(Path("runs/train", name)).info
@@ -144,17 +147,18 @@ def test_the_best_network_is_kept_beside_the_last(small_sets, monkeypatch, capsy
     assert kept("model.safetensors") == (6, 25)
     assert "best.safetensors, of step 4 " in capsys.readouterr().out
     score(30.0)  # no better
-    train.main([*small_sets, "--resume", "--steps", "8"])
+    train.main([*small_sets[-2:], "--resume", "--steps", "8"])
     assert kept("best.safetensors") == (4, 30)
     score(30.5)
-    train.main([*small_sets, "--resume", "--steps", "10"])
+    train.main([*small_sets[-2:], "--resume", "--steps", "10"])
     assert kept("best.safetensors") == kept("model.safetensors") == (10, 30.5)
 
 
-def test_norms_of_clipped_gradients_are_told(small_sets):
-    train.main([*SMALL, *SHORT, *small_sets])
+def test_norms_of_clipped_gradients_are_logged(small_sets):
+    words = [*SMALL, *SHORT, *small_sets, "--steps", "2"]
+    train.main(words)
     assert "norm" not in rows("runs/train")[0]
-    train.main([*SMALL, *SHORT, *small_sets, "--clip", "1", "--out", "clipped"])
+    train.main([*words, "--clip", "1", "--out", "clipped"])
     assert all(row["norm"] > 1 for row in rows("clipped"))
     assert not same_state("runs/train", "clipped")
 
@@ -172,52 +176,35 @@ def failing(words: list[str], capsys) -> str:
     return line
 
 
-@pytest.mark.parametrize(
-    ("file", "module", "function", "code", "reason"),
-    [
-        ("model", os, "fsync", errno.ENOSPC, "No space left on device"),
-        ("best", serialization, "open", errno.EROFS, "Read-only file system"),
-        ("state", os, "fsync", errno.ENOSPC, "No space left on device"),
-    ],
-    ids=["full-disk-model", "read-only-best", "full-disk-state"],
-)
-def test_a_write_that_fails_leaves_the_checkpoint_whole(
-    small_sets, monkeypatch, capsys, file, module, function, code, reason
-):
+@pytest.mark.parametrize("file", ["model", "best", "state"])
+def test_a_full_disk_leaves_the_checkpoint_whole(small_sets, monkeypatch, capsys, file):
     words = [*SMALL, *SHORT, *small_sets]
     train.main([*words, "--steps", "2"])
-    failed = Path(f"runs/train/{file}.safetensors")
-    before = [path.read_bytes() for path in (failed, Path("runs/train/state.safetensors"))]
-    write = files.write_atomically
+    full = Path(f"runs/train/{file}.safetensors")
+    before = [path.read_bytes() for path in (full, Path("runs/train/state.safetensors"))]
+    replace = os.replace
 
-    def fail(*_, **__):
-        raise OSError(code, os.strerror(code))
+    def fail(source, target):
+        if target == full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
 
     with monkeypatch.context() as patched:
-
-        def write_until(path, data):
-            if path == failed:
-                patched.setattr(module, function, fail, raising=False)
-            write(path, data)
-
-        patched.setattr(files, "write_atomically", write_until)
+        patched.setattr(os, "replace", fail)
         patched.setattr(validation, "each_psnr", lambda *_: [1e3])  # the best so far
-        line = failing(["--resume", *small_sets, "--steps", "4"], capsys)
-    assert line.startswith(f"error: {failed}: {reason}; check the path")
-    after = [path.read_bytes() for path in (failed, Path("runs/train/state.safetensors"))]
-    assert after == before
+        line = failing(["--resume", *small_sets[-2:], "--steps", "4"], capsys)
+    assert line.startswith(f"error: {full}: No space left on device")
+    assert before == [path.read_bytes() for path in (full, Path("runs/train/state.safetensors"))]
     assert not list(Path("runs/train").glob(".*"))
-    train.main(["--resume", *small_sets, "--steps", "4"])
+    train.main(["--resume", *small_sets[-2:], "--steps", "4"])
     train.main([*words, "--steps", "4", "--out", "straight"])
     assert same_state("straight", "runs/train")
 
 
-def test_training_improves_on_the_input():
-    train.main(
-        [*SMALL, "--steps", "120", "--val-every", "60", "--batch-size", "4", "--patch-size", "32"]
-    )
-    plain = [*SMALL, *SHORT, "--steps", "1", "--val-every", "1", "--lr", "1e-9", "--out", "input"]
-    train.main(plain)
+def test_training_improves_on_the_input(small_sets):
+    words = [*SMALL, *small_sets, "--batch-size", "4", "--patch-size", "24"]
+    train.main([*words, "--steps", "30", "--val-every", "30", "--lr", "4e-3"])
+    train.main([*words, "--steps", "1", "--val-every", "1", "--lr", "1e-9", "--out", "input"])
     assert rows("runs/train")[-1]["val_psnr"] > rows("input")[-1]["val_psnr"] + 0.05
 
 
@@ -231,69 +218,51 @@ def test_describe_prints_one_object_and_stops(capsys):
     assert not Path("runs").exists()
 
 
-def test_pictures_that_are_not_used_are_told_of(capsys):
-    train.main([*SMALL, *SHORT, "--data", "somewhere"])
+def test_the_built_in_set_and_the_protocol_are_named(capsys):
+    train.main([*SMALL, *SHORT, "--data", "somewhere", "--steps", "1"])
     err = capsys.readouterr().err
-    assert "--train-set NAME takes a set of somewhere" in err
-    assert "validation: the middle of each picture, at most 256 × 256 pixels; car q10: Y" in err
+    assert "--train-set NAME" in err
+    assert "at most 256 × 256 pixels; car q10: Y" in err
 
 
-def test_a_resumed_run_goes_on_as_it_was_begun():
-    train.main([*SMALL, *SHORT])
-    with pytest.raises(UsageError, match="already holds a run"):
-        train.main([*SMALL, *SHORT])
-    for flag, told in (
-        (["--width", "9"], "--width 8"),
-        (["--positions", "1,2"], "--positions 1,3"),
-        (["--ema", "--clip", "1"], "--clip 0.0, --no-ema"),
-        (["--val-set", "sample"], "no --val-set"),
-    ):
-        with pytest.raises(UsageError, match=f"goes on as it was begun, with {told}$"):
-            train.main(["--resume", *flag])
-    with pytest.raises(UsageError, match="--width 8"):
-        train.main(["--resume", "--width", "9"])
-    with pytest.raises(UsageError, match="begun with --preset tiny, not small"):
-        train.main(["--resume", "--preset", "small"])
-    with pytest.raises(UsageError, match="begun with --arch paper, not none"):
-        train.main(["--resume", "--arch", "none"])
-    with pytest.raises(UsageError, match="begun without --init: leave it out"):
-        train.main(["--resume", "--init", "some.safetensors"])
-    train.main(["--resume", "--epochs", "1"])  # an epoch of this preset is longer than the run was
-    assert rows("runs/train")[-1]["step"] == 20
-    with pytest.raises(UsageError, match="is for car q10"):
-        train.main(["--resume", "--q", "20"])
-    state = Path("runs/train/state.safetensors")
-    tensors, progress = load_state(state)
-    progress["data"]["train"] = "another"
-    save_state(state, tensors, progress)
-    with pytest.raises(DataError, match="pictures for train are not those"):
-        train.main(["--resume", "--steps", "30"])
-
-
-def test_flags_may_repeat_what_a_run_does_already(small_sets):
-    # The preset is the device's
-    train.main([*SMALL[2:], *SHORT, *small_sets, "--device", "cpu", "--q", "20"])
-    words = ["--resume", *small_sets, "--steps", "8"]
-    repeated = ["--preset", "tiny", "--arch", "paper", "--width", "8", "--task", "car"]
-    train.main([*words, *repeated])
-    assert rows("runs/train")[-1]["step"] == 8
-    with pytest.raises(UsageError, match="for car q20, not for car q10"):
-        train.main([*words, "--q", "10"])
-    with pytest.raises(UsageError, match="begun with --preset tiny, not small"):
-        train.main([*words, "--preset", "small"])
-    state = Path("runs/train/state.safetensors")
-    tensors, progress = load_state(state)
-    progress["flags"]["preset"] = None  # as older runs noted it
-    save_state(state, tensors, progress)
-    with pytest.raises(UsageError, match="begun without --preset: leave it out"):
-        train.main([*words, "--preset", "tiny"])
+def test_a_resumed_run_goes_on_as_it_was_begun(small_sets):
+    words = [*SMALL, *SHORT, *small_sets, "--steps", "2"]
     train.main(words)
+    with pytest.raises(UsageError, match="already holds a run"):
+        train.main(words)
+    for given in ("--width 8", "--no-ema", "--q 10", "--preset tiny", "--arch none", "--epochs 1"):
+        flag = given.split()[0].replace("no-", "")
+        with pytest.raises(UsageError, match=f"leave out {flag}; it takes --out, .*--steps"):
+            train.main(["--resume", *given.split()])
+    with pytest.raises(UsageError, match="--steps 1: the run is at step 2"):
+        train.main(["--resume", "--steps", "1"])
+    more = ["--resume", "--data", ".", "--device", "cpu", "--workers", "0", "--steps", "3"]
+    train.main(more)
+    assert [row["step"] for row in rows("runs/train")] == [2, 3]
+    Path("T/a.png").write_bytes(Path("T/b.png").read_bytes())
+    with pytest.raises(DataError, match="pictures for train are not those"):
+        train.main(more)
+
+
+def test_a_state_of_an_earlier_version_is_resumed_to_the_bit(small_sets):
+    words = [*SMALL, *SHORT, *small_sets]
+    train.main([*words, "--steps", "4", "--out", "straight"])
+    train.main([*words, "--steps", "2", "--out", "early"])
+    state = Path("early/state.safetensors")
+    tensors, progress = load_state(state)
+    earlier = {new: old for old, new in RENAMED.items()}
+    for part, fields in progress["plan"].items():
+        progress["plan"][part] = {earlier.get(name, name): v for name, v in fields.items()}
+    assert "rate" in progress["plan"]["train"]
+    flags = {"preset": "tiny", "arch": "paper", "inherit": None, "init": None}
+    save_state(state, tensors, progress | {"flags": flags, "loss": 3.0, "rate": 2e-3})
+    train.main(["--resume", "--data", ".", "--out", "early", "--steps", "4"])
+    assert same_state("straight", "early")
 
 
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [
-        (["--preset", "huge"], 2, "invalid choice: 'huge'"),
         (["--task", "car", "--scale", "2"], 2, "error: --scale belongs to --task sr"),
         (["--train-set", "DIV2K"], 1, "error: set 'DIV2K' needs a folder"),
     ],
@@ -313,7 +282,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_pictures(
 ):
     train.main([*SMALL, *SHORT, *small_sets, "--steps", "3", "--val-every", "3"])
     before = {path.name: path.read_bytes() for path in Path("runs/train").iterdir()}
-    step, nan = Learner.step, float("nan")
+    step, nan = Trainer.step, float("nan")
 
     def diverge(self, number, *given):
         if number == 4 and bad == "weights":  # its gradient was too long
@@ -322,8 +291,8 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_pictures(
         if number == 4 and bad == "loss":
             self.losses[-1] *= nan
 
-    monkeypatch.setattr(Learner, "step", diverge)
-    line = failing(["--resume", *small_sets, "--steps", "6"], capsys)
+    monkeypatch.setattr(Trainer, "step", diverge)
+    line = failing(["--resume", *small_sets[-2:], "--steps", "6"], capsys)
     assert "the loss is nan in step 5, patches 8 to 9, of " in line
     assert "the last good checkpoint is runs/train/state.safetensors of step 3" in line
     sampler = PatchSampler(Pictures(sorted(Path("T").iterdir())), Task("car", 10), 16, 2)
@@ -337,18 +306,18 @@ def test_a_state_that_is_cut_short_or_of_another_version_is_refused(small_sets, 
     tensors, progress = load_state(state)
     del progress["plan"]["train"]["clip"]
     save_state(state, tensors, progress)
-    line = failing(["--resume", *small_sets], capsys)
-    assert line.startswith(f"error: {state}: the plan inside is not valid or of another version")
-    assert line.endswith("missing or unknown fields: clip; begin anew with --out DIR")
+    line = failing(["--resume", *small_sets[-2:]], capsys)
+    assert line.startswith(f"error: {state}: the plan inside is not valid")
+    assert line.endswith("fields: clip; begin anew with --out DIR")
     state.write_bytes(state.read_bytes()[:-100])
     before = {path.name: path.read_bytes() for path in Path("runs/train").iterdir()}
-    line = failing(["--resume", *small_sets], capsys)
+    line = failing(["--resume", *small_sets[-2:]], capsys)
     assert line.startswith("error: runs/train/state.safetensors: not a whole safetensors file")
     assert {path.name: path.read_bytes() for path in Path("runs/train").iterdir()} == before
 
 
-def test_a_folder_that_cannot_be_made_is_told_of_before_training(small_sets, monkeypatch, capsys):
-    monkeypatch.setattr(Learner, "step", lambda *_: pytest.fail("trained"))
+def test_a_folder_that_cannot_be_made_is_reported_before_training(small_sets, monkeypatch, capsys):
+    monkeypatch.setattr(Trainer, "step", lambda *_: pytest.fail("trained"))
     Path("file").touch()
     line = failing([*SMALL, *SHORT, *small_sets, "--out", "file/below"], capsys)
     assert line.startswith("error: file/below: Not a directory; check the path")
@@ -376,4 +345,6 @@ def test_rows_are_logged_for_tensorboard_too(small_sets, monkeypatch):
     train.main([*SMALL, *SHORT, *small_sets, "--steps", "2", "--log"])
     (row,) = rows("runs/train")
     named = [(name, row[name], 2) for name in ("loss", "lr", "val_psnr")]
-    assert seen == [("runs/train/tensorboard", 1), *named, "flush"]
+    assert seen[0] == ("runs/train/tensorboard", 1)
+    assert set(seen[1:-1]) == set(named)
+    assert seen[-1] == "flush"

@@ -1,11 +1,13 @@
-"""What a restored pixel comes from: local attribution maps, keys, weights of branches.
+"""Sources of a restored pixel: local attribution maps, keys, weights of branches.
 
 B batch · L referred layers · K sampled keys per layer and query · H,W grid · C channels
 offsets are (dy, dx) in pixels, y first
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,23 +22,23 @@ from acla.models.a2n import BranchWeights
 from acla.models.attention import CrossLayerAttention, pointwise
 from acla.models.backbones import Backbone
 
-SIGMA = 1.2  # pixels; where the path begins, as Gu and Dong begin it
+SIGMA = 1.2  # pixels, of the blur at the start of the path, as Gu and Dong have it
 REACH = math.ceil(3 * SIGMA)
 FLAT = 1e-20  # so that the gradient of a slope of 0 is 0
-# A temperature at which masks have no gradient of their own. What is attributed is the network as
-# it restores, whose masks are steps; the slope of a sigmoid is for training alone.
+# A temperature at which masks have no gradient of their own: the network as it restores has masks
+# that are steps; the slope of a sigmoid serves training alone.
 FIXED_MASKS = 1e30
 
 
-# What is looked at
+# The input
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture, and where to look.
+    """A picture with a window and a query.
 
-    low: [C,h,w] in 0..1, the network's input, or the part of it around the window; top, left: where
-    that part begins, in low-quality pixels. window (y, x, side) and query (y, x) are in restored
+    low: [C,h,w] in 0..1, the network's input, or the part of it around the window; top, left: the
+    part's corner, in low-quality pixels. window (y, x, side) and query (y, x) are in restored
     pixels of the whole picture.
     """
 
@@ -71,6 +73,12 @@ class Attribution(NamedTuple):
     map: Tensor
     before: float
     after: float
+
+    @property
+    def diffusion_index(self) -> float | None:
+        """100 (1 − gini), higher where more pixels take part; None for a flat window."""
+        share = gini(self.map)
+        return None if share is None else 100 * (1 - share)
 
 
 def detail(pictures: Tensor, window: tuple[int, int, int]) -> Tensor:
@@ -135,7 +143,7 @@ def local_attribution(
 
 def gini(attribution: Tensor) -> float | None:
     """The Gini coefficient of an attribution [C,H,W] over pixels, each with Σ_c |a_c|: 0 where all
-    have as much, near 1 where one has all; None where none has any.
+    are equal, near 1 where one has all; None where all are 0.
 
     Half the mean absolute difference of two pixels, over their mean; from sorted values
     x_1 ≤ … ≤ x_n it is Σ (2i − n − 1) x_i / (n Σ x_i).
@@ -148,7 +156,7 @@ def gini(attribution: Tensor) -> float | None:
     return (((2 * rank - n - 1) * x).sum() / (n * total)).item()
 
 
-# What the attention modules do
+# The attention modules
 
 
 class Keys(NamedTuple):
@@ -163,7 +171,7 @@ class Keys(NamedTuple):
 def keys_of(
     module: CrossLayerAttention, query: Tensor, rows: Sequence[Tensor], y: int, x: int
 ) -> Keys:
-    """The keys that a module samples for the pixel (y, x), from what its forward pass is given:
+    """The keys that a module samples for the pixel (y, x), from the inputs of its forward pass:
     query [1,C,H,W], rows of L layers [1,H+2,W+2,C]. Masks without noise (Eq. 5 to 9)."""
     points = F.linear(query[0, :, y, x], module.points.weight, module.points.bias)
     dy, dx, logit = rearrange(points, "(l yxw k) -> yxw l k", l=module.layers, yxw=3)
@@ -204,35 +212,29 @@ class Observed(NamedTuple):
 
 @torch.no_grad()
 def observe(model: Backbone, picture: Tensor, y: int, x: int) -> Observed:
-    """Restore a picture [C,H,W] and note what attention does: the modules' keys, all and those of
-    the pixel (y, x) of the input, and the weights of A2N's branches."""
+    """Restore a picture [C,H,W] and note the modules' keys, all and those of the pixel (y, x) of
+    the input, and the weights of A2N's branches."""
     modules = {int(p): m for p, m in model.attention.items() if isinstance(m, CrossLayerAttention)}
     keys: dict[int, Keys] = {}
     branches: list[float] = []
 
-    def note_keys(position: int) -> Callable[[nn.Module, tuple], None]:
-        def hook(module: nn.Module, given: tuple) -> None:
-            keys[position] = keys_of(module, given[0], given[1], y, x)
+    def note_keys(position: int, module: nn.Module, inputs: tuple) -> None:
+        keys[position] = keys_of(module, inputs[0], inputs[1], y, x)
 
-        return hook
-
-    def note_branch(module: nn.Module, given: tuple, weights: Tensor) -> None:
+    def note_branch(module: nn.Module, inputs: tuple, weights: Tensor) -> None:
         branches.append(weights[0, 0].item())
 
-    hooks = [m.register_forward_pre_hook(note_keys(p)) for p, m in modules.items()]
-    hooks += [
-        m.register_forward_hook(note_branch)
-        for m in model.modules()
-        if isinstance(m, BranchWeights)
-    ]
-    try:
-        restored, counts = model.attended(picture.unsqueeze(0))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    every = picture[0].numel()  # queries
+    with ExitStack() as hooks:
+        for position, module in modules.items():
+            note = functools.partial(note_keys, position)
+            hooks.callback(module.register_forward_pre_hook(note).remove)
+        for module in model.modules():
+            if isinstance(module, BranchWeights):
+                hooks.callback(module.register_forward_hook(note_branch).remove)
+        restored, counts = model.forward_with_counts(picture.unsqueeze(0))
+    queries = picture[0].numel()
     kept = [
-        {"position": position, "layer": layer, "share": count / (every * module.keys)}
+        {"position": position, "layer": layer, "share": count / (queries * module.keys)}
         for position, module in modules.items()
         for layer, count in zip(model.config.positions, counts[position][0].tolist(), strict=False)
     ]

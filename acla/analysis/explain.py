@@ -1,11 +1,10 @@
-"""Show what a network's attention does to a picture: where the pixels of a window come from, and
-which keys are read.
+"""Explain a restored picture: the pixels that a window comes from, and the keys that the attention
+reads.
 
 Numbers go to standard output and to --json, figures to --out (extra `report`).
 """
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from acla.analysis.attribution import (
 )
 from acla.analysis.figures import FIGURES, write_figures
 from acla.config import Task
-from acla.console import printable
 from acla.data.degradations import draw_quality, generator_for, pair
 from acla.data.image import load
 from acla.errors import AclaError, CheckpointError, DataError, PictureError, UsageError
@@ -38,28 +36,28 @@ from acla.restore.colour import check_mosaic, network_input
 SIDE = 16  # restored pixels; the window of Gu and Dong
 
 
-# What is looked at
+# The input
 
 
 def find_scene(args: argparse.Namespace, network: Checkpoint) -> Scene:
     """The picture of the flags, degraded, and cut around the window where it is large. Raises
     AclaError."""
-    low, seen, task = read_input(args.picture, network, args.as_is)
-    window, query = place(args, low, seen, task.scale)
+    low, target, task = read_input(args.picture, network, args.as_is)
+    window, query = place(args, low, target, task.scale)
     top, bottom = span(window[0], window[2], task.scale, low.shape[1], args.crop)
     left, right = span(window[1], window[2], task.scale, low.shape[2], args.crop)
     part = low[:, top:bottom, left:right].contiguous()
     if part.shape != low.shape:
         console.notice(
-            f"{part.shape[1]}×{part.shape[2]} of {low.shape[1]}×{low.shape[2]} low-quality pixels "
-            "around the window are looked at; --crop changes it, and the diffusion index with it"
+            f"input: {part.shape[1]}×{part.shape[2]} of {low.shape[1]}×{low.shape[2]} low-quality "
+            "pixels, around the window; --crop changes it, and the diffusion index with it"
         )
     return Scene(part, top, left, window, query, task)
 
 
 def read_input(path: Path, network: Checkpoint, as_is: bool) -> tuple[Tensor, Tensor, Task]:
-    """(the network's input, the picture to look for details in, the task) of a clean picture, which
-    is both degraded and looked at, or of one that is degraded already. Raises AclaError."""
+    """(the network's input, the picture in which details are looked for, the task) of a clean
+    picture, which is degraded, or of one that is degraded already. Raises AclaError."""
     task, channels = network.task, network.config.channels
     if task.until and not as_is:  # a range of qualities: the one that the file's name draws
         task = Task(task.name, draw_quality(task, generator_for(path.stem)))
@@ -69,19 +67,16 @@ def read_input(path: Path, network: Checkpoint, as_is: bool) -> tuple[Tensor, Te
             check_mosaic(source, task)
             low = network_input(source, task, channels)
             return low, low, task
-        low, target = pair(load(path), task, generator_for(path.stem), channels)
+        return *pair(load(path), task, generator_for(path.stem), channels), task
     except (DataError, PictureError) as error:
-        reason = str(error)
-        raise type(error)(
-            reason if reason.startswith(str(path)) else f"{path}: {reason}"
-        ) from error
-    return low, target, task
+        prefix = "" if str(error).startswith(str(path)) else f"{path}: "
+        raise type(error)(f"{prefix}{error}") from error
 
 
 def place(
-    args: argparse.Namespace, low: Tensor, seen: Tensor, scale: int
+    args: argparse.Namespace, low: Tensor, target: Tensor, scale: int
 ) -> tuple[tuple[int, int, int], tuple[int, int]]:
-    """(window, query) of the flags, or the window with the most varied detail of `seen` and its
+    """(window, query) of the flags, or the window with the most varied detail of `target` and its
     centre, in restored pixels. Raises AclaError."""
     H, W = (scale * length for length in low.shape[1:])
     side = min(SIDE, H, W)
@@ -101,41 +96,52 @@ def place(
                 f"the restored picture, {H}×{W} pixels"
             )
     else:
-        unit = H // seen.shape[1]  # restored pixels in one that is seen
-        corner = busiest(seen, side // unit)
+        unit = H // target.shape[1]  # restored pixels in one of the target
+        corner = most_varied(target, side // unit)
         y, x = (min(unit * p, n - side) for p, n in zip(corner, (H, W), strict=True))
     return (y, x, side), (y + side // 2, x + side // 2)
 
 
-def busiest(picture: Tensor, side: int) -> tuple[int, int]:
-    """Where the square window of a picture [C,H,W] begins, (y, x), in which detail, what a mean
-    over 3×3 pixels takes away, has the highest variance; of equals the first."""
-    grey = picture.double().mean(0)[None, None]
-    smooth = F.avg_pool2d(F.pad(grey, [1] * 4, mode="replicate"), 3, 1)
-    mean, square = (F.avg_pool2d((grey - smooth) ** power, side, 1) for power in (1, 2))
+def most_varied(picture: Tensor, side: int) -> tuple[int, int]:
+    """The corner (y, x) of the square window of a picture [C,H,W] whose detail, what a mean over
+    3×3 pixels takes away, has the highest variance; of equals the first."""
+    gray = picture.double().mean(0)[None, None]
+    smooth = F.avg_pool2d(F.pad(gray, [1] * 4, mode="replicate"), 3, 1)
+    mean, square = (F.avg_pool2d((gray - smooth) ** power, side, 1) for power in (1, 2))
     variance = square - mean**2
     return divmod(int(variance.argmax()), variance.shape[-1])
 
 
 def span(start: int, side: int, scale: int, length: int, crop: int) -> tuple[int, int]:
-    """(first, last + 1) of crop/scale low-quality pixels around a window, along one of an input's
-    sides; as many as there are, or as the window needs. An even first one, for Bayer mosaics."""
+    """(first, last + 1) of crop/scale low-quality pixels around a window, along one side of the
+    input; as many as there are, or as the window needs. The first is even, for Bayer mosaics."""
     first, behind = start // scale, -(-(start + side) // scale)
-    wanted = min(max(crop // scale, behind - first), length)
-    begin = min(max((first + behind) // 2 - wanted // 2, 0), length - wanted)
+    count = min(max(crop // scale, behind - first), length)
+    begin = min(max((first + behind) // 2 - count // 2, 0), length - count)
     begin -= begin % 2
-    return begin, max(begin + wanted, behind)
+    return begin, max(begin + count, behind)
 
 
-# Numbers
+# The result
 
 
-def numbers(
-    args: argparse.Namespace, scene: Scene, found: Attribution, observed: Observed
+def as_json(
+    args: argparse.Namespace, scene: Scene, attribution: Attribution, observed: Observed
 ) -> dict[str, Any]:
-    """Everything that was found, as JSON holds it. Windows and queries are in restored pixels,
-    keys and the part that was looked at in low-quality pixels, of the whole picture."""
-    share = gini(found.map)
+    """The result as JSON holds it. Windows and queries are in restored pixels, keys and the part of
+    the picture in low-quality pixels, of the whole picture."""
+    keys = [
+        {
+            "position": position,
+            "layer": layer,
+            "y": (own.position[l, :, 0] + scene.top).tolist(),
+            "x": (own.position[l, :, 1] + scene.left).tolist(),
+            "weight": own.weight[l].tolist(),
+            "kept": own.kept[l].tolist(),
+        }
+        for position, own in observed.keys.items()
+        for l, layer in enumerate(list(observed.keys)[: len(own.weight)])
+    ]
     return {
         "checkpoint": str(args.checkpoint),
         "picture": str(args.picture),
@@ -145,26 +151,15 @@ def numbers(
         "query": list(scene.query),
         "part": [scene.top, scene.left, *scene.low.shape[1:]],
         "attribution": {
-            "diffusion_index": None if share is None else 100 * (1 - share),
-            "gini": share,
+            "diffusion_index": attribution.diffusion_index,
+            "gini": gini(attribution.map),
             "steps": args.steps,
             "sigma": SIGMA,
-            "sum": found.map.sum().item(),
-            "detector": [found.before, found.after],
+            "sum": attribution.map.sum().item(),
+            "detector": [attribution.before, attribution.after],
         },
         "kept": observed.kept,
-        "keys": [
-            {
-                "position": position,
-                "layer": layer,
-                "y": (keys.position[l, :, 0] + scene.top).tolist(),
-                "x": (keys.position[l, :, 1] + scene.left).tolist(),
-                "weight": keys.weight[l].tolist(),
-                "kept": keys.kept[l].tolist(),
-            }
-            for position, keys in observed.keys.items()
-            for l, layer in enumerate(list(observed.keys)[: len(keys.weight)])
-        ],
+        "keys": keys,
         "branches": [
             {"block": block, "attention": weight}
             for block, weight in enumerate(observed.branches, 1)
@@ -172,26 +167,25 @@ def numbers(
     }
 
 
-def summary(found: dict[str, Any]) -> str:
-    """The numbers as text."""
-    y, x, side = found["window"]
-    index = found["attribution"]["diffusion_index"]
-    told = "none: the window is flat" if index is None else f"{index:.2f}"
+def summary(result: dict[str, Any]) -> str:
+    """The result as text."""
+    y, x, side = result["window"]
+    index = result["attribution"]["diffusion_index"]
     lines = [
-        printable(f"{found['picture']}: {found['task']}, {found['checkpoint']}"),
+        console.printable(f"{result['picture']}: {result['task']}, {result['checkpoint']}"),
         f"window ({y}, {x}), {side} restored pixels a side",
-        f"diffusion index {told}",
+        "diffusion index " + ("none: the window is flat" if index is None else f"{index:.2f}"),
     ]
-    if found["kept"]:
-        positions = sorted({row["position"] for row in found["kept"]})
-        shares = {(row["position"], row["layer"]): row["share"] for row in found["kept"]}
-        lines.append("keys kept, %     layer" + "".join(f"{layer:7}" for layer in positions))
-        for position in positions:
-            cells = [shares[position, layer] for layer in positions if layer <= position]
-            row = "".join(f"{100 * share:7.1f}" for share in cells)
-            lines.append(f"query position {position:7}{row}")
-    if found["branches"]:
-        weights = " ".join(f"{row['attention']:.3f}" for row in found["branches"])
+    if result["kept"]:
+        shares = {(row["position"], row["layer"]): row["share"] for row in result["kept"]}
+        positions = sorted({position for position, _ in shares})
+        rows = [
+            [str(p), *(f"{100 * shares[p, l]:.1f}" if l <= p else "" for l in positions)]
+            for p in positions
+        ]
+        lines += ["", console.markdown(["keys kept, % of layer", *map(str, positions)], rows)]
+    if result["branches"]:
+        weights = " ".join(f"{row['attention']:.3f}" for row in result["branches"])
         lines.append(f"weight of the branch with attention, block by block: {weights}")
     return "\n".join(lines)
 
@@ -256,16 +250,14 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError(f"--crop must be {SIDE} or more, not {args.crop}")
     if args.out and args.out.exists() and not args.out.is_dir():
         raise UsageError(f"--out {args.out}: a file; name a folder")
-    written = [args.out / name for name in FIGURES] if args.out else []
     console.check_json(args.json, args.out)
-    if args.json not in (None, "-"):
-        written.append(Path(args.json))
-    read = {os.path.realpath(path) for path in (args.picture, args.checkpoint)}
+    written = [args.out / name for name in FIGURES] if args.out else []
+    written += [] if args.json in (None, "-") else [Path(args.json)]
     for path in written:
-        if os.path.realpath(path) in read:
-            raise UsageError(f"{path}: a file that is read; name another place")
-        if os.path.lexists(path) and not args.overwrite:
-            raise UsageError(f"{path}: is there already; --overwrite replaces it")
+        if path.resolve() in (args.picture.resolve(), args.checkpoint.resolve()):
+            raise UsageError(f"{path}: an input of this call; name another place")
+        if path.exists() and not args.overwrite:
+            raise UsageError(f"{path} exists; --overwrite replaces it")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -275,24 +267,23 @@ def main(argv: list[str] | None = None) -> None:
     device = cli.pick_device(args.device)
     network = load_model(args.checkpoint)
     scene = find_scene(args, network)
-    observed, found = look(network, scene, args, device)
+    observed, attribution = explain(network, scene, args, device)
     if not observed.keys:
-        where = network.config.attention if network.config.positions else "none"
-        console.notice(f"attention {where}: samples no keys, so that there are none to show")
-    told = numbers(args, scene, found, observed)
+        attention = network.config.attention if network.config.positions else "none"
+        console.notice(f"attention {attention}: samples no keys, so that there are none to show")
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-    console.publish(summary(told), told, args.json)
+    result = as_json(args, scene, attribution, observed)
+    console.publish(summary(result), result, args.json)
     if args.out:
-        index = told["attribution"]["diffusion_index"]
-        write_figures(pyplot, args.out, scene, found, observed, index)
+        write_figures(pyplot, args.out, scene, attribution, observed)
 
 
-def look(
+def explain(
     network: Checkpoint, scene: Scene, args: argparse.Namespace, device: torch.device
 ) -> tuple[Observed, Attribution]:
-    """What the network does to the scene. Raises CheckpointError for an answer that is not finite,
-    AclaError where memory runs out."""
+    """The network's attention on the scene, and the attribution of the window. Raises
+    CheckpointError for an output that is not finite, AclaError where memory runs out."""
     model, low = network.model.to(device).requires_grad_(False), scene.low.to(device)
     try:
         observed = observe(model, low, *scene.inner_query)
@@ -301,10 +292,10 @@ def look(
                 f"{args.checkpoint}: the network's output for {args.picture.name} is not finite"
             )
 
-        def network_as_used(pictures: Tensor) -> Tensor:
-            return model.attended(pictures, temperature=FIXED_MASKS)[0]
+        def as_used(pictures: Tensor) -> Tensor:
+            return model.forward_with_counts(pictures, temperature=FIXED_MASKS)[0]
 
-        return observed, local_attribution(network_as_used, low, scene.inner_window, args.steps)
+        return observed, local_attribution(as_used, low, scene.inner_window, args.steps)
     except (MemoryError, RuntimeError) as error:
         if not errors.out_of_memory(error):
             raise

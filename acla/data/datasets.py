@@ -1,26 +1,31 @@
 """Sets of pictures by name, and patches of them as a function of (seed, step)."""
 
+import atexit
 import functools
 import hashlib
 import json
+import multiprocessing
 import os
+import signal
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 import skimage
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from acla.config import Task
 from acla.data.degradations import degrade, patch_offset, window
 from acla.data.image import SUFFIXES, fit_channels, from_levels, load, round_8bit, to_levels
-from acla.errors import DataError, UsageError
+from acla.errors import AclaError, DataError, UsageError
 
-UNKNOWN_MEMORY = 8 * 2**30  # bytes, where the system does not tell
+UNKNOWN_MEMORY = 8 * 2**30  # bytes, where the system does not report its size
+MAX_WORKERS = 4  # where their number is not given
 # Where a set is looked for, in this order; the last ones are EDSR-PyTorch's and BasicSR's
 LAYOUTS = (
     "{name}",
@@ -32,7 +37,7 @@ LAYOUTS = (
     "benchmark/{name}/GTmod12",
     "{name}/{name}_train_HR",
 )
-# Natural pictures that scikit-image brings along; the motorcycles are one scene, never split
+# Natural pictures of scikit-image by split; the motorcycles are one scene, never divided
 SAMPLE = {
     "train": (
         "astronaut.png",
@@ -54,9 +59,9 @@ SAMPLE = {
 def find_set(name: str, root: str | Path | None, split: str = "test") -> list[Path]:
     """The pictures of a set, sorted by name.
 
-    Raises DataError, which shows what was expected and what is there. `root` holds the sets in one
-    of LAYOUTS. The built-in set `sample` needs no root and is the only one with splits: train, val
-    and test.
+    Raises DataError with the expected and the present folders. `root` holds the sets in one of
+    LAYOUTS. The built-in set `sample` needs no root and is the only one with splits: train, val and
+    test.
     """
     if name == "sample":
         return sample(split)
@@ -69,9 +74,8 @@ def find_set(name: str, root: str | Path | None, split: str = "test") -> list[Pa
         )
     root = Path(root)
     for layout in LAYOUTS:
-        found = pictures_in(root / layout.format(name=name))
-        if found:
-            return found
+        if paths := pictures_in(root / layout.format(name=name)):
+            return paths
     raise DataError(missing_set(name, root))
 
 
@@ -80,10 +84,10 @@ def sample(split: str) -> list[Path]:
     if split not in SAMPLE:
         raise UsageError(f"unknown split {split!r}; known: {', '.join(SAMPLE)}")
     paths = [Path(skimage.data_dir) / name for name in SAMPLE[split]]
-    lost = [path.name for path in paths if not path.is_file()]
-    if lost:
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
         raise DataError(
-            f"set 'sample': scikit-image {skimage.__version__} lacks {', '.join(lost)}; "
+            f"set 'sample': scikit-image {skimage.__version__} lacks {', '.join(missing)}; "
             "install scikit-image from its wheel, or name a set of your own"
         )
     return paths
@@ -102,28 +106,27 @@ def known_sets(root: Path) -> list[str]:
     folders = [root, root / "benchmark", root / "train"]
     names = {sub.name for folder in folders if folder.is_dir() for sub in folder.iterdir()}
     names = {name for name in names if not name.startswith(".")} - {"benchmark", "train"}
-    found = (n for n in names if any(pictures_in(root / x.format(name=n)) for x in LAYOUTS))
-    return sorted(found)
+    return sorted(n for n in names if any(pictures_in(root / x.format(name=n)) for x in LAYOUTS))
 
 
 def missing_set(name: str, root: Path) -> str:
-    """The message for a missing set: the tree expected, what was found, how to mend it."""
-    expected = "\n".join(f"  {root}/{layout.format(name=name)}/*.png" for layout in LAYOUTS)
-    if not root.is_dir():
-        found = f"  {root} is no folder"
+    """The message for a missing set: the expected folders, the present ones, and the fix."""
+    folders = [root / layout.format(name=name) for layout in LAYOUTS]
+    expected = "\n".join(f"  {folder}/*.png" for folder in folders)
+    if root.is_dir():
+        empty = [f"  {folder} holds no picture\n" for folder in folders if folder.is_dir()]
+        present = "".join(empty) + f"  sets: {', '.join(known_sets(root)) or 'none'}"
     else:
-        held = [root / layout.format(name=name) for layout in LAYOUTS]
-        empty = [f"  {folder} holds no picture\n" for folder in held if folder.is_dir()]
-        found = "".join(empty) + f"  sets: {', '.join(known_sets(root)) or 'none'}"
+        present = f"  {root} is no folder"
     return (
         f"set {name!r} was not found\nexpected one of (PNG, BMP, TIFF or JPEG):\n{expected}\n"
-        f"found:\n{found}\nfix: name a set that is there, or the folder that holds {name!r} "
+        f"found:\n{present}\nfix: name one of these sets, or the folder that holds {name!r} "
         "by --data DIR or the variable ACLA_DATA"
     )
 
 
 def split_validation(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """(training, validation) of a training set: every tenth picture validates."""
+    """(training, validation) of a training set: every tenth picture is for validation."""
     return split_every(paths, 10)
 
 
@@ -133,10 +136,8 @@ def split_for_search(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
 
 
 def split_every(paths: Sequence[Path], nth: int) -> tuple[list[Path], list[Path]]:
-    """Put every nth picture, in sorted order, apart; the last one if there are fewer than n.
-
-    Raises DataError for less than two pictures.
-    """
+    """(the others, every nth picture in sorted order, or the last one of fewer than n). Raises
+    DataError for fewer than two pictures."""
     ordered = sorted(paths)
     if len(ordered) < 2:
         raise DataError(
@@ -150,10 +151,10 @@ def split_every(paths: Sequence[Path], nth: int) -> tuple[list[Path], list[Path]
 def training_sets(
     train_set: str, val_set: str | None, root: str | Path | None
 ) -> tuple[list[Path], dict[str, list[Path]]]:
-    """The pictures to train on, and those of every set to validate on, by its name.
+    """The pictures to train on, and those of every validation set by its name.
 
-    val_set: one name or several, A,B. Without any, `sample` uses its own and of any other set every
-    tenth picture is taken away.
+    val_set: one name or several, A,B. Without any, `sample` uses its own split, and every tenth
+    picture of any other set is for validation.
     """
     training = find_set(train_set, root, "train")
     if val_set is not None:
@@ -167,35 +168,35 @@ def training_sets(
 def match_stems(originals: list[Path], folder: Path) -> dict[Path, Path]:
     """original → prediction: the stems are equal, or the prediction's starts with the original's.
 
-    A prediction belongs to the longest stem that it starts with. Raises DataError naming what is
-    missing or doubtful.
+    A prediction belongs to the longest stem that it starts with. Raises DataError with the missing
+    or ambiguous names.
     """
     files = pictures_in(folder)
     longest_first = sorted(originals, key=lambda path: -len(path.stem))
-    owned: dict[Path, list[Path]] = {path: [] for path in originals}
+    matches: dict[Path, list[Path]] = {path: [] for path in originals}
     for file in files:
         owner = next((path for path in longest_first if file.stem.startswith(path.stem)), None)
         if owner:
-            owned[owner].append(file)
-    for path, found in owned.items():
-        owned[path] = [file for file in found if file.stem == path.stem] or found
-    missing = [path.name for path, found in owned.items() if not found]
+            matches[owner].append(file)
+    for path, own in matches.items():
+        matches[path] = [file for file in own if file.stem == path.stem] or own
+    missing = [path.name for path, own in matches.items() if not own]
     if missing:
         raise DataError(
             f"{folder}: no prediction for {', '.join(missing)} (of {len(files)} pictures there, "
             "none has a name that starts like the original's)"
         )
-    doubtful = [f"{p.name} ({', '.join(f.name for f in fs)})" for p, fs in owned.items() if fs[1:]]
-    if doubtful:
-        raise DataError(f"{folder}: more than one prediction for {'; '.join(doubtful)}")
-    return {path: found[0] for path, found in owned.items()}
+    several = [f"{p.name} ({', '.join(f.name for f in fs)})" for p, fs in matches.items() if fs[1:]]
+    if several:
+        raise DataError(f"{folder}: more than one prediction for {'; '.join(several)}")
+    return {path: own[0] for path, own in matches.items()}
 
 
 # Decoded pictures
 
 
 def quarter_of_memory() -> int:
-    """In bytes, for each of the processes that torchrun started on this machine."""
+    """A quarter of the machine's memory in bytes, shared by its torchrun processes."""
     total = UNKNOWN_MEMORY
     if hasattr(os, "sysconf"):  # not on Windows
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -203,10 +204,8 @@ def quarter_of_memory() -> int:
 
 
 class Pictures:
-    """Pictures uint8 [1 or 3, H, W], decoded when they are asked for.
-
-    They are kept while they fit in `memory` bytes (default: a quarter of the machine's). An
-    unreadable file raises PictureError, which names it. Threads may share one.
+    """Pictures uint8 [1 or 3, H, W], decoded on demand and kept while they fit in `memory` bytes
+    (default: a quarter of the machine's). An unreadable file raises PictureError, which names it.
     """
 
     def __init__(self, paths: Sequence[Path], memory: int | None = None) -> None:
@@ -214,7 +213,6 @@ class Pictures:
         self.memory = quarter_of_memory() if memory is None else memory
         self.used = 0
         self.kept: OrderedDict[int, np.ndarray] = OrderedDict()
-        self.lock = threading.Lock()
         if not self.paths:
             raise DataError("a set without pictures")
 
@@ -222,18 +220,16 @@ class Pictures:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        with self.lock:
-            if index in self.kept:
-                self.kept.move_to_end(index)
-                return self.kept[index]
+        if index in self.kept:
+            self.kept.move_to_end(index)
+            return self.kept[index]
         levels = np.atleast_3d(to_levels(load(self.paths[index]))).transpose(2, 0, 1)
         levels = np.ascontiguousarray(levels)
-        with self.lock:
-            if index not in self.kept and levels.nbytes <= self.memory:
-                self.kept[index] = levels
-                self.used += levels.nbytes
-                while self.used > self.memory:
-                    self.used -= self.kept.popitem(last=False)[1].nbytes
+        if levels.nbytes <= self.memory:
+            self.kept[index] = levels
+            self.used += levels.nbytes
+            while self.used > self.memory:
+                self.used -= self.kept.popitem(last=False)[1].nbytes
         return levels
 
 
@@ -242,7 +238,7 @@ class Pictures:
 
 @functools.lru_cache(maxsize=4)
 def order(seed: int, walk: int, count: int) -> np.ndarray:
-    """The order of the pictures in one walk through the set."""
+    """The order of the pictures in one pass through the set."""
     return np.random.default_rng((seed, 1, walk)).permutation(count)
 
 
@@ -342,16 +338,29 @@ def digest(paths: Iterable[Path]) -> str:
     return hashlib.sha256(json.dumps(sorted(listed)).encode()).hexdigest()[:16]
 
 
-AHEAD = 2  # batches for each worker
-MOST = 4  # workers, where their number is not given
+class Batches(Dataset):
+    """A sampler's batches; the index is the step. An error that the user can mend is returned in
+    place of a batch, so that it leaves a worker as it is."""
+
+    def __init__(self, sampler: PatchSampler):
+        self.sampler = sampler
+        # Workers, which ignore SIGTERM, end with the process that writes: at its exit or its death.
+        self.reader, self.writer = multiprocessing.Pipe(duplex=False)
+        atexit.register(self.writer.close)
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor] | AclaError:
+        try:
+            return self.sampler.batch(step)
+        except AclaError as error:
+            return error
 
 
 class Loader:
-    """A sampler's batches on `device`, made by threads before they are asked for.
+    """A sampler's batches on `device`, which worker processes make before they are needed.
 
-    A batch is a function of its step alone, so the number of workers changes no bit of it; 0 makes
-    a batch when it is asked for. Decoding, JPEG and array arithmetic leave Python's lock to
-    others. For a GPU the batches lie in pinned memory, so that nobody waits for the copy.
+    A batch is a function of its step alone, so the number of workers changes no bit of it; without
+    workers a batch is made on demand. For a GPU the batches lie in pinned memory, so that the
+    copy waits for nothing.
     """
 
     def __init__(self, sampler: PatchSampler, device: torch.device, workers: int | None = None):
@@ -359,30 +368,48 @@ class Loader:
         self.workers = default_workers(device) if workers is None else workers
         if self.workers < 0:
             raise UsageError(f"--workers must be 0 or more, not {self.workers}")
-        self.pool = ThreadPoolExecutor(self.workers) if self.workers else None
-        self.made: dict[int, Future] = {}
+        self.next_step = -1
+        self.batches: Iterator = iter(())
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """(degraded, target) of one step, as PatchSampler.batch makes them, on the device."""
-        low, target = self.take(step) if self.pool else self.sampler.batch(step)
+        """(degraded, target) of one step, as PatchSampler.batch makes them, on the device. Steps in
+        order are fast; any other one starts the workers anew. Raises DataError, PictureError."""
+        if step != self.next_step:
+            self.batches = self.batches_from(step)
+        self.next_step = step + 1
+        batch = next(self.batches)
+        if isinstance(batch, AclaError):
+            raise batch
+        low, target = batch
         return low.to(self.device, non_blocking=True), target.to(self.device, non_blocking=True)
 
-    def take(self, step: int) -> tuple[Tensor, Tensor]:
-        """The batch of a step, from the threads, who go on with the steps behind it."""
-        wanted = range(step, step + 1 + AHEAD * self.workers)
-        for other in self.made.keys() - set(wanted):
-            self.made.pop(other).cancel()
-        pinned = self.device.type == "cuda"
-        for ahead in wanted:
-            if ahead not in self.made:
-                self.made[ahead] = self.pool.submit(make, self.sampler, ahead, pinned)
-        return self.made.pop(step).result()
+    def batches_from(self, step: int) -> Iterator:
+        loader = DataLoader(
+            Batches(self.sampler),
+            batch_size=None,
+            sampler=range(step, 2**62),
+            num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=start_worker,
+        )
+        return iter(loader)
 
 
-def make(sampler: PatchSampler, step: int, pinned: bool) -> tuple[Tensor, Tensor]:
-    """What a worker does. It knows no loader, so that a loader nobody holds ends its threads."""
-    low, target = sampler.batch(step)
-    return (low.pin_memory(), target.pin_memory()) if pinned else (low, target)
+def start_worker(worker: int) -> None:
+    """In a worker process: share the memory for pictures with the other workers. Ctrl-C and
+    SIGTERM, which often go to every process of a run, are left to the one that trains."""
+    info = get_worker_info()
+    info.dataset.sampler.pictures.memory //= info.num_workers
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    info.dataset.writer.close()
+    threading.Thread(target=end_after, args=(info.dataset.reader,), daemon=True).start()
+
+
+def end_after(reader: Connection) -> None:
+    """End this process when the other end of the pipe is closed."""
+    reader.poll(None)
+    os._exit(0)
 
 
 def default_workers(device: torch.device) -> int:
@@ -390,4 +417,4 @@ def default_workers(device: torch.device) -> int:
     if device.type == "cpu":
         return 0
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, min(MOST, cores))
+    return max(1, min(MAX_WORKERS, cores))

@@ -1,13 +1,12 @@
-"""PSNR and SSIM of arrays [H, W] or [H, W, 3] of levels 0..255.
-
-The caller chooses the channels and rounds.
-"""
+"""PSNR and SSIM, the protocol by which each task is scored, and the published figures."""
 
 import csv
 import functools
 import math
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
@@ -17,10 +16,14 @@ from skimage.metrics import structural_similarity
 from torch import Tensor
 
 from acla.config import Task
-from acla.data.image import luma, round_8bit, to_rgb
-from acla.errors import DataError, UsageError
+from acla.console import markdown, progress
+from acla.data.image import load, luma, round_8bit, to_rgb
+from acla.errors import CheckpointError, DataError, UsageError
 
 WINDOW = 11  # side of Wang's Gaussian window, in pixels
+
+
+# Of arrays [H, W] or [H, W, 3] of levels 0..255
 
 
 def psnr(prediction: np.ndarray, target: np.ndarray, border: int = 0, peak: float = 255.0) -> float:
@@ -70,18 +73,13 @@ def inside(
     return prediction[cut, cut].astype(np.float64), target[cut, cut].astype(np.float64)
 
 
+# The protocol
+
 TASK_OF_SET = {
-    "LIVE1": Task("car", 10),
-    "Classic5": Task("car", 10),
-    "Set5": Task("sr", 2),
-    "Set14": Task("sr", 2),
-    "B100": Task("sr", 2),
-    "Urban100": Task("sr", 2),
-    "Manga109": Task("sr", 2),
+    **dict.fromkeys(("LIVE1", "Classic5", "sample"), Task("car", 10)),
+    **dict.fromkeys(("Set5", "Set14", "B100", "Urban100", "Manga109"), Task("sr", 2)),
+    **dict.fromkeys(("Kodak24", "BSD68"), Task("denoise", 30)),
     "McMaster18": Task("demosaic", 0),
-    "Kodak24": Task("denoise", 30),
-    "BSD68": Task("denoise", 30),
-    "sample": Task("car", 10),
 }
 
 
@@ -124,11 +122,44 @@ def exact(image: Tensor) -> Tensor:
     return torch.where((image - near).abs() < 1e-6, near, image)
 
 
-def line(task: Task, baseline: bool = False, channels: int | None = None) -> str:
+class Scored(NamedTuple):
+    """A picture's prediction and target [C, H, W], PSNR in dB and SSIM as `score` gives them, and
+    the seconds that the prediction took."""
+
+    path: Path
+    clean: Tensor
+    prediction: Tensor
+    psnr: float
+    ssim: float | None
+    seconds: float
+
+
+def score_pictures(
+    predict: Callable[[Tensor, Path], tuple[Tensor, Tensor]],
+    paths: Sequence[Path],
+    task: Task,
+    **bar: object,
+) -> Iterator[Scored]:
+    """Every picture's prediction and score, one in memory at a time, with a progress bar.
+
+    predict: (clean [C, H, W], path) → (prediction, target). Raises DataError and CheckpointError,
+    which name the picture.
+    """
+    for path in progress(paths, unit="picture", **bar):
+        clean = load(path)
+        try:
+            start = time.perf_counter()
+            prediction, target = predict(clean, path)
+            seconds = time.perf_counter() - start
+            yield Scored(path, clean, prediction, *score(prediction, target, task), seconds)
+        except (DataError, CheckpointError) as error:
+            raise type(error)(f"{path.name}: {error}") from error
+
+
+def protocol_line(task: Task, baseline: bool = False, channels: int | None = None) -> str:
     """The protocol in one line: channel, range, border, how the input was made.
 
-    `baseline`: for the untouched input; `channels`: of the network's pictures, where not the task's
-    own.
+    baseline: of the untouched input; channels: of the network's pictures, if not the task's own.
     """
     gray = "Y" if task.name == "sr" else "Y (gray files as they are)"
     channel = gray if (channels or task.channels) == 1 else "RGB"
@@ -153,6 +184,9 @@ def line(task: Task, baseline: bool = False, channels: int | None = None) -> str
     return f"{task}: {channel}, range 0..255, {cut}, output rounded to 8 bit; input: {made}"
 
 
+# The published figures
+
+
 @functools.cache
 def published_rows() -> list[dict[str, str]]:
     """The figures of Tables 1, 2, 3 and 10 of the paper, as they are printed."""
@@ -162,23 +196,20 @@ def published_rows() -> list[dict[str, str]]:
 
 def published(dataset: str, task: Task) -> dict[str, dict[str, float | str]]:
     """method → {"psnr": dB, "ssim" if printed, "note" on a misprint}, for a set and setting."""
-    found = {}
+    methods = {}
     for row in published_rows():
         if (row["dataset"], row["task"], row["setting"]) == (dataset, task.name, task.label):
-            figures: dict[str, float | str] = {
-                name: float(row[name]) for name in ("psnr", "ssim") if row[name]
-            }
-            found[row["method"]] = figures | ({"note": row["note"]} if row["note"] else {})
-    return found
+            figures = {name: float(row[name]) for name in ("psnr", "ssim") if row[name]}
+            methods[row["method"]] = figures | ({"note": row["note"]} if row["note"] else {})
+    return methods
 
 
-def table(label: str, result: dict[str, Any]) -> str:
+def result_table(label: str, result: dict[str, Any]) -> str:
     """A result of evaluate.py as text: the protocol, our means, and the published figures below."""
-    title = f"{result['dataset']}, {len(result['images'])} pictures"
     rows = {label: result["mean"]} | {f"paper: {m}": v for m, v in result["published"].items()}
-    width = max(map(len, (title, *rows)))
-    lines = [result["protocol"], "", f"{title:{width}}  PSNR/dB    SSIM"]
+    cells = []
     for name, row in rows.items():
-        ssim = "     -" if row.get("ssim") is None else f"{row['ssim']:.4f}"
-        lines.append(f"{name:{width}}  {row['psnr']:7.2f}  {ssim}  {row.get('note', '')}".rstrip())
-    return "\n".join([*lines, ""])
+        ssim = "–" if row.get("ssim") is None else f"{row['ssim']:.4f}"
+        cells.append([name, f"{row['psnr']:.2f}", ssim, row.get("note", "")])
+    title = f"{result['dataset']}, {len(result['images'])} pictures"
+    return f"{result['protocol']}\n\n{markdown([title, 'PSNR, dB', 'SSIM', 'note'], cells)}\n"

@@ -1,9 +1,8 @@
-"""A2N and A2N-M: attention in attention (Chen et al. 2021), where every block weighs, picture by
-picture, a branch with pixel attention against one without.
+"""A2N and A2N-M: attention in attention (Chen et al. 2021). Every block weighs, picture by picture,
+a branch with pixel attention against one without.
 
-Inside the blocks parameter names follow the public PyTorch release. Its files are for pictures in
-0..255; the same function of pictures in 0..1 has their biases divided by 255, but for those behind
-a `FactorConvolution`. (`acla.checkpoint` does it.)"""
+Inside the blocks, parameter names follow the public PyTorch release, whose files `acla.checkpoint`
+converts."""
 
 from collections.abc import Sequence
 
@@ -49,9 +48,9 @@ class AttentionBranch(nn.Module):
 
 
 class BranchWeights(nn.Sequential):
-    """Features [B,C,H,W] → [B,2]: what the branch with attention and the one without count for a
-    picture; they sum to 1. From the channels' means, as large as pictures in 0..255 make them, for
-    which the temperature is meant."""
+    """Features [B,C,H,W] → [B,2]: the weights of the branch with attention and of the one without,
+    which sum to 1. From the channels' means in the range of pictures in 0..255, to which the
+    temperature belongs."""
 
     def __init__(self, width: int, reduction: int):
         inner = max(1, width // reduction)
@@ -64,9 +63,9 @@ class BranchWeights(nn.Sequential):
 
 
 class AttentionInAttentionBlock(nn.Module):
-    """A2N's block: two branches, their weights (`ADM`; a forward hook there reads them), a shortcut
-    around all. size: side of the convolution that is the branch without attention, 3 or, in A2N-M,
-    1."""
+    """A2N's block: two branches, their weights (`ADM`; a forward hook there reads them) and a
+    shortcut around both. size: side of the convolution in the branch without attention, 3 or, in
+    A2N-M, 1."""
 
     def __init__(self, width: int, reduction: int, size: int):
         super().__init__()
@@ -98,8 +97,8 @@ class Enlargement(nn.Sequential):
 
 
 class A2N(Backbone):
-    """A2N or A2N-M. What comes out is added to the pictures, enlarged bilinearly: ×2 and ×3 in one
-    step, ×4 in two. At scale 1 the tail is one convolution, which starts at zero."""
+    """A2N or A2N-M. The tail enlarges ×2 and ×3 in one step, ×4 in two; its output is added to the
+    bilinearly enlarged pictures. At scale 1 it is one convolution, which starts at zero."""
 
     def build(self, config: ModelConfig) -> None:
         width, channels, scale = config.width, config.channels, config.scale

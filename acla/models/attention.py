@@ -2,6 +2,20 @@
 
 B batch · L referred layers · K sampled keys per layer and query · H,W grid · C channels
 offsets are (dy, dx) in pixels, y first
+
+Where each equation is computed:
+
+    Eq. 2      z = x + h(y)                h in `CrossLayerAttention.forward`, x + in backbones.py
+    Eq. 5, 6   y, weighted sum of keys     sampling, softmax, sum: `kernels.attend`; g in `forward`
+    Eq. 7, 9   binary Gumbel gate with its straight-through estimator
+                                           `binary_gate` in kernels/reference.py; the fast backends
+                                           compute the same inside `kernels.attend`
+    Eq. 8      mask unit M(x(p))           the map M(x) in `forward`, read at the sampled positions
+                                           p in `kernels.attend`: the same, since M is linear
+    Eq. 10     gates of insert positions   `draw_gates` in gumbel.py
+    Eq. 11     several referred layers     `Backbone.forward_with_counts` in backbones.py
+
+The operator of Eq. 6 to 9 and 11 written literally is kernels/reference.py.
 """
 
 import math
@@ -18,17 +32,16 @@ RING_KEYS = 8
 
 
 class CrossLayerAttention(nn.Module):
-    """The module behind one insert position: z = x + h(y) (Eq. 2), which returns the increment
-    h(y).
+    """The module behind one insert position. It returns the increment h(y) of z = x + h(y) (Eq. 2).
 
     Every pair of query and referred layer has its own offsets and weights (on the query), value g
     and mask unit M (on the referred layer). All are 1×1 convolutions; those of the query are one,
     `points`. g runs after the sum over the keys, which is exact: both are linear, and g's bias is
-    weighted by what fell inside the image.
+    weighted by the key weights inside the image.
 
-    offset_radius: pixels between the rings on which keys start; mask_bias: that of a fresh mask
-    unit, which keeps keys with probability σ(mask_bias) under noise, and always without noise where
-    it is positive.
+    offset_radius: pixels between the rings of initial offsets; mask_bias: initial bias of the mask
+    unit, which keeps keys with probability σ(mask_bias) under noise, and all of them without noise
+    if it is positive.
 
     Parameters: L·(C·3K + 3K + C² + C) + C² + C, and L·(CK + K) for the mask unit.
     """
@@ -54,8 +67,8 @@ class CrossLayerAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """h starts at zero, so that inserting the module changes nothing; keys start on rings and
-        open."""
+        """Initialise h to zero, so that inserting the module changes nothing, the offsets to rings
+        and the masks to open."""
         bound = 1 / math.sqrt(self.value.shape[-1])  # as torch initialises a 1×1 convolution
         nn.init.uniform_(self.value, -bound, bound)
         nn.init.uniform_(self.value_bias, -bound, bound)
@@ -77,11 +90,11 @@ class CrossLayerAttention(nn.Module):
         seeds: Tensor | None = None,
         temperature: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        """query x^j [B,C,H,W]; rows of the L referred layers [B,H+2,W+2,C], x^j's own last; gates
-        s_l [L] (Eq. 11).
+        """query x^j [B,C,H,W]; rows of the L referred layers [B,H+2,W+2,C], x^j's own last
+        (`kernels.to_rows`); gates s_l [L] (Eq. 11); seeds [B] int64 of the masks' noise, None for
+        masks without noise; temperature τ of the masks' gradient (Eq. 9).
 
-        Returns h(y) [B,C,H,W] and the keys kept [B,L]. Without seeds [B] the masks are drawn
-        without noise."""
+        Returns h(y) [B,C,H,W] and the keys kept [B,L], summed over the queries."""
         # Positions need more than the eight bits of bfloat16 or the eleven of TF32.
         with torch.autocast(query.device.type, enabled=False):
             query = query.permute(0, 2, 3, 1).to(self.points.weight.dtype)
@@ -90,13 +103,13 @@ class CrossLayerAttention(nn.Module):
             points, "b h w (l yxw k) -> b h w l yxw k", l=self.layers, yxw=3, k=self.keys
         )
         maps = None
-        if self.mask is not None:
+        if self.mask is not None:  # Eq. 8: M on the whole layer, sampled inside `attend`
             maps = [
                 pointwise(r, m, b) for r, m, b in zip(rows, self.mask, self.mask_bias, strict=True)
             ]
         attended = attend(rows, points, maps, gates, seeds=seeds, temperature=temperature)
         value, bias = rearrange(self.value, "l out c -> out (l c)"), self.value_bias
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled():  # g and its bias after the sum (Eq. 5), then h (Eq. 2)
             y = pointwise(attended.aggregate.flatten(3), value)
             y = y + attended.coverage.to(y.dtype) @ bias.to(y.dtype)
             z = pointwise(y, self.output.weight, self.output.bias)
@@ -108,7 +121,7 @@ class CrossLayerAttention(nn.Module):
         return z.permute(0, 3, 1, 2), attended.kept
 
     def select(self, layers: Sequence[int]) -> dict[str, Tensor]:
-        """The state dict of the module that refers to these layers only, counted from 0."""
+        """The state dict of the module that refers to these layers alone, counted from 0."""
         index = torch.as_tensor(list(layers), device=self.value.device)
         state = {name: tensor.detach() for name, tensor in self.state_dict().items()}
         for name in ("value", "value_bias", "mask", "mask_bias"):
@@ -125,31 +138,31 @@ def pointwise(
 ) -> Tensor:
     """A 1×1 convolution on channels-last features: [B,H,W,C], weight [out,C] → [B,H,W,out].
 
-    full: in all bits of float32 on GPUs too, by a matrix product. Convolutions round to TF32 there
-    unless torch is told otherwise; the backbone's do, and what is not `full` is as exact and fast.
+    full: in full float32 precision on GPUs too, by a matrix product. There, convolutions round to
+    TF32 by default, the backbone's too; without `full` this one is as exact and as fast as they.
     """
     device = rows.device.type
     if device == "cpu":
-        # Torch gives convolutions of several pictures to oneDNN, which is up to twice as fast as
-        # its matrix product; so every line of pixels is a picture here.
+        # Torch computes convolutions of several pictures by oneDNN, up to twice as fast as its
+        # matrix product; so every line of pixels is a picture here.
         B, H, _, _ = rows.shape
-        lines = convolved(rows.flatten(0, 1).unsqueeze(1), weight, bias)
+        lines = convolve(rows.flatten(0, 1).unsqueeze(1), weight, bias)
         return lines.squeeze(1).unflatten(0, (B, H))
     if full or device != "cuda":
         return F.linear(rows, weight, bias)
-    return convolved(rows, weight, bias)
+    return convolve(rows, weight, bias)
 
 
-def convolved(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`pointwise` by torch's convolution, of pictures that lie channels last."""
+def convolve(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`pointwise` by torch's convolution, on channels-last memory."""
     out = F.conv2d(rows.permute(0, 3, 1, 2), weight[:, :, None, None], bias)
     return out.permute(0, 2, 3, 1)
 
 
 def rings(keys: int, step: float) -> Tensor:
-    """First offsets (dy, dx) [2,K] in pixels: eight keys a ring, rings of radius step, 2 step,
-    3 step …, each turned a little against the one before. (The paper does not say; spread, the keys
-    differ from the first step on.)"""
+    """Initial offsets (dy, dx) [2,K] in pixels: eight keys a ring, rings of radius step, 2 step,
+    3 step …, each turned a little against the previous one. (Our choice, open in the paper: spread
+    keys differ from the first step on.)"""
     key = torch.arange(keys, dtype=torch.float32)
     ring = key.div(RING_KEYS, rounding_mode="floor")
     in_ring = (keys - ring * RING_KEYS).clamp(max=RING_KEYS)

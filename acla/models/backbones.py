@@ -1,8 +1,11 @@
 """EDSR and RCAN, with attention modules behind chosen blocks.
 
+The walk over blocks and modules (Eq. 2, 10 and 11) is `Backbone.forward_with_counts`; the modules
+are in attention.py and baselines.py, A2N and HAN in files of their own.
+
 Parameter names follow the networks' public PyTorch releases (head, body, tail), so that their files
-can be read. Pictures are in 0..1 inside, not 0..255, for offsets want features of about 1; what
-turns features into factors takes them as large as the published networks do."""
+can be converted. Pictures are in 0..1 inside, not 0..255, since offsets need features of about 1;
+layers that turn features into factors scale them to the range of the published networks."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -12,13 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from acla.config import MASKED, ModelConfig
+from acla.config import ATTENTIONS, ModelConfig
 from acla.models.attention import CrossLayerAttention
 from acla.models.baselines import MultiHeadAttention, NonLocal, SqueezedAttention, SqueezeExcitation
 from acla.models.gumbel import position_seeds
 from kernels import to_rows
 
-LEVELS = 255  # published networks work on pictures in 0..255
+LEVELS = 255  # published networks work on pictures in 0..LEVELS
 RGB_MEAN = (0.4488, 0.4371, 0.4040)  # of DIV2K, as EDSR subtracts it
 
 
@@ -27,9 +30,9 @@ def convolution(inputs: int, outputs: int, size: int = 3) -> nn.Conv2d:
 
 
 class FactorConvolution(nn.Conv2d):
-    """A 1×1 convolution of features that a sigmoid turns into factors. It takes them as large as
-    pictures in 0..255 make them: on smaller ones all factors begin at 1/2, and weights that learn
-    as fast as the others could not make up for it."""
+    """A 1×1 convolution whose output a sigmoid turns into factors. It scales features to the range
+    of pictures in 0..255: on smaller ones all factors would begin at 1/2, too flat for weights of
+    the common learning rate to change."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, 1)
@@ -40,7 +43,7 @@ class FactorConvolution(nn.Conv2d):
 
 class MeanShift(nn.Conv2d):
     """Adds `sign` times the mean colour; fixed, but counted among the parameters as in EDSR. Always
-    of full precision, for what it is given or gives are pictures."""
+    in full precision, since its input or output is a picture."""
 
     def __init__(self, channels: int, sign: int):
         super().__init__(channels, channels, 1)
@@ -50,7 +53,7 @@ class MeanShift(nn.Conv2d):
         self.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        kind = "cpu" if x.is_meta else x.device.type  # autocast does not know meta
+        kind = "cpu" if x.is_meta else x.device.type  # autocast lacks meta
         with torch.autocast(kind, enabled=False):
             return super().forward(x.to(self.weight.dtype))
 
@@ -68,7 +71,7 @@ class ResidualBlock(nn.Module):
 
 
 class ChannelAttention(nn.Module):
-    """RCAN's channel attention: a factor for each channel from the channels' means."""
+    """RCAN's channel attention: a factor 0..1 for each channel from the channels' means."""
 
     def __init__(self, width: int, reduction: int):
         super().__init__()
@@ -125,19 +128,19 @@ class Backbone(nn.Module):
 
     x^p is the output of block p (EDSR) or group p (RCAN) before the attention module behind it. The
     module at an insert position queries x^p and refers to the features of every insert position up
-    to its own. A network that does not enlarge adds its output to its input and starts as the
+    to its own (Eq. 11). At scale 1 the output is added to the input and the network starts as the
     identity.
 
-    This one is EDSR or RCAN. Others build other parts (`build`) and begin and end the walk over
-    their blocks in their own way (`blocks`, `shallow`, `finish`)."""
+    This class is EDSR or RCAN. Subclasses override the parts (`build`) and the begin and end of the
+    walk over the blocks (`blocks`, `shallow`, `finish`)."""
 
-    # Whether `finish` needs the output of every block, and not of the last alone
+    # Whether `finish` needs the outputs of all blocks, not just the last
     collects = False
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        # Bytes; above, attention is computed again in the backward pass.
+        # Bytes of samples above which attention is recomputed in the backward pass
         self.sample_limit = math.inf
         self.build(config)
         self.attention = nn.ModuleDict(
@@ -146,11 +149,11 @@ class Backbone(nn.Module):
                 for layers, position in enumerate(config.positions, 1)
             }
         )
-        # As the features: else every convolution moves its weights, and their gradients, each time
+        # As the features; otherwise every convolution copies its weights and their gradients
         self.to(memory_format=torch.channels_last)
 
     def build(self, config: ModelConfig) -> None:
-        """Make the parts of the network, but for its attention modules."""
+        """Create the network's parts, except its attention modules."""
         width, channels = config.width, config.channels
         self.sub_mean = MeanShift(channels, -1)
         self.head = nn.Sequential(convolution(channels, width))
@@ -173,30 +176,30 @@ class Backbone(nn.Module):
         return self.head(self.sub_mean(pictures))
 
     def finish(self, pictures: Tensor, x: Tensor, outputs: Sequence[Tensor]) -> Tensor:
-        """The restored pictures from the input, the shallow features, and what came out of the
-        blocks and the attention behind them: of the last one, or of all where `collects`."""
+        """The restored pictures from the input, the shallow features x, and the outputs of the
+        blocks with the attention behind them: all of them if `collects`, else the last."""
         restored = self.tail(self.body[-1](outputs[-1]) + x)
         return pictures + restored if self.add_mean is None else self.add_mean(restored)
 
     def forward(
         self, pictures: Tensor, seeds: Tensor | None = None, temperature: float = 1.0
     ) -> Tensor:
-        """Restore pictures [B,C,H,W]; seeds [B] int64 draw the masks with noise, and temperature is
-        that of their gradient, as training has them."""
-        return self.attended(pictures, seeds, temperature=temperature)[0]
+        """Restore pictures [B,C,H,W]. In training, seeds [B] int64 draw the key masks with noise,
+        and temperature τ is that of their gradient (Eq. 9)."""
+        return self.forward_with_counts(pictures, seeds, temperature=temperature)[0]
 
-    def attended(
+    def forward_with_counts(
         self,
         pictures: Tensor,
         seeds: Tensor | None = None,
         gates: Tensor | None = None,
         temperature: float = 1.0,
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Restore pictures and tell, for every module that ran, the keys it kept: {position:
-        [B,L]}.
+        """Restored pictures, and the number of keys that every executed module kept of each layer,
+        {position: [B,L]}.
 
-        gates [J] are s_j of Eq. 11, one an insert position, exactly 0 or 1. Where they need no
-        gradient, modules that are shut are skipped."""
+        gates [J]: s_j of Eq. 11, exactly 0 or 1, one an insert position. If they need no gradient,
+        modules with a gate of 0 are skipped."""
         shut: set[int] = set()
         if gates is not None and not gates.requires_grad:
             shut = {p for p, s in zip(self.config.positions, gates.tolist(), strict=True) if s == 0}
@@ -207,37 +210,37 @@ class Backbone(nn.Module):
             if str(position) in self.attention:
                 rows.append(to_rows(y))
                 if position not in shut:
-                    # A module that is there refers to its own layer, so its own gate stands before
-                    # its output alone.
+                    # A module refers to its own layer whenever it is open, so its own gate is a
+                    # factor of its output alone.
                     own = referred = None
                     if gates is not None:
                         own = gates[len(rows) - 1]
                         referred = torch.cat([gates[: len(rows) - 1], own.new_ones(1)])
-                    given = y, tuple(rows), referred, position_seeds(seeds, position), temperature
-                    z, kept[position] = self.run_attention(str(position), *given)
+                    inputs = y, tuple(rows), referred, position_seeds(seeds, position), temperature
+                    z, kept[position] = self.run_attention(str(position), *inputs)
                     y = y + (z if own is None else own * z)
             outputs = [*outputs, y] if self.collects else [y]
         return self.finish(pictures, x, outputs), kept
 
-    def run_attention(self, position: str, *given: object) -> tuple[Tensor, Tensor]:
-        """Run one module. Where the samples of all modules would pass the limit, it saves its
-        inputs alone and is run again in the backward pass."""
+    def run_attention(self, position: str, *inputs: object) -> tuple[Tensor, Tensor]:
+        """Run one module. If the samples of all modules would exceed the limit, it saves its inputs
+        alone and is recomputed in the backward pass."""
         module, modules = self.attention[position], len(self.attention)
-        query = given[0]
+        query = inputs[0]
         samples = query.numel() * query.element_size() * modules * (modules + 1) // 2
         if samples > self.sample_limit and torch.is_grad_enabled():
-            return checkpoint(module, *given, use_reentrant=False, preserve_rng_state=False)
-        return module(*given)
+            return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return module(*inputs)
 
 
 def build_module(config: ModelConfig, layers: int) -> nn.Module:
-    """The attention module that refers to `layers` layers."""
-    match config.attention:
-        case "cla" | "acla" | "cla-i" | "cla-k" | "acla+se":
-            kind = SqueezedAttention if config.attention == "acla+se" else CrossLayerAttention
-            masked = config.attention in MASKED
-            starts = {"offset_radius": config.offset_radius, "mask_bias": config.mask_bias}
-            return kind(config.width, layers, config.keys, masked, **starts)
+    """An attention module that refers to `layers` layers, its own last."""
+    kind = ATTENTIONS[config.attention]
+    match kind.module:
+        case "cla" | "acla" | "acla+se":
+            module = SqueezedAttention if kind.module == "acla+se" else CrossLayerAttention
+            initial = {"offset_radius": config.offset_radius, "mask_bias": config.mask_bias}
+            return module(config.width, layers, config.keys, kind.masked, **initial)
         case "nl":
             return NonLocal(config.width, layers=1)
         case "clnl":
@@ -250,7 +253,7 @@ def build_module(config: ModelConfig, layers: int) -> nn.Module:
 
 
 def build_block(config: ModelConfig) -> nn.Module:
-    """One block that a module can stand behind."""
+    """One block of EDSR or group of RCAN, behind which a module can be inserted."""
     match config.backbone:
         case "edsr":
             return ResidualBlock(config.width, config.residual_scale)

@@ -1,13 +1,13 @@
-"""The attention modules that the paper compares with (Section 4.5, A.3): NL, CLNL, SE, MHA, and
-ACLA followed by SE.
+"""The baseline attention modules of the paper's comparisons (Section 4.5, A.3): NL, CLNL, SE, MHA,
+and ACLA followed by SE.
 
 B batch · L referred layers · K sampled keys per layer and query · H,W grid · N = H·W · C channels
 E embedded channels of NL and CLNL
 
-All are called as `CrossLayerAttention` is: query [B,C,H,W], the rows of the L layers that an insert
-position may refer to [B,H+2,W+2,C], the query's own last, gates [L] (the own layer's is 1), seeds
-and temperature. They return what is added to the query [B,C,H,W], and the keys read of each layer
-[B,L], summed over the queries: N² of a layer that is attended to as a whole, 0 of others.
+All have the interface of `CrossLayerAttention`: query [B,C,H,W], the rows of the L layers that an
+insert position may refer to [B,H+2,W+2,C], the query's own last, gates [L] (the own layer's is 1),
+seeds and temperature. They return the increment of the query [B,C,H,W], and the keys read of each
+layer [B,L], summed over the queries: N² of a layer attended to as a whole, 0 of others.
 
 Attention over all positions needs memory that grows with N, or with N·(H + W) where multi-head
 attention is trained, never with N²."""
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from acla.models.attention import CrossLayerAttention
 from acla.models.cost import RADIUS, embedded_width, head_count, squeezed_width
 
-LOGITS = 2**24  # of multi-head attention that are held at once without gradients
+MAX_LOGITS = 2**24  # of multi-head attention held at once, without gradients
 
 
 class NonLocal(nn.Module):
@@ -55,7 +55,7 @@ class NonLocal(nn.Module):
         seeds: Tensor | None = None,
         temperature: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        """See the room's first lines."""
+        """Arguments and results: see the module docstring."""
         H, W = query.shape[2:]
         first = len(rows) - self.layers
         read = list(range(first, len(rows)))
@@ -84,9 +84,9 @@ class MultiHeadAttention(nn.Module):
         softmax_n(q_p·(k_n + r^y(y_n − y_p) + r^x(x_n − x_p)) / √d) v_n
 
     r^y and r^x are learned for the offsets −RADIUS..RADIUS, shared by the heads; a larger offset
-    takes the outermost one (as Shaw et al. 2018 clip them), so that a picture may have any size.
-    The heads are the most of 8, 4 and 2 that have 16 channels or more, with d = C / heads each,
-    else one. q, k, v and the output are 1×1 convolutions; the output's starts at zero.
+    takes the outermost one (clipped as in Shaw et al. 2018), so that a picture may have any size.
+    There are 8, 4 or 2 heads, the most that have 16 channels or more, else one, each of d = C /
+    heads channels. q, k, v and the output are 1×1 convolutions; the output's starts at zero.
 
     Parameters: 4·(C² + C) + 2·(2·RADIUS + 1)·d."""
 
@@ -109,7 +109,7 @@ class MultiHeadAttention(nn.Module):
         seeds: Tensor | None = None,
         temperature: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        """See the room's first lines."""
+        """Arguments and results: see the module docstring."""
         H, W = query.shape[2:]
         projected = self.project(query.permute(0, 2, 3, 1))
         pattern = "b y x (qkv h d) -> qkv b h (y x) d"
@@ -125,20 +125,20 @@ class MultiHeadAttention(nn.Module):
 
         A relative logit depends on the query and on the key's row or column alone: it is the
         product of the query's logits for all rows with the key's row as a one-hot vector. So with
-        H + W channels more, a kernel that never holds N × N logits takes them. GPU kernels want
-        multiples of 8 channels, and all want as many in queries, keys and values."""
+        H + W more channels, a kernel that never holds N × N logits computes them. GPU kernels need
+        multiples of 8 channels, and all need as many in queries, keys and values."""
         place = torch.arange(H * W, device=q.device)
-        places = torch.cat([F.one_hot(place // W, H), F.one_hot(place % W, W)], -1).to(k.dtype)
-        grown_q = torch.cat([q, *self.relative_logits(q, place, H, W)], -1)
-        grown_k = torch.cat([k, places.expand(*k.shape[:2], -1, -1)], -1)
-        channels = -(-grown_q.shape[-1] // 8) * 8
-        q, k, v = (F.pad(x, (0, channels - x.shape[-1])) for x in (grown_q, grown_k, v))
+        one_hot = torch.cat([F.one_hot(place // W, H), F.one_hot(place % W, W)], -1).to(k.dtype)
+        extended_q = torch.cat([q, *self.relative_logits(q, place, H, W)], -1)
+        extended_k = torch.cat([k, one_hot.expand(*k.shape[:2], -1, -1)], -1)
+        channels = -(-extended_q.shape[-1] // 8) * 8
+        q, k, v = (F.pad(x, (0, channels - x.shape[-1])) for x in (extended_q, extended_k, v))
         return F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., : self.vertical.shape[1]]
 
     def part_by_part(self, q: Tensor, k: Tensor, v: Tensor, H: int, W: int) -> Tensor:
-        """The same without gradients, faster in large pictures: at most LOGITS at a time."""
+        """The same without gradients, faster on large pictures: at most MAX_LOGITS at a time."""
         B, heads, N, _ = q.shape
-        count, parts = max(1, LOGITS // (B * heads * N)), []
+        count, parts = max(1, MAX_LOGITS // (B * heads * N)), []
         for place in torch.arange(N, device=q.device).split(count):
             some = q[:, :, len(parts) * count :][:, :, :count]
             of_rows, of_columns = self.relative_logits(some, place, H, W)
@@ -160,7 +160,7 @@ class MultiHeadAttention(nn.Module):
 
 class SqueezeExcitation(nn.Module):
     """A factor in 0..1 for each channel from the channels' means (Hu et al. 2018): z = s·x, so that
-    x·(s − 1) is what is added. It refers to no other position or layer: the keys read are 0.
+    the increment is x·(s − 1). It refers to no other position or layer: the keys read are 0.
 
     The only kind of module that does not start as the identity: its factors start near ½.
 
@@ -180,17 +180,17 @@ class SqueezeExcitation(nn.Module):
         seeds: Tensor | None = None,
         temperature: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        """See the room's first lines."""
+        """Arguments and results: see the module docstring."""
         s = self.excite(self.squeeze(query.mean((2, 3))).relu()).sigmoid()
         return query * (s - 1)[..., None, None], keys_read(query, len(rows), [])
 
 
 class SqueezedAttention(CrossLayerAttention):
-    """ACLA, then SE on what it gives: z = s(x + h(y))·(x + h(y)). It starts as SE starts; the keys
-    read are ACLA's. Takes what CrossLayerAttention takes."""
+    """ACLA followed by SE: z = s(x + h(y))·(x + h(y)). It starts as SE starts; the keys read are
+    ACLA's. Arguments: those of CrossLayerAttention."""
 
-    def __init__(self, width: int, *given: object, **starts: float):
-        super().__init__(width, *given, **starts)
+    def __init__(self, width: int, *args: object, **initial: float):
+        super().__init__(width, *args, **initial)
         self.excitation = SqueezeExcitation(width)
 
     def forward(
@@ -201,7 +201,7 @@ class SqueezedAttention(CrossLayerAttention):
         seeds: Tensor | None = None,
         temperature: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        """See the room's first lines."""
+        """Arguments and results: see the module docstring."""
         added, kept = super().forward(query, rows, gates, seeds, temperature)
         return added + self.excitation(query + added, rows)[0], kept
 
@@ -215,11 +215,11 @@ def zero_linear(inputs: int, outputs: int) -> nn.Linear:
 
 
 def gated_attention(query: Tensor, keys: Tensor, values: Tensor, gates: Tensor) -> Tensor:
-    """Σ_n s_n f_n v_n / Σ_n s_n f_n with f = exp(q·k), for gates s [n,1] that need a gradient,
-    which a shut one has too: both sums, over Σ_n f_n, by one call.
+    """Σ_n s_n f_n v_n / Σ_n s_n f_n with f = exp(q·k), for gates s [n,1] that need a gradient, shut
+    ones too: both sums, divided by Σ_n f_n, in one call.
 
-    All channels grow by one, as the kernels that save memory want as many everywhere. A layer that
-    is shut and outweighs the open ones by more than the number format spans gives 0."""
+    All channels grow by one, since the memory-saving kernels need as many everywhere. A shut layer
+    that outweighs the open ones by more than the number format's range gives 0."""
     weighted = torch.cat([values * gates, gates.expand(*values.shape[:-1], 1)], -1)
     query, keys = F.pad(query, (0, 1)), F.pad(keys, (0, 1))
     y = F.scaled_dot_product_attention(query, keys, weighted, scale=1.0)

@@ -1,33 +1,33 @@
-"""What attention costs: Eq. 12 and 13, one formula for the search's loss, the tables and
---describe; and the modules of `rivals`.
+"""The cost of attention: Eq. 12 and 13, one formula for the search's loss, the tables and
+--describe; and the baselines' cost.
 
-N positions of a picture · C channels · K sampled keys per layer and query · kept keys selected by
+N positions of a picture · C channels · K sampled keys per layer and query · kept: keys selected by
 the masks, over all N · L referred layers. Everything is in FLOPs; a multiply-add is two. (The
 paper's "FLOPs (G)" are multiply-adds.)
 
-Eq. 12 prints the convolutions inside the sum over k; they are counted once a pair, which agrees
-with Tables 4 to 8. Added to it: the query's offsets and weights, the output convolution, and the
-value's bias, which every query weights anew, so that what is predicted is what is counted.
+Eq. 12 prints the convolutions inside the sum over k; they are counted once a pair, in agreement
+with Tables 4 to 8. Added to it, so that the predicted cost is the counted cost: the query's offsets
+and weights, the output convolution, and the value's bias, which every query weights anew.
 
-Of the rivals, convolutions and matrix products are counted, the small layers of
-squeeze-and-excitation and relative positions included. Softmax, sigmoid, means and sums are not, as
-they are not in a network's count, nor are the one-hot channels that stand for sums where multi-head
-attention is trained."""
+Of the baselines, convolutions and matrix products are counted, including the small layers of
+squeeze-and-excitation and relative positions. As in the network's count, softmax, sigmoid, means
+and sums are not, nor are the one-hot channels that replace sums in the training of multi-head
+attention."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from acla.config import MASKED
+from acla.config import ATTENTIONS
 
-# The inner sizes of the rivals
+# Inner sizes of the baselines
 
-# Largest offset, in pixels, with a relative position of its own; below the smallest patches that
-# the presets train on (24), so that every one is trained.
+# Largest offset, in pixels, with a relative position of its own; below the smallest patch size of
+# the presets (24), so that every one is trained.
 RADIUS = 16
 
 
 def embedded_width(width: int) -> int:
-    """Channels in which NL and CLNL compare."""
+    """Embedded channels of NL and CLNL."""
     return max(1, width // 2)
 
 
@@ -64,7 +64,7 @@ def attention_flops(
 
     gates: array [J] (numpy or torch) of 0 and 1, or of probabilities: draws are independent and
     s_j² = s_j, so that is the expected cost. kept[j]: array [j+1], the keys that module j keeps of
-    each layer up to its own."""
+    each layer up to its own. Returns FLOPs for one picture, of the type of the inputs."""
     total = 0.0
     for j, count in enumerate(kept):
         pair = pair_flops(n, width, keys, count, masked)
@@ -73,7 +73,7 @@ def attention_flops(
 
 
 def full_attention_flops(modules: int, n: int, width: int, keys: int, masked: bool) -> int:
-    """m modules that are all there and keep every key: m(m+1)/2 pairs."""
+    """m open modules that keep every key: m(m+1)/2 pairs."""
     pairs = modules * (modules + 1) // 2
     return modules * output_flops(n, width) + pairs * pair_flops(n, width, keys, n * keys, masked)
 
@@ -82,11 +82,12 @@ def full_attention_flops(modules: int, n: int, width: int, keys: int, masked: bo
 
 
 def module_flops(attention: str, layers: int, n: int, width: int, keys: int) -> int:
-    """One module of any attention that refers to `layers` layers and reads every key, for one
-    picture."""
-    match attention:
-        case "cla" | "acla" | "cla-i" | "cla-k":
-            pair = pair_flops(n, width, keys, n * keys, attention in MASKED)
+    """FLOPs of one module that refers to `layers` layers and keeps every key, for one picture of n
+    positions."""
+    kind = ATTENTIONS[attention]
+    match kind.module:
+        case "cla" | "acla":
+            pair = pair_flops(n, width, keys, n * keys, kind.masked)
             return output_flops(n, width) + layers * pair
         case "acla+se":
             return sum(module_flops(part, layers, n, width, keys) for part in ("acla", "se"))
@@ -105,10 +106,11 @@ def module_flops(attention: str, layers: int, n: int, width: int, keys: int) -> 
 
 
 def module_parameters(attention: str, layers: int, width: int, keys: int) -> int:
-    """Parameters of one module of any attention that refers to `layers` layers."""
-    match attention:
-        case "cla" | "acla" | "cla-i" | "cla-k":
-            outputs = width + 3 * keys + (keys if attention in MASKED else 0)  # value, points, mask
+    """Parameters of one module that refers to `layers` layers."""
+    kind = ATTENTIONS[attention]
+    match kind.module:
+        case "cla" | "acla":
+            outputs = width + 3 * keys + (keys if kind.masked else 0)  # value, points, mask
             return (layers * outputs + width) * (width + 1)
         case "acla+se":
             return sum(module_parameters(part, layers, width, keys) for part in ("acla", "se"))

@@ -1,4 +1,4 @@
-"""Networks by their configuration, and their sizes."""
+"""Networks from configurations, and their sizes."""
 
 from dataclasses import asdict, replace
 
@@ -13,7 +13,7 @@ from acla.models.han import HAN
 
 
 def build_network(config: ModelConfig) -> Backbone:
-    """The network that a configuration describes, with new weights."""
+    """The network of a configuration, with initial weights."""
     match config.backbone:
         case "edsr" | "rcan":
             return Backbone(config)
@@ -25,9 +25,10 @@ def build_network(config: ModelConfig) -> Backbone:
 
 
 def describe(config: ModelConfig, side: int = 48) -> dict[str, object]:
-    """The size of a network, without building its tensors: parameters (the fixed mean shifts
-    included) and multiply-adds for one low-quality picture of side × side, every key kept; and what
-    of both is the attention's. (The paper's "FLOPs (G)" are these multiply-adds.)"""
+    """The size of a network, without allocating its tensors: parameters (including the fixed mean
+    shifts) and multiply-adds for one low-quality picture of side × side with every key kept; the
+    attention's share of both; and the configuration. (The paper's "FLOPs (G)" are these
+    multiply-adds.)"""
     plain = replace(config, attention="none", positions=())
     with torch.device("meta"):
         params = sum(p.numel() for p in build_network(config).parameters())

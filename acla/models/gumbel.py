@@ -1,22 +1,26 @@
-"""Binary Gumbel gates as the network uses them: one seed an image for key masks, one draw a step
-for insert positions."""
+"""Binary Gumbel gates in the network: seeds of the key masks (Eq. 7 to 9) and gates of the insert
+positions (Eq. 10).
+
+The gate itself, hard forward and with the sigmoid's gradient at temperature τ backward (the
+straight-through estimator), is `binary_gate` in kernels/reference.py, which gates of insert
+positions call here. Key masks are drawn from their seeds inside `kernels.attend`, by the same
+noise: `logistic_noise`, the difference of two Gumbel draws as a function of seed and place."""
 
 import torch
 from torch import Tensor
 
 from kernels import binary_gate, logistic_noise
 
-# An odd multiplier sends the positions' seeds far apart (2^64 / golden ratio: Knuth's
-# multiplicative hashing).
-SPREAD = 0x9E3779B97F4A7C15
+# Odd, and 2^64 / golden ratio: positions get seeds far apart (Knuth's multiplicative hashing)
+SEED_STEP = 0x9E3779B97F4A7C15
 
 
 def position_seeds(seeds: Tensor | None, position: int) -> Tensor | None:
-    """The images' seeds [B] int64 for the module at an insert position: every module draws noise of
-    its own."""
+    """The images' seeds [B] int64 for the module at an insert position: modules draw different
+    noise."""
     if seeds is None:
         return None
-    step = position * SPREAD % 2**64
+    step = position * SEED_STEP % 2**64
     return seeds + (step - 2**64 if step >= 2**63 else step)
 
 

@@ -1,8 +1,8 @@
-"""HAN: a holistic attention network (Niu et al. 2020), RCAN with attention over the layers and over
-channels and pixels behind its groups.
+"""HAN: a holistic attention network (Niu et al. 2020), RCAN with attention over the layers (LAM)
+and over channels and pixels (CSAM) behind its groups.
 
 Parameter names follow the public PyTorch release (`last_conv`, `last`, `la`, `csa`); only the
-3×3×3 kernel of `csa` is held without its two axes of length 1."""
+3×3×3 kernel of `csa` lacks its two axes of length 1."""
 
 import math
 from collections.abc import Sequence
@@ -17,12 +17,11 @@ from acla.models.backbones import LEVELS, Backbone, convolution
 
 
 class LayerAttention(nn.Module):
-    """LAM: to every layer's features is added a mean of all layers', in which those count most that
-    agree with it least.
+    """LAM: adds to every layer's features a weighted mean of all layers', with the largest weights
+    for the layers that agree with it least.
 
-    Agreement is the sum of products over channels and pixels, of features as large as pictures in
-    0..255 make them: softmax decides otherwise on smaller ones, and no weight could make up for
-    it."""
+    Agreement is the sum of products over channels and pixels, of features scaled to the range of
+    pictures in 0..255: on smaller ones softmax would be flatter, which no weight could offset."""
 
     def __init__(self):
         super().__init__()
@@ -31,7 +30,7 @@ class LayerAttention(nn.Module):
     def forward(self, layers: Tensor) -> Tensor:
         """Features [B,N,C,H,W] of N layers → as many."""
         rows = layers.flatten(2)
-        kind = "cpu" if layers.is_meta else layers.device.type  # autocast does not know meta
+        kind = "cpu" if layers.is_meta else layers.device.type  # autocast lacks meta
         with torch.autocast(kind, enabled=False):  # float16 ends at 65,504
             scaled = LEVELS * rows.to(self.gamma.dtype)
             weights = (-scaled @ scaled.mT).softmax(-1)  # [B,N,N]
@@ -39,12 +38,12 @@ class LayerAttention(nn.Module):
 
 
 class ChannelSpatialAttention(nn.Module):
-    """CSAM: a factor 1 to 1 + gamma for every channel and pixel, from the 3×3×3 values around it,
-    channels in their order being the third axis, as large as pictures in 0..255 make them."""
+    """CSAM: a factor 1 to 1 + gamma for every channel and pixel, from the 3×3×3 values around it
+    (the third axis: channels in their order), scaled to the range of pictures in 0..255."""
 
     def __init__(self):
         super().__init__()
-        # Three axes, since a network in channels_last memory can hold no five
+        # Three axes: networks in channels_last memory support no five
         self.kernel = nn.Parameter(torch.empty(3, 3, 3))
         self.bias = nn.Parameter(torch.empty(1))
         self.gamma = nn.Parameter(torch.zeros(1))
@@ -59,8 +58,8 @@ class ChannelSpatialAttention(nn.Module):
 
 
 class HAN(Backbone):
-    """HAN. As published, the layers that LAM reads are the outputs of all groups and of the body's
-    last convolution, and CSAM reads the last of them."""
+    """HAN. As published, LAM reads the outputs of all groups and of the body's last convolution,
+    CSAM the last of these."""
 
     collects = True
 
@@ -75,6 +74,6 @@ class HAN(Backbone):
     def finish(self, pictures: Tensor, x: Tensor, outputs: Sequence[Tensor]) -> Tensor:
         deep = self.body[-1](outputs[-1])
         layers = torch.stack([deep, *reversed(outputs)], 1)  # the last one first, as published
-        among = self.last_conv(self.la(layers).flatten(1, 2))
-        restored = self.tail(self.last(torch.cat([self.csa(deep), among], 1)) + x)
+        mixed = self.last_conv(self.la(layers).flatten(1, 2))
+        restored = self.tail(self.last(torch.cat([self.csa(deep), mixed], 1)) + x)
         return pictures + restored if self.add_mean is None else self.add_mean(restored)

@@ -1,12 +1,14 @@
-"""Checkpoints: safetensors with the whole configuration inside, written atomically, read as
-untrusted data.
+"""The file format of networks and runs: safetensors with the configuration in the header, written
+atomically, read as untrusted data.
 
-A model file rebuilds its network alone; `python -m acla.checkpoint import` makes one of a published
-PyTorch file. A state file holds what resuming needs besides: optimiser, averages, progress."""
+The header holds `format` (FORMAT) and `kind`. A model file (`model`) rebuilds its network alone:
+besides the tensors, under the network's own names, its header holds three JSON texts, `model` (a
+ModelConfig), `task` (a Task) and `info` (notes). A state file (`state`) is what resuming a run
+needs: tensors of network, optimiser and averages, and the JSON text `progress`.
+`python -m acla.checkpoint import` converts published PyTorch files to model files."""
 
 import dataclasses
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,23 +19,28 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from acla.config import SAME_MODULE, ModelConfig, Task, from_dict
+from acla.config import ATTENTIONS, ModelConfig, Task, from_dict
 from acla.errors import NOT_VALID, CheckpointError, UsageError
 from acla.files import write_atomically
 from acla.models.backbones import Backbone
 from acla.models.factory import build_network
 
 FORMAT = "acla-1"
-STATES = "state.safetensors of train.py or supernet.safetensors of search.py"
-ANEW = "; begin anew with --out DIR"  # the end of what is said of a state
-PUBLISHED = {".pt", ".pth", ".bin", ".ckpt"}  # suffixes of PyTorch files
-IMPORTED = "; a published PyTorch file becomes one by python -m acla.checkpoint import FILE OUT"
+FILES = {
+    "model": "model.safetensors",
+    "state": "state.safetensors of train.py or supernet.safetensors of search.py",
+}
+PROGRESS = {"step": int, "seconds": float, "plan": dict, "data": dict}
+ANEW = "; begin anew with --out DIR"  # how messages about a state end
+PYTORCH = {".pt", ".pth", ".bin", ".ckpt"}  # suffixes of PyTorch files
+# Fields that configure the inserted attention and not the backbone
+OF_ATTENTION = ("attention", "keys", "positions", "offset_radius", "mask_bias")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A network that was read, ready for use (evaluation mode, on the CPU), its task, and the notes
-    beside it."""
+    """A model file: the network in evaluation mode on the CPU, its configuration, task and
+    notes."""
 
     model: Backbone
     config: ModelConfig
@@ -42,8 +49,8 @@ class Checkpoint:
 
 
 def save_model(path: Path, model: nn.Module, config: ModelConfig, task: Task, info: dict) -> None:
-    """Write a network that `load_model` rebuilds from the file alone. info: JSON values, kept
-    beside it."""
+    """Write a model file, from which alone `load_model` rebuilds the network. info: notes, JSON
+    values."""
     header = {
         "kind": "model",
         "model": json.dumps(dataclasses.asdict(config)),
@@ -54,8 +61,8 @@ def save_model(path: Path, model: nn.Module, config: ModelConfig, task: Task, in
 
 
 def load_model(path: Path) -> Checkpoint:
-    """Read a network. Raises CheckpointError with the file and the reason: missing, broken, another
-    kind, another shape."""
+    """Read a model file. Raises CheckpointError with the file and the reason: missing, damaged, of
+    another kind, or with tensors that do not fit its configuration."""
     tensors, header = read_tensors(path, "model")
     try:
         config = from_dict(ModelConfig, from_json(header["model"]))
@@ -67,162 +74,104 @@ def load_model(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: the configuration inside is not valid: {reason}") from error
     if task.scale != config.scale:
         raise CheckpointError(f"{path}: a network for ×{config.scale} with the task {task}")
-    model = without_memory(config, tensors, path)
+    groups = config.group_blocks if config.backbone in ("rcan", "han") else 1
+    if config.blocks * groups > len(tensors):  # building it would take minutes, even on meta
+        raise CheckpointError(
+            f"{path}: does not fit its network: {len(tensors)} tensors for "
+            f"{config.blocks * groups} blocks"
+        )
+    with torch.device("meta"):  # allocates nothing before names and shapes are compared
+        model = build_network(config)
     load_strictly(model, tensors, path)
     return Checkpoint(model.eval(), config, task, info)
 
 
 def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Take over tensors whose names, shapes and types are the network's, all of them. Raises
-    CheckpointError."""
-    wanted = model.state_dict()
-    require_fitting(wanted, tensors, path)
-    if any(tensor.is_meta for tensor in wanted.values()):
+    """Set a network's tensors, which may be on the meta device, to those of a file. Raises
+    CheckpointError unless names, shapes and types are equal; nothing is allocated before."""
+    expected = model.state_dict()
+    if odd := sorted(expected.keys() ^ tensors.keys()):
+        missing = sum(name in expected for name in odd)
+        raise CheckpointError(
+            f"{path}: does not fit its network: {missing} tensors are missing and "
+            f"{len(odd) - missing} are unknown, for instance {in_one_line(odd[0])}"
+        )
+    for name, own in expected.items():
+        tensor = tensors[name]
+        if tensor.shape != own.shape or tensor.dtype != own.dtype:
+            raise CheckpointError(
+                f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}, "
+                f"but the network's is {own.dtype} {list(own.shape)}"
+            )
+    if any(tensor.is_meta for tensor in expected.values()):
         model.to_empty(device="cpu")
     model.load_state_dict(tensors)
 
 
-def require_network(config: ModelConfig, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Refuse a training's state whose network, 'model.<name>', is not the plan's, before memory is
-    taken for it. Raises CheckpointError."""
-    own = {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
-    wanted = without_memory(config, own, path, ANEW).state_dict()
-    require_fitting({f"model.{name}": tensor for name, tensor in wanted.items()}, own, path, ANEW)
-
-
-def without_memory(
-    config: ModelConfig, tensors: Mapping[str, Tensor], path: Path, fix: str = ""
-) -> Backbone:
-    """The network on the device meta, to compare names and shapes with. Raises CheckpointError
-    where it has more blocks than there are tensors, for even so a large one takes minutes."""
-    blocks = config.blocks * (config.group_blocks if config.backbone in ("rcan", "han") else 1)
-    if blocks > len(tensors):
-        raise CheckpointError(
-            f"{path}: does not fit its network: {len(tensors)} tensors for {blocks} blocks{fix}"
-        )
-    with torch.device("meta"):
-        return build_network(config)
-
-
-def require_fitting(
-    wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path, fix: str = ""
-) -> None:
-    """Refuse tensors of other names, shapes or types than the wanted ones. fix: the end of the
-    message. Raises CheckpointError."""
-    odd = sorted(wanted.keys() ^ tensors.keys())
-    if odd:
-        missing = sum(name in wanted for name in odd)
-        raise CheckpointError(
-            f"{path}: does not fit its network: {missing} tensors are missing and "
-            f"{len(odd) - missing} are unknown, for instance {in_one_line(odd[0])}{fix}"
-        )
-    for name, tensor in tensors.items():
-        if tensor.shape != wanted[name].shape or tensor.dtype != wanted[name].dtype:
-            raise CheckpointError(
-                f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}, "
-                f"but the network's is {wanted[name].dtype} {list(wanted[name].shape)}{fix}"
-            )
-
-
-def fitting_weights(path: Path, config: ModelConfig) -> tuple[dict[str, Tensor], Task]:
-    """What a network can begin with from the file of a trained one, and that one's task: the whole
-    backbone, which must be the same, and every attention module that is the same as here, with the
-    same layers to refer to. Raises CheckpointError."""
-    given = load_model(path)
-    begun, wanted = (backbone_alone(one) for one in (given.config, config))
-    for name, value in dataclasses.asdict(wanted).items():
-        if getattr(begun, name) != value:
+def compatible_weights(path: Path, config: ModelConfig) -> tuple[dict[str, Tensor], Task]:
+    """The weights of a model file with which a network can be initialised, and the file's task: the
+    whole backbone, which must be equal, and the attention modules of the same kind and size at the
+    same position that refer to the same layers. Raises CheckpointError."""
+    source = load_model(path)
+    for name, value in dataclasses.asdict(config).items():
+        if name not in OF_ATTENTION and getattr(source.config, name) != value:
             raise CheckpointError(
                 f"{path}: another backbone than the one to begin, its {name} is "
-                f"{getattr(begun, name)}, not {value}: give the flags of that network, or its file"
+                f"{getattr(source.config, name)}, not {value}: give the flags of that network, or "
+                "its file"
             )
-    same = {f"attention.{p}" for p in config.positions if same_module(given.config, config, p)}
+    same = {f"attention.{p}" for p in config.positions if same_module(source.config, config, p)}
     tensors = {
         name: tensor
-        for name, tensor in given.model.state_dict().items()
+        for name, tensor in source.model.state_dict().items()
         if not name.startswith("attention.") or ".".join(name.split(".")[:2]) in same
     }
-    return tensors, given.task
-
-
-def backbone_alone(config: ModelConfig) -> ModelConfig:
-    """A configuration without what says how its attention is."""
-    plain = ModelConfig(attention="none", keys=0)
-    fields = ("attention", "keys", "positions", "offset_radius", "mask_bias")
-    return dataclasses.replace(config, **{name: getattr(plain, name) for name in fields})
+    return tensors, source.task
 
 
 def same_module(one: ModelConfig, other: ModelConfig, position: int) -> bool:
-    """Whether the module behind a position is of one kind in two networks and refers to the same
-    layers."""
-    kinds = [(SAME_MODULE.get(c.attention, c.attention), c.keys) for c in (one, other)]
+    """Whether two networks have equal modules at a position, which refer to the same layers."""
+    kinds = [(ATTENTIONS[c.attention].module, c.keys) for c in (one, other)]
     referred = [[p for p in c.positions if p <= position] for c in (one, other)]
     return kinds[0] == kinds[1] and referred[0] == referred[1]
 
 
 def save_state(path: Path, tensors: Mapping[str, Tensor], progress: dict[str, Any]) -> None:
-    """Write what resuming needs: tensors by name and JSON values."""
+    """Write a state file: tensors by name, and progress, JSON values with at least those of
+    PROGRESS."""
     write_tensors(path, tensors, {"kind": "state", "progress": json.dumps(progress)})
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `save_state` wrote in a run. Raises CheckpointError."""
+    """Read a state file: tensors and progress. Raises CheckpointError."""
     tensors, header = read_tensors(path, "state")
     try:
         progress = from_json(header["progress"])
-        require_progress(progress)
+        require_types("the progress", progress, PROGRESS)
     except NOT_VALID as error:
         raise CheckpointError(f"{path}: the progress inside is not valid: {error}{ANEW}") from error
     return tensors, progress
 
 
-def require_progress(progress: Any) -> None:
-    """Refuse what neither train.py nor search.py writes as its progress. Raises ValueError."""
-    kinds, noted = {"step": int, "seconds": float, "plan": dict, "data": dict}, r"seen|count"
-    require_types("the progress", progress, kinds)
-    if progress["step"] < 0:
-        raise ValueError(f"step must be 0 or more, not {progress['step']}")
-    for name in ("losses", "norms", "seen"):  # of the steps since the last row of the log
-        met = progress.get(name, [])
-        if type(met) is not list or any(type(value) is not float for value in met):
-            raise ValueError(f"{name} must be a list of numbers")
-    if "train" in progress["plan"]:
-        kinds |= {"flags": dict, "scaler": dict, "best": type(None)}
-        noted = r"begun_with|losses|norms|loss|lr|rate|norm|val_psnr(_.+)?"
-        validated = progress["step"] > 0 and ("val_psnr" in progress or not progress.get("losses"))
-        if validated:
-            kinds |= {"best": dict, "val_psnr": float}
-        require_types("the progress", progress, kinds)
-        if validated:
-            require_types("best", progress["best"], {"step": int, "val_psnr": float})
-    elif len(progress.get("seen", [0, 0])) != 2:
-        raise ValueError("seen must be two sums")
-    elif type(progress.get("count", 0)) is not int or progress.get("count", 0) < 0:
-        raise ValueError("count must be a number of steps, 0 or more")
-    odd = [name for name in progress if name not in kinds and not re.fullmatch(noted, name)]
-    if odd:
-        raise ValueError(f"{odd[0]!r} is unknown")
-
-
 def from_json(text: str) -> Any:
-    """What a header holds. Raises RecursionError, and ValueError, also for whole numbers of more
-    than 64 bits, on which arithmetic fails."""
+    """A header's JSON text as values. Raises ValueError, also for integers of more than 64 bits,
+    with which floating-point arithmetic may fail, and RecursionError."""
 
-    def whole(digits: str) -> int:
+    def integer(digits: str) -> int:
         if not -(2**63) <= int(digits) < 2**63:
             raise ValueError(f"a number of {len(digits)} digits")
         return int(digits)
 
-    return json.loads(text, parse_int=whole)
+    return json.loads(text, parse_int=integer)
 
 
 def in_one_line(text: object) -> str:
-    """A message that may hold names from a file, without their line breaks."""
+    """A message that may contain names from a file, without their line breaks."""
     return " ".join(str(text).split())
 
 
 def require_types(what: str, values: Any, kinds: Mapping[str, type]) -> None:
-    """Refuse what is no JSON object or holds no value of its type under a name. Raises
+    """Refuse anything but a JSON object with values of these types under these names. Raises
     ValueError."""
     if type(values) is not dict:
         raise ValueError(f"{what} must be a JSON object, not {type(values).__name__}")
@@ -234,37 +183,36 @@ def require_types(what: str, values: Any, kinds: Mapping[str, type]) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
-    """Write a safetensors file so that a reader sees the old one or the new one, never a part:
-    temporary file, fsync, rename."""
+    """Write a safetensors file of FORMAT; on any failure an older file stays whole."""
     plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     write_atomically(Path(path), save(plain, metadata={"format": FORMAT, **header}))
 
 
 def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A safetensors file of ours and its header. Raises CheckpointError, which names the file that
-    is wanted instead."""
-    path = Path(path)
-    wanted = {"model": "model.safetensors", "state": STATES}[kind]
+    """The tensors and the header of a safetensors file of FORMAT and of this kind. Raises
+    CheckpointError, which names the right file."""
+    path, expected = Path(path), FILES[kind]
     if path.is_dir():
-        raise CheckpointError(f"{path}: that is a folder; the file wanted is {wanted} in it")
+        raise CheckpointError(f"{path}: that is a folder; the file wanted is {expected} in it")
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such file")
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            names = file.keys()
-            # Cloned, for arithmetic on memory of another alignment may round differently.
-            tensors = {name: file.get_tensor(name).clone() for name in names}
+            # Cloned: arithmetic on memory of another alignment may round differently.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        hint = IMPORTED if path.suffix in PUBLISHED else ""
+        hint = ""
+        if path.suffix in PYTORCH:
+            hint = "; python -m acla.checkpoint import FILE OUT converts a published PyTorch file"
         raise CheckpointError(f"{path}: not a whole safetensors file ({error}){hint}") from error
     if header.get("format") != FORMAT:
         raise CheckpointError(
             f"{path}: a safetensors file, but not one of ours ({FORMAT}); the file wanted is "
-            f"{wanted} of a run"
+            f"{expected} of a run"
         )
     if header.get("kind") != kind:
         raise CheckpointError(
-            f"{path}: holds a {header.get('kind')}, not a {kind}; the file wanted is {wanted}"
+            f"{path}: holds a {header.get('kind')}, not a {kind}; the file wanted is {expected}"
         )
     return tensors, header

@@ -1,5 +1,4 @@
-"""Where the attention stands: arch.json, as a search writes it, Table 9, or flags. Standard library
-only."""
+"""The positions of the attention: from arch.json, as a search writes it, Table 9, or flags."""
 
 import argparse
 import dataclasses
@@ -7,28 +6,21 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from acla.cli import override, task_from_flags
-from acla.config import (
-    AT_SEARCHED,
-    DEFAULT_KEYS,
-    PAPER_POSITIONS,
-    ModelConfig,
-    Task,
-    from_dict,
-    model_preset,
-)
+from acla.cli import task_from_flags
+from acla.config import ATTENTIONS, PAPER_POSITIONS, ModelConfig, Task, from_dict, model_preset
 from acla.errors import NOT_VALID, AclaError, UsageError
 
-EVEN = 4  # modules of attention that the paper does not search positions for
+EVEN = 4  # modules at evenly spread positions
+REPEATED = ("backbone", "attention", "positions", "keys")  # of the model, for readers of the file
 COST_UNIT = "FLOPs per picture of patch × patch (a multiply-add is two)"
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a search found. model: the derived network; alpha: α_j of every block; cost: Eq. 13 of
-    the derived network at the mask density met, in COST_UNIT for low-quality pictures of patch ×
-    patch pixels; evidence: JSON values that say where it comes from (commit, versions, data, the
-    search's configuration)."""
+    """A searched architecture. model: the derived network; alpha: α_j of every block; cost: Eq. 13
+    of the derived network at the measured mask density, in COST_UNIT for low-quality pictures of
+    patch × patch pixels; evidence: its origin as JSON values (commit, versions, data, the search's
+    configuration)."""
 
     task: Task
     model: ModelConfig
@@ -41,26 +33,12 @@ class Architecture:
 
     def to_json(self) -> str:
         """The text of arch.json."""
-        return json.dumps(
-            {
-                "task": self.task.name,
-                "setting": self.task.setting,
-                "until": self.task.until,
-                "backbone": self.model.backbone,
-                "attention": self.model.attention,
-                "positions": self.model.positions,
-                "keys": self.model.keys,
-                "lambda": self.lam,
-                "seed": self.seed,
-                "alpha": self.alpha,
-                "cost": self.cost,
-                "cost_unit": COST_UNIT,
-                "patch": self.patch,
-                "model": dataclasses.asdict(self.model),
-                "evidence": self.evidence,
-            },
-            indent=2,
-        )
+        task, model = dataclasses.asdict(self.task), dataclasses.asdict(self.model)
+        values = {"task": task["name"], "setting": task["setting"], "until": task["until"]}
+        values |= {name: model[name] for name in REPEATED}
+        values |= {"lambda": self.lam, "seed": self.seed, "alpha": self.alpha, "cost": self.cost}
+        values |= {"cost_unit": COST_UNIT, "patch": self.patch, "model": model}
+        return json.dumps(values | {"evidence": self.evidence}, indent=2)
 
 
 def read_architecture(path: Path) -> Architecture:
@@ -69,17 +47,13 @@ def read_architecture(path: Path) -> Architecture:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
         task = Task(values["task"], values["setting"], values.get("until", 0))
         model = from_dict(ModelConfig, values["model"])
-        for name in ("backbone", "attention", "keys"):
-            if values[name] != getattr(model, name):
-                raise ValueError(
-                    f"{name} is {values[name]!r}, but model says {getattr(model, name)!r}"
-                )
-        if tuple(values["positions"]) != model.positions:
-            raise ValueError("positions differ from those in model")
+        for name in REPEATED:
+            if values[name] != values["model"][name]:
+                raise ValueError(f"{name} is {values[name]}, but {values['model'][name]} in model")
         alpha = tuple(map(float, values["alpha"]))
-        numbers = float(values["lambda"]), int(values["seed"]), alpha, float(values["cost"])
-        evidence = dict(values.get("evidence", {}))
-        return Architecture(task, model, *numbers, int(values["patch"]), evidence)
+        lam, seed, cost = float(values["lambda"]), int(values["seed"]), float(values["cost"])
+        patch, evidence = int(values["patch"]), dict(values.get("evidence", {}))
+        return Architecture(task, model, lam, seed, alpha, cost, patch, evidence)
     except FileNotFoundError as error:
         raise AclaError(f"{path}: there is no such file; search.py writes one") from error
     except (OSError, UsageError, *NOT_VALID) as error:
@@ -109,9 +83,9 @@ def even_positions(blocks: int) -> tuple[int, ...]:
 
 
 def default_positions(attention: str, task: Task, backbone: str, blocks: int) -> tuple[int, ...]:
-    """Where the paper inserts this attention: at Table 9's positions what it searched, evenly what
-    it compares with (Section 4.5, A.3). Raises UsageError."""
-    if attention in AT_SEARCHED:
+    """The paper's positions: Table 9's for searched attention, evenly spread ones for the others
+    (Section 4.5, A.3). Raises UsageError."""
+    if ATTENTIONS[attention].at_searched:
         return paper_positions(task, backbone)
     return even_positions(blocks)
 
@@ -119,39 +93,37 @@ def default_positions(attention: str, task: Task, backbone: str, blocks: int) ->
 def choose_network(
     args: argparse.Namespace, preset: str, source: Architecture | None
 ) -> tuple[Task, ModelConfig]:
-    """The task and network that train.py's flags ask for.
+    """The task and network of train.py's flags.
 
-    The size comes from `source`, or from the preset if one is asked for; attention, positions and
-    keys from the flags, else from `source`, else the paper's for that attention."""
-    given = vars(args)
-    asked = task_from_flags(args)
-    if source and asked and asked.name != source.task.name:
-        raise UsageError(f"{args.arch} was searched for {source.task}, not for {asked}")
+    The size is that of `source`, or of the preset if --preset is given; attention, positions and
+    keys are those of the flags, else of `source`, else the paper's. Raises UsageError."""
+    given, asked = vars(args), task_from_flags(args)
+    searched = source.model if source else ModelConfig()
     task = asked or (source.task if source else Task())
-    backbone = given.get("backbone", source.model.backbone if source else "edsr")
-    if source and backbone != source.model.backbone:
-        raise UsageError(f"{args.arch} was searched on {source.model.backbone}, not on {backbone}")
-    size = source.model if source and not args.preset else model_preset(preset, task, backbone)
-    usual = "none" if args.arch == "none" else source.model.attention if source else "acla"
-    attention, blocks = given.get("attention", usual), given.get("blocks", size.blocks)
+    backbone = given.get("backbone", searched.backbone)
+    if source and task.name != source.task.name:
+        raise UsageError(f"{args.arch} was searched for {source.task}, not for {task}")
+    if source and backbone != searched.backbone:
+        raise UsageError(f"{args.arch} was searched on {searched.backbone}, not on {backbone}")
+    attention = given.get("attention", "none" if args.arch == "none" else searched.attention)
     if args.arch == "none" and attention != "none":
         raise UsageError(f"--arch none and --attention {attention} contradict each other")
-    keys, positions = DEFAULT_KEYS.get(attention, 0), given.get("positions", ())
-    if source and attention == source.model.attention:
-        keys = source.model.keys
+    size = searched if source and not args.preset else model_preset(preset, task, backbone)
+    keys, positions = ATTENTIONS[attention].keys, ()
+    if source and attention == searched.attention:
+        keys = searched.keys
     if attention != "none" and "positions" not in given:
-        if source:
-            positions = source.model.positions
-        else:
-            positions = default_positions(attention, task, backbone, blocks)
-    chosen = {"attention": attention, "keys": keys, "positions": positions, "blocks": blocks}
-    network = dataclasses.replace(size, scale=task.scale, **chosen)
-    return task, for_task(override(network, args), task)
+        blocks = given.get("blocks", size.blocks)
+        positions = (
+            searched.positions if source else default_positions(attention, task, backbone, blocks)
+        )
+    chosen = {"attention": attention, "keys": keys, "positions": positions, "scale": task.scale}
+    chosen |= {name: given[name] for name in vars(size) if name in given}
+    return task, for_task(dataclasses.replace(size, **chosen), task)
 
 
 def for_task(network: ModelConfig, task: Task) -> ModelConfig:
-    """The network, if its pictures have as many channels as the task's may have. Raises
-    UsageError."""
+    """The network, if its number of picture channels fits the task. Raises UsageError."""
     fixed = {"car": 1, "demosaic": 3}.get(task.name, network.channels)
     if network.channels != fixed:
         raise UsageError(f"--channels {network.channels}: {task.name} has {fixed} by its protocol")

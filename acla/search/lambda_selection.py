@@ -1,4 +1,4 @@
-"""Which λ a search should take, and how far several searches agree."""
+"""The choice of λ by cross-validation or a budget, and the agreement of several searches."""
 
 import dataclasses
 import itertools
@@ -12,17 +12,18 @@ from typing import Any
 import numpy as np
 
 from acla import console
-from acla.config import MASKED, ModelConfig, format_positions
+from acla.config import ModelConfig, format_positions
 from acla.data.datasets import find_set, sample, split_for_search
 from acla.distributed import Processes
 from acla.errors import AclaError, DataError
 from acla.files import write_atomically
 from acla.models.cost import full_attention_flops
-from acla.search.loop import Found, Plan, Sets, run
+from acla.search.loop import ARCHITECTURE, LOG, SearchPlan, SearchResult, Sets, run
+from acla.training.run_dir import MODEL
 
 GRID = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 FOLDS = 2
-SHARE = 5  # λ is judged on one picture in five, by searches of a fifth of the steps
+SHARE = 5  # cross-validation takes one picture in five, and a fifth of the steps
 BUDGET_TRIALS = 8
 SIDE = 48  # pixels; a budget is for one low-quality picture of 48 × 48, the paper's unit
 
@@ -31,27 +32,23 @@ SIDE = 48  # pixels; a budget is for one low-quality picture of 48 × 48, the pa
 
 
 def cross_validate(
-    plan: Plan, root: Path | None, out: Path, grid: Sequence[float], processes: Processes
+    plan: SearchPlan, root: Path | None, out: Path, grid: Sequence[float], processes: Processes
 ) -> tuple[float, list[dict[str, Any]]]:
     """λ by cross-validation on 20 % of the training pictures (Section 4.1), and a row for each
-    value: short searches on all folds but one, the derived networks scored on the pictures of that
-    one.
+    value: short searches on all folds but one; the derived networks are scored on that one.
 
     Chosen is the largest λ whose PSNR lies within one standard error of the best, picture by
-    picture: what is not measurably worse is cheaper. Raises DataError for too few pictures."""
+    picture: it is cheaper and not measurably worse. Raises DataError for too few pictures."""
     steps = max(plan.search.steps // SHARE, 2)
     folds = fold_sets(plan.search.train_set, root)
     rows, scores = [], []
     for lam in sorted(set(grid)):
-        how = dataclasses.replace(plan.search, lam=lam, steps=steps)
-        trial = dataclasses.replace(plan, search=how)
         console.notice(f"cross-validation: λ {lam:g}, {len(folds)} searches of {steps} steps")
-        found = [
-            run(trial, sets, out / f"lambda-{lam:g}-fold-{i}", processes)
-            for i, sets in enumerate(folds, 1)
-        ]
-        models = [one.architecture.model for one in found]
-        scores.append(np.array([value for one in found for value in one.psnr]))
+        trial = plan.change(lam=lam, steps=steps)
+        folders = [out / f"lambda-{lam:g}-fold-{i}" for i in range(1, len(folds) + 1)]
+        results = [run(trial, *each, processes) for each in zip(folds, folders, strict=True)]
+        models = [result.architecture.model for result in results]
+        scores.append(np.concatenate([result.psnr for result in results]))
         row = {"lambda": lam, "psnr": float(scores[-1].mean())}
         row |= {"macs": [macs(m) for m in models], "positions": [list(m.positions) for m in models]}
         rows.append(row)
@@ -61,19 +58,24 @@ def cross_validate(
     return max(row["lambda"] for row in rows if row["lost"] <= row["lost_error"]), rows
 
 
+def validation_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows of `cross_validate` as text."""
+    return "\n".join(
+        f"λ {row['lambda']:<6g} {row['psnr']:.3f} dB, {row['lost']:.3f} ± {row['lost_error']:.3f} "
+        f"below the best; {max(row['macs']) / 1e6:.1f} M multiply-adds"
+        for row in rows
+    )
+
+
 def fold_sets(name: str, root: Path | None) -> list[Sets]:
-    """Every fifth picture of a training set, at least two a fold, in folds; each scores once."""
+    """Folds of every fifth picture of a training set, at least two a fold; each scores once."""
     paths = sorted(sample("train") if name == "sample" else find_set(name, root, "train"))
     count = max(math.ceil(len(paths) / SHARE), 2 * FOLDS)
     if len(paths) < count:
         raise DataError(f"{len(paths)} picture(s) of {name} are too few to cross-validate: give λ")
-    few = [paths[i * len(paths) // count] for i in range(count)]
-    folds = []
-    for fold in range(FOLDS):
-        score = few[fold::FOLDS]
-        rest = [path for path in few if path not in score]
-        folds.append(Sets(*split_for_search(rest), score))
-    return folds
+    chosen = [paths[i * len(paths) // count] for i in range(count)]
+    folds = [chosen[i::FOLDS] for i in range(FOLDS)]
+    return [Sets(*split_for_search([p for p in chosen if p not in fold]), fold) for fold in folds]
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:
@@ -86,109 +88,100 @@ def mean_and_error(values: np.ndarray) -> tuple[float, float]:
 
 
 def macs(model: ModelConfig) -> int:
-    """Multiply-adds of a network's attention for one low-quality picture of 48 × 48, every key
-    read, as train.py --describe prints them."""
-    masked = model.attention in MASKED
-    flops = full_attention_flops(len(model.positions), SIDE * SIDE, model.width, model.keys, masked)
-    return flops // 2
+    """Multiply-adds of a network's attention for one low-quality picture of 48 × 48 with every key
+    open, as train.py --describe prints them."""
+    return macs_of(model, len(model.positions))
+
+
+def macs_of(model: ModelConfig, modules: int) -> int:
+    """`macs` with that many modules, at any positions."""
+    masked = model.kind.masked
+    return full_attention_flops(modules, SIDE * SIDE, model.width, model.keys, masked) // 2
 
 
 def within_budget(
-    plan: Plan,
+    plan: SearchPlan,
     sets: Sets,
     out: Path,
     budget: float,
     processes: Processes,
     notes: dict[str, Any],
-) -> Found:
-    """The search whose derived network adds the most attention that `budget` multiply-adds allow
-    (see `macs`): λ by bisection over second stages, which share the first one. Writes arch.json
-    with a row for each λ tried. Raises AclaError where no λ tried fits."""
-    first_stage = out / "first-stage.safetensors"
-    most = plan.model.blocks
-    while most and macs(with_modules(plan.model, most)) > budget:
-        most -= 1
-    lam, too_dear, cheap = plan.search.lam or 0.01, None, None
+) -> SearchResult:
+    """The search whose derived network has the most attention within `budget` multiply-adds (see
+    `macs`): λ by bisection over second stages, which share the first one. Writes arch.json with a
+    row for each λ tried. Raises AclaError where none fits."""
+    most = max(m for m in range(plan.model.blocks + 1) if macs_of(plan.model, m) <= budget)
+    lam, too_high, too_low = plan.search.lam or 0.01, None, None
     rows: list[dict[str, Any]] = []
-    best: tuple[Found, Path] | None = None
-    for _ in range(BUDGET_TRIALS):
-        folder = out / f"lambda-{lam:.6g}"
+    best, best_count, source = None, -1, out
+    while len(rows) < BUDGET_TRIALS and best_count < most:
         console.notice(f"budget: λ {lam:.4g}, at most {most} modules fit")
-        if processes.first:
-            out.mkdir(parents=True, exist_ok=True)
-        how = dataclasses.replace(plan.search, lam=lam)
-        found = run(dataclasses.replace(plan, search=how), sets, folder, processes, first_stage)
-        model = found.architecture.model
+        folder = out / f"lambda-{lam:.6g}"
+        first_stage = out / "first-stage.safetensors"
+        result = run(plan.change(lam=lam), sets, folder, processes, first_stage)
+        model = result.architecture.model
         rows.append({"lambda": lam, "positions": list(model.positions), "macs": macs(model)})
         count = len(model.positions)
-        if count <= most:
-            if best is None or count > len(best[0].architecture.model.positions):
-                best = found, folder
-            if count == most:
-                break
-            cheap = lam
-        else:
-            too_dear = lam
-        if too_dear is None:
-            lam = cheap / 4
-        elif cheap is None:
-            lam = too_dear * 4
-        else:
-            lam = math.sqrt(cheap * too_dear)
+        if best_count < count <= most:
+            best, best_count, source = result, count, folder
+        too_high, too_low = (lam, too_low) if count <= most else (too_high, lam)
+        lam = between(too_low, too_high)
     if best is None:
+        tried = ", ".join(format_positions(row["positions"]) for row in rows)
         raise AclaError(
-            f"--budget {budget:g}: no λ up to {rows[-1]['lambda']:g} found a network that cheap "
-            f"(tried: {', '.join(format_positions(tuple(row['positions'])) for row in rows)}); "
-            "raise --budget or --lambda, where the bisection begins"
+            f"--budget {budget:g}: no λ up to {rows[-1]['lambda']:g} has a network within it "
+            f"(tried: {tried}); raise --budget or --lambda, where the bisection begins"
         )
-    # The masks feel λ from the start, and the first stage is the first trial's
-    tried = {"macs_48x48": budget, "first_stage_lambda": rows[0]["lambda"], "trials": rows}
-    notes = {**notes, "budget": tried}
-    return publish(best[0], best[1], out.parent, processes, notes)
+    # The masks' gradient has λ from the start, and the first stage is the first trial's
+    trials = {"macs_48x48": budget, "first_stage_lambda": rows[0]["lambda"], "trials": rows}
+    return adopt(best, source, out.parent, processes, {**notes, "budget": trials})
 
 
-def with_modules(model: ModelConfig, count: int) -> ModelConfig:
-    """The network with modules behind its first `count` blocks: any `count` cost the same."""
-    return dataclasses.replace(model, positions=tuple(range(1, count + 1)))
+def between(low: float | None, high: float | None) -> float:
+    """The next λ: the geometric mean of the bounds, or a factor of 4 beyond the only one."""
+    if low is None:
+        return high / 4
+    return low * 4 if high is None else math.sqrt(low * high)
 
 
-# Several searches
+# Several seeds
 
 
-def agreement(found: Sequence[Found]) -> dict[str, Any]:
-    """How far searches agree that differ in their seed alone: in how many runs each position is
-    open; the mean overlap of two runs (intersection over union; 1 where both are empty); mean and
-    standard deviation of cost in FLOPs and of PSNR in dB."""
-    opened = [set(one.architecture.model.positions) for one in found]
-    pairs = list(itertools.combinations(opened, 2))
-    overlaps = [len(a & b) / len(a | b) if a | b else 1.0 for a, b in pairs]
+def agreement(results: Sequence[SearchResult]) -> dict[str, Any]:
+    """The agreement of searches that differ in their seed alone: the number of runs that open each
+    position; the mean overlap of two runs (intersection over union; 1 where both are empty); mean
+    and standard deviation of cost in FLOPs and of PSNR in dB."""
+    opened = [set(result.architecture.model.positions) for result in results]
     counts = Counter(itertools.chain.from_iterable(opened))
-    cost = np.array([one.architecture.cost for one in found])
-    psnr = np.array([one.mean_psnr for one in found])
-    return {
-        "seeds": [one.architecture.seed for one in found],
+    overlaps = [
+        len(a & b) / len(a | b) if a | b else 1.0 for a, b in itertools.combinations(opened, 2)
+    ]
+    report = {
+        "seeds": [result.architecture.seed for result in results],
         "positions": [sorted(each) for each in opened],
         "runs_by_position": {str(j): counts[j] for j in sorted(counts)},
         "overlap": float(np.mean(overlaps)) if overlaps else 1.0,
-        "cost_mean": float(cost.mean()),
-        "cost_std": float(cost.std(ddof=1)),
-        "psnr_mean": float(psnr.mean()),
-        "psnr_std": float(psnr.std(ddof=1)),
     }
+    for name, values in (
+        ("cost", [result.architecture.cost for result in results]),
+        ("psnr", [result.mean_psnr for result in results]),
+    ):
+        report[f"{name}_mean"] = float(np.mean(values))
+        report[f"{name}_std"] = float(np.std(values, ddof=1))
+    return report
 
 
 def agreement_table(report: dict[str, Any]) -> str:
-    """`agreement` for people."""
-    runs = len(report["seeds"])
-    lines = ["seed  positions"]
-    for seed, positions in zip(report["seeds"], report["positions"], strict=True):
-        lines.append(f"{seed:4d}  {format_positions(tuple(positions))}")
-    by_count: dict[int, list[str]] = {}
+    """`agreement` as text."""
+    runs, by_count = len(report["seeds"]), {}
     for position, count in report["runs_by_position"].items():
         by_count.setdefault(count, []).append(position)
-    found = [f"{', '.join(by_count[k])} in {k} of {runs}" for k in sorted(by_count, reverse=True)]
-    lines += [
-        f"agreement: {'; '.join(found) or 'no position is open in any run'}",
+    opened = [f"{', '.join(by_count[k])} in {k} of {runs}" for k in sorted(by_count, reverse=True)]
+    rows = zip(report["seeds"], report["positions"], strict=True)
+    lines = [
+        "seed  positions",
+        *(f"{seed:4d}  {format_positions(positions)}" for seed, positions in rows),
+        f"agreement: {'; '.join(opened) or 'no position is open in any run'}",
         f"overlap of two runs: {report['overlap']:.0%} of the positions that either opens",
         f"cost: {report['cost_mean'] / 2e6:.1f} ± {report['cost_std'] / 2e6:.1f} M multiply-adds · "
         f"PSNR: {report['psnr_mean']:.3f} ± {report['psnr_std']:.3f} dB",
@@ -196,15 +189,15 @@ def agreement_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def publish(
-    found: Found, source: Path, out: Path, processes: Processes, notes: dict[str, Any]
-) -> Found:
-    """Make one of several searches the result in `out`: its log, its network, and its arch.json
-    with `notes` among the evidence."""
-    evidence = {**found.architecture.evidence, **notes}
-    architecture = dataclasses.replace(found.architecture, evidence=evidence)
+def adopt(
+    result: SearchResult, source: Path, out: Path, processes: Processes, notes: dict[str, Any]
+) -> SearchResult:
+    """Copy the log and network of one of several searches from `source` to `out`, and its arch.json
+    with `notes` in the evidence."""
+    evidence = {**result.architecture.evidence, **notes}
+    architecture = dataclasses.replace(result.architecture, evidence=evidence)
     if processes.first:
-        for name in ("search.jsonl", "model.safetensors"):
+        for name in (LOG, MODEL):
             shutil.copyfile(source / name, out / name)
-        write_atomically(out / "arch.json", architecture.to_json().encode())
-    return dataclasses.replace(found, architecture=architecture)
+        write_atomically(out / ARCHITECTURE, architecture.to_json().encode())
+    return dataclasses.replace(result, architecture=architecture)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from acla.config import MASKED, SEARCHABLE, ModelConfig
+from acla.config import ATTENTIONS, ModelConfig
 from acla.errors import UsageError
 from acla.models.backbones import Backbone
 from acla.models.cost import attention_flops
@@ -19,8 +19,8 @@ SAMPLE_LIMIT = 256 * 2**20  # bytes
 
 
 class Supernet(nn.Module):
-    """A backbone with attention behind every block and α [J], one an insert position, which starts
-    at 0: open or shut with equal chance.
+    """A backbone with attention behind every block and α [J], one per insert position, initially 0:
+    open or shut with equal probability.
 
     `config.positions` is ignored. `density` [J,J] keeps the share of keys that module j last kept
     of layer l, for the modules that a step skips. Raises UsageError for an attention that Eq. 11
@@ -28,8 +28,8 @@ class Supernet(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        if config.attention not in SEARCHABLE:
-            known = " and ".join(SEARCHABLE)
+        if not config.kind.searchable:
+            known = " and ".join(name for name, kind in ATTENTIONS.items() if kind.searchable)
             raise UsageError(f"a search is for {known}, not for --attention {config.attention}")
         everywhere = tuple(range(1, config.blocks + 1))
         self.backbone = build_network(replace(config, positions=everywhere))
@@ -59,10 +59,11 @@ class Supernet(nn.Module):
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Pictures [B,C,H,W] through the modules whose gate [J] is open: the restored pictures, and
         the keys kept in each module that ran, {position: [B,L]}."""
-        return self.backbone.attended(pictures, seeds, gates, temperature)
+        return self.backbone.forward_with_counts(pictures, seeds, gates, temperature)
 
     def cost(self, kept: dict[int, Tensor], n: int, gates: Tensor | None = None) -> Tensor:
-        """Eq. 12 and 13 in FLOPs for one picture of n positions, at the mask density just met.
+        """Eq. 12 and 13 in FLOPs for one picture of n positions, at the mask density of
+        `kept`.
 
         Expected over the gates σ(α) unless gates [J] are given. Gradients reach α and, through the
         keys kept, the masks. Updates `density`."""
@@ -72,7 +73,7 @@ class Supernet(nn.Module):
         for position, count in kept.items():
             counts[position - 1] = count.mean(0)
             self.density[position - 1, :position] = count.detach().mean(0) / (n * keys)
-        masked = self.config.attention in MASKED
+        masked = self.config.kind.masked
         return attention_flops(s.double(), n, self.config.width, keys, counts, masked)
 
     def open_positions(self) -> tuple[int, ...]:

@@ -1,5 +1,4 @@
-"""What training and searching share: the run's folder, seeds, learning rates, losses,
-validation."""
+"""A run's folder: its log, networks and state; how to resume it; signals that end it."""
 
 import argparse
 import contextlib
@@ -8,45 +7,129 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
 import numpy as np
 
-from acla.cli import as_flag, names_no_setting, override, override_length, task_from_flags
-from acla.config import TrainConfig, flag_name, from_dict
+from acla.config import ModelConfig, Task, TrainConfig, flag_name, from_dict
 from acla.console import finite
 from acla.data.datasets import PatchSampler
+from acla.distributed import Processes
 from acla.errors import NOT_VALID, AclaError, CheckpointError, DataError, Stopped, UsageError
-from acla.files import write_atomically
-from acla.models.serialization import ANEW, in_one_line
+from acla.files import clear_temporary, provenance, write_atomically
+from acla.models.serialization import ANEW, in_one_line, save_model, save_state
+from acla.training.trainer import Trainer
 
-NAMED = 16  # pictures, at most, that a message names
+MODEL, BEST, STATE = "model.safetensors", "best.safetensors", "state.safetensors"
+LOG = "train.jsonl"
+WITH_RESUME = ("out", "data", "device", "workers", "steps", "log")  # flags
+MAX_NAMES = 16  # of pictures in a message
 
 
-# The run's folder
+# A training's folder
 
 
-def open_run(folder: Path, state: str, resume: bool) -> Path | None:
-    """The state file of the run to go on with, or None for a run that begins. Raises UsageError
-    where there is nothing to resume, or something that beginning would overwrite."""
-    found = folder / state
-    if resume and not found.is_file():
-        raise UsageError(f"--resume: {folder} holds no {state}; leave --resume out to begin")
-    if resume:
-        return found
-    if found.is_file():
-        raise UsageError(
-            f"{folder} already holds a run: --resume goes on with it, --out DIR begins another"
-        )
-    if (folder / "model.safetensors").is_file():
-        raise UsageError(
-            f"{folder} already holds a network, model.safetensors, that this run would overwrite: "
-            "move it away, or begin elsewhere with --out DIR"
-        )
-    return None
+@dataclass(frozen=True)
+class TrainPlan:
+    """Everything that decides a training."""
+
+    task: Task
+    model: ModelConfig
+    train: TrainConfig
+
+
+@dataclass
+class Progress:
+    """What a state says of its training, beside the tensors: the plan and fingerprints of the
+    pictures; steps and seconds; the last validation in dB and the best one with its step; the file
+    of the initial weights."""
+
+    plan: dict[str, Any]
+    data: dict[str, str]
+    step: int = 0
+    seconds: float = 0.0
+    val_psnr: float | None = None
+    best: dict[str, Any] | None = None
+    begun_with: dict[str, str] | None = None
+
+    @classmethod
+    def from_state(cls, values: dict[str, Any], path: Path) -> Self:
+        """The progress in a state of this or an earlier version. Raises CheckpointError."""
+        known = {item.name for item in dataclasses.fields(cls)}
+        try:
+            return cls(**{name: value for name, value in values.items() if name in known})
+        except TypeError as error:
+            raise CheckpointError(f"{path}: not a state of train.py: {error}{ANEW}") from error
+
+
+class RunDir:
+    """The files of a training from `progress` on, which the first process writes. sampler: names
+    the pictures of a step that diverged; curves: whether the log is for TensorBoard too."""
+
+    def __init__(
+        self,
+        folder: Path,
+        plan: TrainPlan,
+        progress: Progress,
+        processes: Processes,
+        sampler: PatchSampler,
+        curves: bool = False,
+    ):
+        self.folder, self.plan, self.progress, self.writes = folder, plan, progress, processes.first
+        self.sampler, self.curves = sampler, None
+        self.info = {"train": progress.plan["train"], "data": progress.data}
+        self.info |= {"begun_with": progress.begun_with, **provenance(processes.device)}
+        self.start = time.monotonic() - progress.seconds
+        if self.writes:
+            folder.mkdir(parents=True, exist_ok=True)
+            clear_temporary(folder)
+            drop_rows_after(folder / LOG, progress.step)
+            if curves:
+                self.curves = tensorboard()(folder / "tensorboard", purge_step=progress.step + 1)
+
+    def write(self, trainer: Trainer, step: int, psnr: dict[str, float] | None = None) -> None:
+        """Write the state after `step` steps; with a validation before it the row of the log and
+        the network, as the best one too if it is. A run killed in between resumes from the state
+        before and writes the same again. Raises AclaError where the loss or the PSNR diverged."""
+        losses, norms = trainer.statistics()
+        value = psnr["val_psnr"] if psnr else None
+        last_state = f"{self.folder / STATE} of step {self.progress.step}"
+        require_finite_steps(losses, value, step, self.sampler, last_state)
+        self.progress.step = step
+        self.progress.seconds = round(time.monotonic() - self.start, 2)
+        if psnr:
+            row = {"step": step, "loss": sum(losses) / len(losses), "lr": trainer.lr(step - 1)}
+            row |= {"norm": sum(norms) / len(norms)} if norms else {}
+            trainer.clear_statistics()
+            self.write_network(trainer, row | psnr | {"seconds": self.progress.seconds})
+        if self.writes:
+            tensors, values = trainer.state()
+            save_state(self.folder / STATE, tensors, asdict(self.progress) | values)
+
+    def write_network(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        progress, names = self.progress, [MODEL]
+        progress.val_psnr = row["val_psnr"]
+        if progress.best is None or row["val_psnr"] > progress.best["val_psnr"]:
+            progress.best = {"step": row["step"], "val_psnr": row["val_psnr"]}
+            names.append(BEST)
+        if not self.writes:
+            return
+        append_row(self.folder / LOG, row)
+        if self.curves:
+            for name in row.keys() - {"step", "seconds"}:
+                self.curves.add_scalar(name, row[name], row["step"])
+            self.curves.flush()
+        for name in names:
+            network, info = trainer.result, self.info | row
+            save_model(self.folder / name, network, self.plan.model, self.plan.task, info)
+
+
+# Logs
 
 
 def append_row(path: Path, row: dict) -> None:
@@ -60,8 +143,7 @@ def append_row(path: Path, row: dict) -> None:
 
 
 def drop_rows_after(path: Path, step: int) -> None:
-    """Take back the rows that an interrupted run logged after its last checkpoint, and a row it
-    wrote in part."""
+    """Remove the rows that an interrupted run logged after its last state, and incomplete ones."""
     kept = []
     for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         with contextlib.suppress(json.JSONDecodeError):
@@ -81,76 +163,72 @@ def tensorboard() -> Any:
     return SummaryWriter
 
 
-class Log:
-    """A run's rows from step `start` on: JSON lines in a file, and curves for TensorBoard in
-    `board`, where that is given."""
+# Resuming
 
-    def __init__(self, path: Path, start: int, board: Path | None = None):
-        self.path = path
-        drop_rows_after(path, start)
-        self.board = tensorboard()(board, purge_step=start + 1) if board else None
 
-    def add(self, row: dict) -> None:
-        append_row(self.path, row)
-        if self.board:
-            for name, value in row.items():
-                if name not in ("step", "seconds"):
-                    self.board.add_scalar(name, value, row["step"])
-            self.board.flush()
+def open_run(folder: Path, state: str, resume: bool) -> Path | None:
+    """The state file of the run to resume, or None for a new run. Raises UsageError where there is
+    nothing to resume, or something that a new run would overwrite."""
+    path = folder / state
+    if resume and not path.is_file():
+        raise UsageError(f"--resume: {folder} holds no {state}; leave --resume out to begin")
+    if resume:
+        return path
+    if path.is_file():
+        raise UsageError(
+            f"{folder} already holds a run: --resume goes on with it, --out DIR begins another"
+        )
+    if (folder / MODEL).is_file():
+        raise UsageError(
+            f"{folder} already holds a network, {MODEL}, that this run would overwrite: "
+            "move it away, or begin elsewhere with --out DIR"
+        )
+    return None
 
 
 def resumed_plan(kind: type, progress: dict, args: argparse.Namespace, path: Path) -> Any:
-    """The plan [a dataclass of configurations] of an interrupted run, from its state in `path`.
-    Flags may repeat it, and make it longer where the schedule allows that; any other change is
-    refused. Raises CheckpointError, UsageError."""
+    """The plan [a dataclass of configurations] of an interrupted run, from its state in `path`; of
+    a training with another length, if --steps gives one. args: None for a flag without a value.
+    Raises CheckpointError, and UsageError for flags that would change the run."""
     parts = {item.name: item.type for item in dataclasses.fields(kind)}
     try:
-        plan = kind(
-            **{name: from_dict(parts[name], part) for name, part in progress["plan"].items()}
-        )
+        plan = kind(**{name: from_dict(parts[name], p) for name, p in progress["plan"].items()})
     except (*NOT_VALID, AttributeError, UsageError) as error:
         reason = in_one_line(error)
         raise CheckpointError(
             f"{path}: the plan inside is not valid or of another version: {reason}{ANEW}"
         ) from error
-    for name, begun in progress["flags"].items():
-        given = getattr(args, name, None)
-        if given not in (None, begun):
-            flag = "--lambda auto" if name == "auto" else f"--{flag_name(name)}"
-            if begun is None:
-                raise UsageError(f"--resume: the run was begun without {flag}: leave it out")
-            raise UsageError(f"--resume: the run was begun with {flag} {begun}, not {given}")
-    asked, task = task_from_flags(args), plan.task
-    repeated = asked and asked.name == task.name and names_no_setting(args, task.name)
-    if not repeated and asked not in (None, task):
-        raise UsageError(f"--resume: the run is for {plan.task}, not for {asked}")
-    for name in parts:
-        before = getattr(plan, name)
-        if name == "task":
-            continue
-        has_length = hasattr(before, "epoch_steps")
-        after = override_length(before, args) if has_length else override(before, args)
-        changed = [f for f in vars(before) if getattr(before, f) != getattr(after, f)]
-        if (
-            changed == ["steps"]
-            and isinstance(before, TrainConfig)
-            and after.steps >= progress["step"] + bool(progress.get("losses"))  # not yet validated
-        ):
-            plan = dataclasses.replace(plan, **{name: after})
-        elif changed:
-            flags = ", ".join(as_flag(f, getattr(before, f)) for f in changed)
-            raise UsageError(f"--resume: the run goes on as it was begun, with {flags}")
-    return plan
+    allowed = WITH_RESUME if "train" in parts else WITH_RESUME[:3]
+    given = {name for name, value in vars(args).items() if value is not None}
+    if other := sorted(given - {"resume", *allowed}):
+        names = ", ".join(flag({"auto": "lam"}.get(n, n.removeprefix("task_"))) for n in other)
+        raise UsageError(
+            f"--resume goes on with the run as it was begun: leave out {names}; it takes "
+            f"{', '.join(map(flag, allowed))}"
+        )
+    if "steps" not in given:
+        return plan
+    least = progress["step"] + bool(progress.get("losses"))  # a run ends with a validation
+    if args.steps < least:
+        raise UsageError(f"--steps {args.steps}: the run is at step {progress['step']}; give more")
+    return dataclasses.replace(plan, train=dataclasses.replace(plan.train, steps=args.steps))
+
+
+def flag(name: str) -> str:
+    return f"--{flag_name(name)}"
 
 
 def require_same_data(progress: dict, data: dict[str, str]) -> None:
-    """Refuse to go on with other pictures than the run began with. Raises DataError."""
+    """Refuse to resume with other pictures than the run began with. Raises DataError."""
     changed = [name for name in data if progress["data"].get(name) != data[name]]
     if changed:
         raise DataError(
             f"--resume: the pictures for {' and '.join(changed)} are not those the run began with: "
             "restore them (see --data), or begin anew with --out DIR"
         )
+
+
+# Divergence
 
 
 def require_finite(loss: float, first: int, last: int, folder: Path) -> None:
@@ -163,56 +241,57 @@ def require_finite(loss: float, first: int, last: int, folder: Path) -> None:
 
 
 def require_finite_steps(
-    losses: Sequence[float], psnr: float | None, done: int, sampler: PatchSampler, kept: str
+    losses: Sequence[float], psnr: float | None, done: int, sampler: PatchSampler, last_state: str
 ) -> None:
-    """Stop a run where the loss of one of its last steps, up to `done`, or the validation after
-    them, if there was one, diverged. Raises AclaError with the first such step, counted from 1, the
-    patches that made it, counted from 0 through the run, their pictures, and `kept`, the last good
-    checkpoint."""
+    """Stop a run whose loss diverged in one of its last steps, up to `done`, or whose validation
+    after them, if any, did. Raises AclaError with the first such step, counted from 1, its patches,
+    counted from 0 through the run, their pictures, and `last_state`, the last good one."""
     bad = [i for i, loss in enumerate(losses) if not np.isfinite(loss)]
     if not bad and (psnr is None or not np.isnan(psnr)):
         return
     step = done - len(losses) + bad[0] if bad else done - 1
-    what = (
+    value = (
         f"the loss is {losses[bad[0]]}" if bad else f"the validation is {psnr} after a finite loss"
     )
     names = sampler.names(step)
-    shown = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if names[NAMED:] else "")
+    more = f" and {len(names) - MAX_NAMES} more" if names[MAX_NAMES:] else ""
     first = step * sampler.size
     raise AclaError(
-        f"{what} in step {step + 1}, patches {first} to {first + sampler.size - 1}, of {shown}; "
-        f"the last good checkpoint is {kept}: lower --lr, or --clip the gradient, and begin anew "
-        "with --out DIR"
+        f"{value} in step {step + 1}, patches {first} to {first + sampler.size - 1}, of "
+        f"{', '.join(names[:MAX_NAMES])}{more}; the last good checkpoint is {last_state}: lower "
+        "--lr, or --clip the gradient, and begin anew with --out DIR"
     )
 
 
-ASKED = b"\nstopping after this step; once more stops at once\n"
+# Signals
+
+STOPPING = b"\nstopping after this step; once more stops at once\n"
 
 
 class Stop:
-    """A context in which the first SIGINT (Ctrl-C) or SIGTERM is only noted, as `asked`, for the
-    work to stop where it loses nothing; the next one acts as ever. Signals that were ignored stay
-    so. Where `noted` is false, and outside the main thread, none is noted."""
+    """A context in which the first SIGINT (Ctrl-C) or SIGTERM is only recorded, as `asked`, so that
+    the run stops where it loses nothing; the next one acts as before. Ignored signals stay ignored.
+    With `active` false, and outside the main thread, none is recorded."""
 
-    def __init__(self, noted: bool = True):
-        self.noted = noted and threading.current_thread() is threading.main_thread()
+    def __init__(self, active: bool = True):
+        self.active = active and threading.current_thread() is threading.main_thread()
         self.asked: signal.Signals | None = None
-        self.before: dict[int, object] = {}
+        self.handlers: dict[int, object] = {}
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM) if self.noted else ():
+        for number in (signal.SIGINT, signal.SIGTERM) if self.active else ():
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                self.before[number] = signal.signal(number, self.note)
+                self.handlers[number] = signal.signal(number, self.record)
         return self
 
     def __exit__(self, *error: object) -> None:
-        while self.before:
-            signal.signal(*self.before.popitem())
+        while self.handlers:
+            signal.signal(*self.handlers.popitem())
 
-    def note(self, number: int, frame: FrameType | None) -> None:
+    def record(self, number: int, frame: FrameType | None) -> None:
         self.asked = signal.Signals(number)
         self.__exit__()
-        os.write(2, ASKED)  # a print may be what was interrupted
+        os.write(2, STOPPING)  # the signal may have interrupted a print
 
     def at(self, step: int, state: Path) -> Stopped:
         """What to raise once the state of this step is written."""

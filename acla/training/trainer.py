@@ -1,7 +1,8 @@
-"""A network that learns: its optimiser, averages, number format, and one step of them."""
+"""A network in training: optimiser, moving averages, mixed precision, and one step of them all."""
 
 import contextlib
 import math
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,129 +17,134 @@ from acla.distributed import Processes
 from acla.errors import AclaError, CheckpointError, UsageError
 from acla.models.backbones import Backbone
 from acla.models.factory import build_network
-from acla.models.serialization import ANEW, require_fitting
+from acla.models.serialization import ANEW
 
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 EMA_DECAY = 0.999
+LEAST_MSE = 1e-8  # of values in 0..1: an exact restoration has 80 dB in the loss
+CPU = torch.device("cpu")
+Parts = Mapping[str, nn.Module | torch.optim.Optimizer | None]
 
 
-class Learner:
-    """A network with all that a step of training changes. A step depends on its number, its patches
-    and the configuration alone, so that a run resumed from `pack` goes on to the bit.
+class Trainer:
+    """A network with all that a training step changes. A step depends on its number, its patches
+    and the configuration alone, so that a run resumed from `state` is equal to the bit.
 
-    Raises UsageError for a number format that the device has no use for."""
+    Raises UsageError for a number format that the device does not support."""
 
-    def __init__(self, model: ModelConfig, how: TrainConfig, processes: Processes):
-        self.how, self.processes, self.device = how, processes, processes.device
-        require_amp(how, self.device)
-        torch.manual_seed(how.seed)
+    def __init__(self, model: ModelConfig, config: TrainConfig, processes: Processes):
+        self.config, self.processes, self.device = config, processes, processes.device
+        require_amp(config, self.device)
+        torch.manual_seed(config.seed)
         self.model = build_network(model).to(self.device).train()
-        # Shares the parameters; the names of `model` are those that are kept.
-        self.network = torch.compile(self.model) if how.compile else self.model
-        self.optimizer = adam(parameter_groups(self.model, how), how.lr)
-        # Finds the factor that fp16's gradients need, and leaves out the steps where it was too
-        # large.
-        scaled = how.amp and how.amp_dtype == "fp16"
+        # Shares the parameters; states and files have the names of `model`.
+        self.network = torch.compile(self.model) if config.compile else self.model
+        self.optimizer = adam(parameter_groups(self.model, config), config.lr)
+        scaled = config.amp and config.amp_dtype == "fp16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
         self.averaged = None
-        if how.ema:
-            self.averaged = AveragedModel(self.model, avg_fn=moving_average)
-        self.parts = {
+        if config.ema:
+            self.averaged = AveragedModel(self.model, multi_avg_fn=self.average)
+        self.parts: Parts = {
             "model": self.model,
             "optimizer": self.optimizer,
             "averaged": self.averaged,
         }
-        # Of the steps since `met`, on the device: reading them would wait for it.
+        # Of the steps since `clear_statistics`, on the device: reading them would wait for it.
         self.losses: list[Tensor] = []
         self.norms: list[Tensor] = []
 
-    def begin_with(self, weights: Mapping[str, Tensor]) -> None:
-        """Take over weights by their names, into the averages too; what is not named stays new."""
-        for model in (self.model, self.averaged.module if self.averaged else None):
-            if model is not None:
-                model.load_state_dict({**model.state_dict(), **weights})
-
-    def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What resuming needs: tensors by name and JSON values."""
-        met = {
-            name: [value.item() for value in values]
-            for name, values in (("losses", self.losses), ("norms", self.norms))
-        }
-        return pack(self.parts), {"scaler": self.scaler.state_dict(), **met}
-
-    def unpack(self, tensors: dict[str, Tensor], values: dict[str, Any], path: Path) -> None:
-        """Take over what `pack` gave, read from `path`. Raises CheckpointError."""
-        unpack(self.parts, tensors, path)
-        own, given = self.scaler.state_dict(), values["scaler"]
-        if given.keys() != own.keys() or not all(same_kind(given[name], own[name]) for name in own):
-            raise CheckpointError(f"{path}: holds the gradient scaler of another run{ANEW}")
-        self.scaler.load_state_dict(given)
-        self.losses, self.norms = (
-            [torch.tensor(value, device=self.device) for value in values.get(name, ())]
-            for name in ("losses", "norms")
-        )
-
     @property
     def result(self) -> Backbone:
-        """The network to validate and to write: the averages where they are kept."""
+        """The network to validate and to write: the averages, if they are on."""
         return self.averaged.module if self.averaged else self.model
 
     def lr(self, step: int) -> float:
-        return halved(self.how.lr, step, self.how.lr_half_every)
+        return halved(self.config.lr, step, self.config.lr_half_every)
 
     def step(self, step: int, indices: Sequence[int], low: Tensor, target: Tensor) -> None:
         """One optimiser step on this process's patches [B,C,h,w] and [B,C,H,W], whose places in the
-        whole batch are `indices` [B]; notes the loss and the gradient's norm."""
-        how = self.how
-        seeds = image_seeds(how.seed, step, indices).to(self.device)
+        whole batch are `indices` [B]; records the loss and the gradient's norm."""
+        config = self.config
+        seeds = image_seeds(config.seed, step, indices, device=self.device)
         set_rate(self.optimizer, self.lr(step))
         self.optimizer.zero_grad(set_to_none=True)
-        with compiling(how.compile):
-            short = AMP_TYPES[how.amp_dtype]
-            with torch.autocast(self.device.type, short, enabled=how.amp):
-                restored = self.network(low, seeds, how.mask_temperature)
-            loss = restoration_loss(how.loss, restored, target)
+        with compiling(config.compile):
+            short = AMP_TYPES[config.amp_dtype]
+            with torch.autocast(self.device.type, short, enabled=config.amp):
+                restored = self.network(low, seeds, config.mask_temperature)
+            loss = restoration_loss(config.loss, restored, target)
             self.scaler.scale(loss).backward()
         self.losses.append(loss.detach())
         self.processes.mean_gradients(self.model.parameters())
-        if how.clip:
+        if config.clip:
             self.scaler.unscale_(self.optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), how.clip)
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
             self.norms.append(norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.averaged:
             self.averaged.update_parameters(self.model)
 
-    def met(self) -> tuple[list[float], list[float]]:
-        """The losses of the steps since the last call, over all processes, and, where gradients are
-        clipped, their norms before, but for those that are not finite: the scaler left them out."""
-        losses = self.processes.mean(torch.stack(self.losses)).tolist()
+    def average(self, averages: list[Tensor], weights: list[Tensor], _: Tensor) -> None:
+        """Move the averages towards the weights. The count of steps lies on the CPU; reading its
+        copy on the device would wait for it."""
+        torch._foreach_lerp_(averages, weights, ema_share(self.averaged.n_averaged))
+
+    def statistics(self) -> tuple[list[float], list[float]]:
+        """The losses of the steps since the last validation, over all processes, and, with
+        clipping, the gradients' norms before it, if finite: the scaler skips the others."""
+        losses = self.processes.mean(torch.stack(self.losses)).tolist() if self.losses else []
         norms = torch.stack(self.norms).tolist() if self.norms else []
-        self.losses, self.norms = [], []
         return losses, [norm for norm in norms if math.isfinite(norm)]
 
+    def clear_statistics(self) -> None:
+        self.losses, self.norms = [], []
 
-def parameter_groups(model: Backbone, how: TrainConfig) -> list[dict[str, Any]]:
-    """What learns, for the optimiser: offsets and weights of keys have a rate of their own where
-    one is asked for."""
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Set parameters by name, of the averages too; parameters not listed keep their
+        initialisation."""
+        for model in (self.model, self.averaged.module if self.averaged else None):
+            if model is not None:
+                model.load_state_dict({**model.state_dict(), **weights})
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What resuming needs: tensors by name and JSON values."""
+        statistics = {
+            "losses": [loss.item() for loss in self.losses],
+            "norms": [norm.item() for norm in self.norms],
+        }
+        return pack(self.parts), {"scaler": self.scaler.state_dict(), **statistics}
+
+    def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any], path: Path) -> None:
+        """Set what `state` returned, read from `path`. Raises CheckpointError."""
+        unpack(self.parts, tensors, path)
+        try:
+            self.scaler.load_state_dict(values["scaler"])
+        except (RuntimeError, KeyError) as error:
+            raise CheckpointError(
+                f"{path}: holds the gradient scaler of another run{ANEW}"
+            ) from error
+        self.losses, self.norms = (
+            [torch.tensor(value, device=self.device) for value in values.get(name, ())]
+            for name in ("losses", "norms")
+        )
+
+
+def parameter_groups(model: Backbone, config: TrainConfig) -> list[dict[str, Any]]:
+    """The trained parameters by learning rate: the attention's offsets and weights may have a
+    factor on it."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     points = [p for n, p in named if ".points." in n]
-    if how.offset_lr_mult == 1 or not points:
+    if config.offset_lr_mult == 1 or not points:
         return [{"params": [p for _, p in named]}]
     others = [p for n, p in named if ".points." not in n]
-    return [{"params": others}, {"params": points, "factor": how.offset_lr_mult}]
+    return [{"params": others}, {"params": points, "factor": config.offset_lr_mult}]
 
 
-def same_kind(given: Any, own: float) -> bool:
-    """Whether a value can stand for one of a scaler: of its type, and not below 0."""
-    most = 2**31 if type(own) is int else math.inf
-    return type(given) is type(own) and 0 <= given < most
-
-
-def require_amp(how: TrainConfig, device: torch.device) -> None:
-    """Refuse a number format that the device has no use for. Raises UsageError."""
-    if how.amp_dtype == "fp16" and device.type != "cuda":
+def require_amp(config: TrainConfig, device: torch.device) -> None:
+    """Refuse a number format that the device does not support. Raises UsageError."""
+    if config.amp_dtype == "fp16" and device.type != "cuda":
         raise UsageError(
             f"--amp-dtype fp16 is for GPUs; on a {device.type} it saves nothing and overflows: "
             "leave it out, for bf16"
@@ -146,33 +152,32 @@ def require_amp(how: TrainConfig, device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def compiling(asked: bool) -> Iterator[None]:
-    """Where the network is compiled, name the flag in whatever fails in it. Raises AclaError."""
+def compiling(compiled: bool) -> Iterator[None]:
+    """Name the flag in any failure of a compiled network. Raises AclaError."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        if not asked:
+        if not compiled:
             raise
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise AclaError(
             f"--compile: torch.compile failed on this network or machine ({reason}); leave "
-            "--compile out, or see to its compiler"
+            "--compile out, or mend its compiler"
         ) from error
 
 
-def moving_average(average: Tensor, current: Tensor, count: Tensor) -> Tensor:
-    """Exponential moving average of weights, decay 0.999; shorter at first, so that the start is
-    forgotten. `count` stays a tensor: reading it would wait for the device."""
-    share = (9 / (10 + count)).clamp(min=1 - EMA_DECAY)
-    return average.lerp(current, share.to(average.dtype))
+def ema_share(count: Tensor) -> float:
+    """The share of the new weights in their exponential moving average after `count` steps: 0.001
+    (decay 0.999), larger at first, so that the averages forget the initialisation."""
+    return (9 / (10 + count)).clamp(min=1 - EMA_DECAY).item()
 
 
-LEAST_MSE = 1e-8  # of values in 0..1: what is restored exactly has 80 dB in the loss
+# State
 
 
-def pack(parts: dict[str, nn.Module | torch.optim.Optimizer | None]) -> dict[str, Tensor]:
+def pack(parts: Parts) -> dict[str, Tensor]:
     """The tensors of modules and optimisers under one name each: '<part>.<name>'."""
     tensors = {}
     for prefix, part in parts.items():
@@ -184,55 +189,38 @@ def pack(parts: dict[str, nn.Module | torch.optim.Optimizer | None]) -> dict[str
     return tensors
 
 
-def unpack(
-    parts: dict[str, nn.Module | torch.optim.Optimizer | None],
-    tensors: dict[str, Tensor],
-    path: Path,
-) -> None:
-    """Give modules and optimisers back what `pack` took, all of it. Raises CheckpointError."""
-    require_fitting(like_packed(parts, tensors), tensors, path, ANEW)
-    for prefix, part in parts.items():
-        own = {
-            n.removeprefix(f"{prefix}."): t
-            for n, t in tensors.items()
-            if n.startswith(f"{prefix}.")
-        }
-        if isinstance(part, torch.optim.Optimizer):
-            entries: dict[int, dict[str, Tensor]] = {}
-            for name, tensor in own.items():
-                i, field = name.split(".")
-                entries.setdefault(int(i), {})[field] = tensor
-            if not all(entry["step"] >= 1 for entry in entries.values()):
-                raise CheckpointError(f"{path}: {prefix} counts steps from below 1{ANEW}")
-            part.load_state_dict({**part.state_dict(), "state": entries})
-        elif part is not None:
-            part.load_state_dict(own)
-
-
-def like_packed(
-    parts: dict[str, nn.Module | torch.optim.Optimizer | None], tensors: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """Names, shapes and types that `pack` gives the parts: of Adam, for those parameters that
-    `tensors` names, for it keeps nothing of one that it has not stepped."""
-    optimizers = {k: part for k, part in parts.items() if isinstance(part, torch.optim.Optimizer)}
-    like = pack({prefix: part for prefix, part in parts.items() if prefix not in optimizers})
-    named = {name.rpartition(".")[0] for name in tensors}
-    for prefix, optimizer in optimizers.items():
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for i, parameter in enumerate(parameters):
-            if f"{prefix}.{i}" in named:
-                own = {"step": torch.tensor(0.0), "exp_avg": parameter, "exp_avg_sq": parameter}
-                like |= {f"{prefix}.{i}.{name}": tensor for name, tensor in own.items()}
-    return like
+def unpack(parts: Parts, tensors: dict[str, Tensor], path: Path) -> None:
+    """Set modules and optimisers to what `pack` returned, all of it, read from `path`. Raises
+    CheckpointError."""
+    try:
+        for prefix, part in parts.items():
+            start = f"{prefix}."
+            own = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+            if isinstance(part, torch.optim.Optimizer):
+                entries: dict[int, dict[str, Tensor]] = {}
+                for name, tensor in own.items():
+                    i, field = name.split(".")
+                    entries.setdefault(int(i), {})[field] = tensor
+                part.load_state_dict({**part.state_dict(), "state": entries})
+            elif part is not None:
+                part.load_state_dict(own)
+        if unknown := tensors.keys() ^ pack(parts).keys():
+            raise ValueError(f"unknown {min(unknown)}")
+    except (RuntimeError, ValueError) as error:
+        reason = textwrap.shorten(str(error), 200)
+        raise CheckpointError(f"{path}: not a state of this run: {reason}{ANEW}") from error
 
 
 # Seeds and rates
 
 
-def image_seeds(seed: int, step: int, indices: Sequence[int], stream: int = 0) -> Tensor:
+def image_seeds(
+    seed: int, step: int, indices: Sequence[int], stream: int = 0, device: torch.device = CPU
+) -> Tensor:
     """One seed [B] int64 for the mask noise of each patch, a function of (seed, stream, step,
-    index) alone."""
-    return torch.tensor([draw_seed(seed, 2, stream, step, index) for index in indices])
+    index) alone; on `device`, without waiting for its work."""
+    seeds = [draw_seed(seed, 2, stream, step, index) for index in indices]
+    return torch.tensor(seeds, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def gate_seed(seed: int, step: int, stream: int = 0) -> int:
@@ -267,12 +255,12 @@ def adam(parameters: Iterable[nn.Parameter] | list[dict], rate: float) -> torch.
     return torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.999), eps=1e-8)
 
 
-# Losses and validation
+# Loss
 
 
 def restoration_loss(kind: str, restored: Tensor, target: Tensor) -> Tensor:
-    """L1 or MSE of pictures [B,C,H,W] in 0..1, taken on 0..255 values (Eq. 14's λ is for that
-    range), or minus the mean of their PSNR in dB, which weighs every picture as scores do."""
+    """L1 or MSE of pictures [B,C,H,W] in 0..1, computed on 0..255 values (the range of Eq. 14's λ),
+    or minus the mean of their PSNR in dB, which weighs every picture as scores do."""
     error = (restored.float() - target) * 255
     match kind:
         case "l1":

@@ -5,37 +5,54 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.optim.swa_utils import AveragedModel
 
 from acla.config import MASKED, ModelConfig, TrainConfig
 from acla.distributed import Processes
 from acla.errors import AclaError, CheckpointError, UsageError
 from acla.training import trainer
-from acla.training.trainer import Learner
+from acla.training.trainer import Trainer
 
 ALONE = Processes(torch.device("cpu"))
 PLAIN = ModelConfig(attention="none", keys=0, blocks=2, width=4, channels=1)
-HOW = TrainConfig(batch_size=2, lr=1e-2)
+CONFIG = TrainConfig(batch_size=2, lr=1e-2)
 
 
-def step(one: Learner, number: int) -> None:
+def step(one: Trainer, number: int) -> None:
     generator = torch.Generator().manual_seed(number)
     low = torch.rand(2, 1, 9, 7, generator=generator).to(one.device)
     one.step(number, range(2), low, low.roll(1, 3))
 
 
-def same(one: Learner, other: Learner) -> bool:
-    (a, said), (b, also) = one.pack(), other.pack()
-    return a.keys() == b.keys() and said == also and all(torch.equal(a[n], b[n]) for n in a)
+def same(one: Trainer, other: Trainer) -> bool:
+    (a, values), (b, others) = one.state(), other.state()
+    return a.keys() == b.keys() and values == others and all(torch.equal(a[n], b[n]) for n in a)
 
 
 def test_averages_forget_the_start_and_then_move_slowly():
-    average, current = torch.tensor(0.0), torch.tensor(1.0)
-    assert trainer.moving_average(average, current, torch.tensor(0)) == pytest.approx(0.9)
-    assert trainer.moving_average(average, current, torch.tensor(10**6)) == pytest.approx(0.001)
+    assert trainer.ema_share(torch.tensor(0)) == pytest.approx(0.9)
+    assert trainer.ema_share(torch.tensor(10**6)) == pytest.approx(0.001)
+
+
+def test_averages_of_all_parameters_at_once_are_those_of_each_to_the_bit():
+    def of_each(average, current, count):
+        return average.lerp(current, (9 / (10 + count)).clamp(min=1 - 0.999).to(average.dtype))
+
+    one = Trainer(PLAIN, replace(CONFIG, ema=True), ALONE)
+    expected = AveragedModel(one.model, avg_fn=of_each)
+    for count in (0, 1, 2, 3, 40, 41, 10**5, 10**5 + 1):
+        with torch.no_grad():
+            for parameter in one.model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        for averaged in (one.averaged, expected):
+            averaged.n_averaged.fill_(count)
+            averaged.update_parameters(one.model)
+    names = zip(one.averaged.state_dict().items(), expected.state_dict().values(), strict=True)
+    assert all(torch.equal(found, wanted) for (_, found), wanted in names)
 
 
 def test_the_result_is_the_average_of_the_steps():
-    one = Learner(PLAIN, replace(HOW, ema=True), ALONE)
+    one = Trainer(PLAIN, replace(CONFIG, ema=True), ALONE)
     expected: dict[str, torch.Tensor] = {}
     for number in range(4):
         step(one, number)
@@ -48,17 +65,17 @@ def test_the_result_is_the_average_of_the_steps():
     for name, weight in found.items():
         torch.testing.assert_close(weight, expected[name])
     assert not torch.equal(found["head.0.weight"], one.model.head[0].weight)
-    plain = Learner(PLAIN, HOW, ALONE)
+    plain = Trainer(PLAIN, CONFIG, ALONE)
     assert plain.result is plain.model
 
 
 def test_the_rate_is_halved_again_and_again():
-    one = Learner(PLAIN, replace(HOW, lr_half_every=2), ALONE)
+    one = Trainer(PLAIN, replace(CONFIG, lr_half_every=2), ALONE)
     rates = []
     for number in range(5):
         step(one, number)
         rates += [group["lr"] for group in one.optimizer.param_groups]
-    assert rates == [HOW.lr, HOW.lr, HOW.lr / 2, HOW.lr / 2, HOW.lr / 4]
+    assert rates == [CONFIG.lr, CONFIG.lr, CONFIG.lr / 2, CONFIG.lr / 2, CONFIG.lr / 4]
     assert rates == [one.lr(number) for number in range(5)]
 
 
@@ -66,34 +83,33 @@ def test_masks_are_drawn_with_noise_of_their_own_in_every_step():
     masked = ModelConfig(blocks=2, width=4, channels=1, keys=3, positions=(1, 2))
     losses = []
     for number in (0, 0, 1):
-        one = Learner(masked, HOW, ALONE)
+        one = Trainer(masked, CONFIG, ALONE)
         torch.manual_seed(0)
         for parameter in (*one.model.attention.parameters(), *one.model.tail.parameters()):
             torch.nn.init.normal_(parameter)  # at 0, nothing would be seen of the masks
         low = torch.rand(2, 1, 9, 7, generator=torch.Generator().manual_seed(0))
         one.step(number, range(2), low, low.roll(1, 3))
-        losses += one.met()[0]
+        losses += one.statistics()[0]
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_long_gradients_are_shortened_and_their_norms_told():
+def test_long_gradients_are_shortened_and_their_norms_recorded():
     def gradients(clip: float) -> tuple[torch.Tensor, list[float]]:
-        one = Learner(PLAIN, replace(HOW, clip=clip), ALONE)
+        one = Trainer(PLAIN, replace(CONFIG, clip=clip), ALONE)
         step(one, 0)
-        losses, norms = one.met()
+        losses, norms = one.statistics()
         assert len(losses) == 1
-        assert not one.losses
         found = [p.grad.flatten() for p in one.model.parameters() if p.grad is not None]
         return torch.cat(found), norms
 
     free, norms = gradients(0.0)
     assert norms == []
     norm = free.norm().item()
-    long, (told,) = gradients(norm * 2)
+    long, (recorded,) = gradients(norm * 2)
     assert torch.equal(long, free)
-    assert told == pytest.approx(norm, rel=1e-5)
-    short, (told,) = gradients(norm / 2)
-    assert told == pytest.approx(norm, rel=1e-5)
+    assert recorded == pytest.approx(norm, rel=1e-5)
+    short, (recorded,) = gradients(norm / 2)
+    assert recorded == pytest.approx(norm, rel=1e-5)
     torch.testing.assert_close(short, free / 2)
 
 
@@ -101,7 +117,7 @@ def test_offsets_and_weights_of_keys_may_learn_at_a_rate_of_their_own():
     attended = ModelConfig(blocks=2, width=4, channels=1, keys=3, positions=(1, 2))
 
     def moved(offset_rate: float) -> dict[str, float]:
-        one = Learner(attended, replace(HOW, offset_lr_mult=offset_rate), ALONE)
+        one = Trainer(attended, replace(CONFIG, offset_lr_mult=offset_rate), ALONE)
         for parameter in one.model.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
         before = {name: p.clone() for name, p in one.model.named_parameters()}
@@ -121,12 +137,12 @@ def test_the_masks_temperature_is_that_of_their_gradient(attention):
     masked = ModelConfig(attention=attention, **size)
 
     def learned(temperature: float) -> tuple[dict[str, torch.Tensor], list[float]]:
-        one = Learner(masked, replace(HOW, mask_temperature=temperature), ALONE)
+        one = Trainer(masked, replace(CONFIG, mask_temperature=temperature), ALONE)
         for parameter in one.model.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
         step(one, 0)
         named = one.model.named_parameters()
-        return {n: p.grad.clone() for n, p in named if p.grad is not None}, one.met()[0]
+        return {n: p.grad.clone() for n, p in named if p.grad is not None}, one.statistics()[0]
 
     (warm, loss), (cold, same_loss) = learned(1.0), learned(0.25)
     assert loss == same_loss  # the masks themselves are what they were
@@ -137,13 +153,13 @@ def test_the_masks_temperature_is_that_of_their_gradient(attention):
 
 def test_a_rate_of_its_own_is_resumed(tmp_path):
     attended = ModelConfig(blocks=1, width=4, channels=1, keys=3, positions=(1,))
-    how = replace(HOW, offset_lr_mult=0.3)
-    straight, first, second = (Learner(attended, how, ALONE) for _ in range(3))
+    config = replace(CONFIG, offset_lr_mult=0.3)
+    straight, first, second = (Trainer(attended, config, ALONE) for _ in range(3))
     for number in range(4):
         step(straight, number)
     for number in range(2):
         step(first, number)
-    second.unpack(*first.pack(), tmp_path / "state.safetensors")
+    second.load_state(*first.state(), tmp_path / "state.safetensors")
     for number in range(2, 4):
         step(second, number)
     assert same(straight, second)
@@ -151,25 +167,27 @@ def test_a_rate_of_its_own_is_resumed(tmp_path):
 
 def test_fp16_is_refused_on_a_cpu():
     with pytest.raises(UsageError, match="--amp-dtype fp16 is for GPUs"):
-        Learner(PLAIN, replace(HOW, amp=True, amp_dtype="fp16"), ALONE)
+        Trainer(PLAIN, replace(CONFIG, amp=True, amp_dtype="fp16"), ALONE)
 
 
 def test_a_scaler_leaves_out_steps_and_is_resumed(monkeypatch):
     # As on a GPU, whose arithmetic the CPU can do too, slowly
-    monkeypatch.setattr(trainer, "require_amp", lambda how, device: None)
-    how = replace(HOW, amp=True, amp_dtype="fp16", ema=True, clip=1e4)
-    straight = Learner(PLAIN, how, ALONE)
+    monkeypatch.setattr(trainer, "require_amp", lambda config, device: None)
+    config = replace(CONFIG, amp=True, amp_dtype="fp16", ema=True, clip=1e4)
+    straight = Trainer(PLAIN, config, ALONE)
     before = straight.model.head[0].weight.detach().clone()
     straight.scaler.load_state_dict({**straight.scaler.state_dict(), "scale": 2.0**40})
     step(straight, 0)
-    assert straight.met()[1] == []  # its norm was not finite
+    assert straight.statistics()[1] == []  # its norm was not finite
+    straight.clear_statistics()
+    assert straight.statistics() == ([], [])
     assert torch.equal(straight.model.head[0].weight, before)
-    assert straight.pack()[1]["scaler"]["scale"] == 2.0**39
+    assert straight.state()[1]["scaler"]["scale"] == 2.0**39
     straight.scaler.load_state_dict({**straight.scaler.state_dict(), "scale": 2.0**8})
     step(straight, 1)
-    tensors, values = straight.pack()
-    resumed = Learner(PLAIN, how, ALONE)
-    resumed.unpack({name: t.clone() for name, t in tensors.items()}, values, Path("state"))
+    tensors, values = straight.state()
+    resumed = Trainer(PLAIN, config, ALONE)
+    resumed.load_state({name: t.clone() for name, t in tensors.items()}, values, Path("state"))
     for one in (straight, resumed):
         step(one, 2)
         step(one, 3)
@@ -177,53 +195,39 @@ def test_a_scaler_leaves_out_steps_and_is_resumed(monkeypatch):
     assert not torch.equal(straight.model.head[0].weight, before)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"scale": "2"},
-        {"scale": float("nan")},
-        {"scale": -1.0},
-        {"scale": True},
-        {"growth_interval": 2.5},
-        {"_growth_tracker": 2**40},
-        {"more": 1},
-        None,
-    ],
-    ids=str,
-)
-def test_a_scaler_of_another_kind_is_refused(monkeypatch, change):
-    monkeypatch.setattr(trainer, "require_amp", lambda how, device: None)
-    one = Learner(PLAIN, replace(HOW, amp=True, amp_dtype="fp16"), ALONE)
-    tensors, values = one.pack()
-    one.unpack(tensors, values, Path("state"))
-    values["scaler"] = {} if change is None else values["scaler"] | change
-    with pytest.raises(CheckpointError, match=r"^state: .* gradient scaler of another run; begin"):
-        one.unpack(tensors, values, Path("state"))
+def test_a_scaler_of_another_kind_is_refused(monkeypatch):
+    monkeypatch.setattr(trainer, "require_amp", lambda config, device: None)
+    one = Trainer(PLAIN, replace(CONFIG, amp=True, amp_dtype="fp16"), ALONE)
+    tensors, values = one.state()
+    with pytest.raises(CheckpointError, match=r"^state: .* gradient scaler; begin"):
+        one.load_state(tensors, values | {"scaler": {}}, Path("state"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_fp16_learns_on_a_gpu():
-    one = Learner(PLAIN, replace(HOW, amp=True, amp_dtype="fp16"), Processes(torch.device("cuda")))
+    one = Trainer(
+        PLAIN, replace(CONFIG, amp=True, amp_dtype="fp16"), Processes(torch.device("cuda"))
+    )
     for number in range(30):
         step(one, number)
-    losses, _ = one.met()
+    losses, _ = one.statistics()
     assert losses[-1] < losses[0]
 
 
 @pytest.mark.slow
 def test_a_compiled_network_learns_the_same_under_the_same_names():
     model = ModelConfig(blocks=2, width=4, keys=2, positions=(2,), channels=1)
-    plain, compiled = (Learner(model, replace(HOW, compile=c), ALONE) for c in (False, True))
+    plain, compiled = (Trainer(model, replace(CONFIG, compile=c), ALONE) for c in (False, True))
     for one in (plain, compiled):
         step(one, 0)
         step(one, 1)
-    (a, _), (b, _) = plain.pack(), compiled.pack()
+    (a, _), (b, _) = plain.state(), compiled.state()
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_a_network_that_cannot_be_compiled_is_told_of_with_the_flag(monkeypatch):
+def test_a_network_that_cannot_be_compiled_fails_with_the_flag(monkeypatch):
     def compile(model):
         def fail(*_):
             raise RuntimeError("no compiler\nwas found")
@@ -231,11 +235,11 @@ def test_a_network_that_cannot_be_compiled_is_told_of_with_the_flag(monkeypatch)
         return fail
 
     monkeypatch.setattr(torch, "compile", compile)
-    one = Learner(PLAIN, replace(HOW, compile=True), ALONE)
+    one = Trainer(PLAIN, replace(CONFIG, compile=True), ALONE)
     with pytest.raises(AclaError, match=r"^--compile: .* \(no compiler\); leave --compile out"):
         step(one, 0)
     monkeypatch.undo()
-    plain = Learner(PLAIN, HOW, ALONE)
+    plain = Trainer(PLAIN, CONFIG, ALONE)
     monkeypatch.setattr(trainer, "restoration_loss", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # a bug keeps its name
         step(plain, 0)
