@@ -30,7 +30,7 @@ from acla.errors import DataError, UsageError
 from acla.files import provenance
 from acla.models.serialization import load_model
 from acla.restore.inference import check_ensemble, check_tile, restored_pair
-from acla.restore.pretrained import Weights
+from acla.restore.pretrained import PretrainedModels
 
 DEFAULT_CHECKPOINT = Path("runs/train/model.safetensors")
 
@@ -172,7 +172,7 @@ def default_checkpoint(args: argparse.Namespace, sets: Iterable[str]) -> Path:
     if not file.is_file():
         task = cli.task_from_flags(args) or TASK_OF_SET.get(next(iter(sets)), Task())
         try:
-            pretrained = Weights(None, task, torch.device("cpu"))
+            pretrained = PretrainedModels(None, task, torch.device("cpu"))
             quality = None if task.until else int(task.setting)
             file = pretrained.files.get(task) or pretrained.pick(quality)[0]
         except UsageError as error:

@@ -153,17 +153,17 @@ def test_a_network_for_many_qualities_is_scored_on_one(capsys, root, tmp_path):
 
 def test_default_checkpoint(capsys, root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pretrained, "PLACES", (tmp_path / "weights",))
+    monkeypatch.setattr(pretrained, "FOLDERS", (tmp_path / "weights",))
     code, err = failure(capsys, "--dataset", "Mine", "--data", root)
     assert code == 2
-    assert err.startswith("error: there is no runs/train/model.safetensors to score and no network")
+    assert "no runs/train/model.safetensors to score and no pretrained model for car q10" in err
     assert "give --baseline or --predictions DIR" in err
-    write_network(tmp_path / "weights" / "car-q10-a.safetensors", Task("car", 10))
-    write_network(tmp_path / "weights" / "car-q5-60-a.safetensors", Task("car", 5, 60))
+    write_network(tmp_path / "weights" / "car-q10-acla.safetensors", Task("car", 10))
+    write_network(tmp_path / "weights" / "car-q5-60-acla.safetensors", Task("car", 5, 60))
     for flags, name in ((), "q10"), (("--q", "30"), "q5-60"), (("--q", "5-60"), "q5-60"):
         evaluate.main(["--dataset", "Mine", "--data", str(root), *flags])
         err = capsys.readouterr().err
-        assert f"weights/car-{name}-a.safetensors: the default; --checkpoint changes it" in err
+        assert f"weights/car-{name}-acla.safetensors: the default; --checkpoint changes it" in err
         assert "is scored on" not in err
     code, err = failure(capsys, "--dataset", "Mine", "--data", root, "--task", "sr")
     assert (code, "python train.py --task sr" in err) == (2, True)

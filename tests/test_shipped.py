@@ -1,5 +1,4 @@
-"""The networks that come along: they load, are for what their names say, are in the model card, and
-are worth their place."""
+"""The pretrained models: they load, match their names and the model card, and improve pictures."""
 
 import pytest
 import torch
@@ -14,13 +13,14 @@ from acla.restore import pretrained
 from acla.restore.inference import restore
 from acla.training.validation import middle
 
-PLACE = pretrained.PLACES[0]
-FILES = sorted(PLACE.glob("*.safetensors"))
+FOLDER = pretrained.FOLDERS[0]
+FILES = sorted(FOLDER.glob("*.safetensors"))
 
 
-def test_a_network_for_quality_10_and_one_for_many_come_along():
-    offered = pretrained.Weights(None, None, torch.device("cpu"))
-    assert {task.label for task in offered.files} == {"q10", "q5-60"}
+def test_the_table_names_every_file():
+    models = pretrained.PretrainedModels(None, None, torch.device("cpu"))
+    assert sorted(models.files.values()) == FILES
+    assert all(load_model(path).task == task for task, path in models.files.items())
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -28,14 +28,14 @@ def test_the_file_is_what_its_name_and_the_card_say(path):
     network = load_model(path)
     assert path.name.startswith(f"car-{network.task.label}-{network.config.attention}")
     assert path.stat().st_size < 8 * 2**20
-    card = (PLACE / "README.md").read_text(encoding="utf-8")
+    card = (FOLDER / "README.md").read_text(encoding="utf-8")
     assert f"`{path.name}`" in card
     assert f"{sum(p.numel() for p in network.model.parameters()):,}" in card
     assert network.info["commit"] in card
 
 
 def cleaner(path, q: int) -> float:
-    """What the network gains in dB over JPEG on the middle of a picture that comes along."""
+    """What the network gains in dB over JPEG on the middle of a sample picture."""
     (picture, *_) = find_set("sample", None, "val")
     network = load_model(path)
     clean: Tensor = middle(load(picture))[:, :96, :96]

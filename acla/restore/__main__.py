@@ -16,7 +16,7 @@ from acla.restore.colour import check_mosaic, restore_photo
 from acla.restore.inference import TILE, check_ensemble, check_tile, default_tile
 from acla.restore.jobs import find_jobs
 from acla.restore.photo import Photo
-from acla.restore.pretrained import Weights
+from acla.restore.pretrained import PretrainedModels
 
 # The command
 
@@ -31,7 +31,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--checkpoint",
         type=Path,
         metavar="FILE",
-        help="the network (default: of the folder weights, by --task and the JPEG's quality)",
+        help="the network (default: a pretrained model, by --task and the JPEG's quality)",
     )
     add_task_flags(parser, "the network's")
     parser.add_argument(
@@ -69,8 +69,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UsageError(
             f"--q {task.label[1:]}: a photo has one quality; give one, or leave --q out"
         )
-    weights = Weights(args.checkpoint, task, pick_device(args.device))
-    for task in weights.files:
+    models = PretrainedModels(args.checkpoint, task, pick_device(args.device))
+    for task in models.files:
         check_ensemble(args.ensemble, task)
     jobs = find_jobs(args.source, args.out, args.suffix, args.overwrite)
     for text in jobs.notices:
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     for number, (path, target) in enumerate(jobs.pairs, 1):
         label = printable(f"{number}/{len(jobs.pairs)} {path.name}")
         try:
-            say(printable(run_job(path, target, weights, args, label)))
+            say(printable(run_job(path, target, models, args, label)))
         except (AclaError, OSError, MemoryError, RuntimeError) as error:
             short = out_of_memory(error)
             if isinstance(error, RuntimeError) and not short:
@@ -94,11 +94,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run_job(
-    path: Path, target: Path, weights: Weights, args: argparse.Namespace, label: str
+    path: Path, target: Path, models: PretrainedModels, args: argparse.Namespace, label: str
 ) -> str:
     """Restore one photo and say what was written. Raises AclaError, OSError or MemoryError."""
     quality = photo.jpeg_quality(path) if args.task_q is None else args.task_q[0]
-    file, network, outside = weights.pick(quality)
+    file, network, outside = models.pick(quality)
     source = photo.read(path, ycc=network.config.channels == 1)
     check_mosaic(source, network.task)
     tile = args.tile or default_tile(network.config.scale, *source.levels.shape[:2])
@@ -108,12 +108,12 @@ def run_job(
     photo.save(restored, target)
     for text in [*([outside] if outside else []), *restored.notices]:
         notice(printable(f"{path}: {text}"))
-    told = f"{target}: {network.task}, {file}"
+    result = f"{target}: {network.task}, {file}"
     if not args.compare:
-        return told
+        return result
     if tile is None:
-        return f"{told}, taken whole"
-    return f"{told}, {difference(restored, source, network, args.ensemble, jpeg)}"
+        return f"{result}, taken whole"
+    return f"{result}, {difference(restored, source, network, args.ensemble, jpeg)}"
 
 
 def difference(tiled: Photo, source: Photo, network: Checkpoint, ensemble: bool, jpeg: bool) -> str:

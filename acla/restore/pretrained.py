@@ -1,6 +1,5 @@
-"""The network for a task: a checkpoint by name, or the one of a folder that fits best."""
+"""The model for a task: a checkpoint, or the pretrained one that fits best."""
 
-import re
 from pathlib import Path
 
 import torch
@@ -10,64 +9,43 @@ from acla.errors import UsageError
 from acla.models.serialization import Checkpoint, load_model
 
 # In a clone of the repository, or in the installed package
-PLACES = (Path(__file__).parents[2] / "weights", Path(__file__).parents[1] / "trained")
-REACH = 5  # networks are picked for qualities this near to theirs: papers train at 10, 20, 30, 40
+FOLDERS = (Path(__file__).parents[2] / "weights", Path(__file__).parents[1] / "trained")
+FILES = {
+    Task("car", 10): "car-q10-acla.safetensors",
+    Task("car", 5, 60): "car-q5-60-acla.safetensors",
+}
+REACH = 5  # a model for one JPEG quality serves those this near: papers train at 10, 20, 30, 40
 
 
-class Weights:
-    """The networks that may be used, found when this is made, read when they are picked.
+class PretrainedModels:
+    """The candidates for a call: `files` by task; each is read when `pick` first chooses it.
 
-    checkpoint: the file of the only one. Without it, the files of PLACES for the task, by default
-    JPEG artifacts, named task-setting-anything.safetensors: car-q10-acla.safetensors,
-    car-q5-60-acla.safetensors. given: the task of the flags; it must be the network's. Raises
+    checkpoint: the only candidate. Without it, the pretrained models for the task, by default JPEG
+    artifacts, there of every quality. task: that of the flags; it must be the checkpoint's. Raises
     UsageError, CheckpointError.
     """
 
-    def __init__(self, checkpoint: Path | None, given: Task | None, device: torch.device) -> None:
+    def __init__(self, checkpoint: Path | None, task: Task | None, device: torch.device) -> None:
         self.device = device
-        self.kept: dict[Path, Checkpoint] = {}
-        self.files: dict[Task, Path] = {}
+        self.loaded: dict[Path, Checkpoint] = {}
         if checkpoint is None:
-            self.find(given or Task("car"))
+            self.files = pretrained_files(task or Task("car"))
             return
-        task = self.load(checkpoint).task
-        if given and (given.name, given.scale) != (task.name, task.scale):
-            raise UsageError(f"{checkpoint} was trained for {task}, not for {given}")
-        self.files[task] = checkpoint
-
-    def find(self, task: Task) -> None:
-        """Fill `files` from PLACES: for car every quality, else the task's own setting."""
-        setting = r"q(\d+)(?:-(\d+))?" if task.name == "car" else re.escape(task.label)
-        name = re.compile("-".join(filter(None, (task.name, setting, r".*\.safetensors"))))
-        for path in (path for place in PLACES for path in sorted(place.glob("*.safetensors"))):
-            found = name.fullmatch(path.name)
-            if found:
-                numbers = [int(number) for number in found.groups() if number]
-                try:
-                    named = Task(task.name, *(numbers or [task.setting]))
-                except UsageError as error:
-                    raise UsageError(f"{path}: its name says what no task is: {error}") from error
-                self.files.setdefault(named, path)
-        if not self.files:
-            flag = f"--task {task.name}"
-            if task.name in SETTING_FLAG:
-                flag += f" --{SETTING_FLAG[task.name]} {task.label.lstrip('xsigmaq')}"
-            where = next((place for place in PLACES if place.is_dir()), PLACES[0])
-            raise UsageError(
-                f"no network for {task}: {where} holds none; train one (python train.py {flag} "
-                "--out DIR) and name it: --checkpoint DIR/model.safetensors"
-            )
+        trained = self.load(checkpoint).task
+        if task and (task.name, task.scale) != (trained.name, trained.scale):
+            raise UsageError(f"{checkpoint} was trained for {trained}, not for {task}")
+        self.files = {trained: checkpoint}
 
     def load(self, path: Path) -> Checkpoint:
-        """A network, on the device, read once."""
-        if path not in self.kept:
-            self.kept[path] = load_model(path)
-            self.kept[path].model.to(self.device)
-        return self.kept[path]
+        """A model, on the device, read once."""
+        if path not in self.loaded:
+            self.loaded[path] = load_model(path)
+            self.loaded[path].model.to(self.device)
+        return self.loaded[path]
 
     def pick(self, quality: int | None) -> tuple[Path, Checkpoint, str | None]:
-        """(file, network, notice if it is outside what it was trained for) for a picture of a JPEG
-        quality; where that is not known, the network of the widest range. Raises UsageError where
+        """(file, model, notice if it was trained for other qualities) for a picture of a JPEG
+        quality; where that is not known, the model of the widest range. Raises UsageError where
         there is none and the quality is needed."""
         if quality is None:
             ranges = [task for task in self.files if task.until]
@@ -75,21 +53,37 @@ class Weights:
                 raise UsageError("not a JPEG, so that its quality is not known: give --q N")
             task = max(ranges or self.files, key=lambda task: task.until - task.setting)
             return self.files[task], self.load(self.files[task]), None
-        task = min(self.files, key=lambda task: fitness(task, quality))
+        task = min(self.files, key=lambda task: preference(task, quality))
         notice = None
-        if task.name == "car" and away(task, quality) > (0 if task.until else REACH):
+        if task.name == "car" and distance(task, quality) > (0 if task.until else REACH):
             notice = f"JPEG quality {quality} is outside what the network was trained for ({task})"
         return self.files[task], self.load(self.files[task]), notice
 
 
-def fitness(task: Task, quality: int) -> tuple[float, bool, float]:
-    """What to sort networks by for a JPEG quality: how far it lies outside of what the network
-    serves, whether the network is for many qualities, and how far it lies from those it was trained
-    for."""
-    far = away(task, quality)
-    return max(far - REACH, 0), task.until > 0, far
+def pretrained_files(task: Task) -> dict[Task, Path]:
+    """The pretrained models for a task: for car of every quality, else of its own setting. Raises
+    UsageError where there is none."""
+    folder = next((folder for folder in FOLDERS if folder.is_dir()), FOLDERS[0])
+    fitting = [one for one in FILES if one == task or one.name == task.name == "car"]
+    files = {one: folder / FILES[one] for one in fitting if (folder / FILES[one]).is_file()}
+    if files:
+        return files
+    flag = f"--task {task.name}"
+    if task.name in SETTING_FLAG:
+        flag += f" --{SETTING_FLAG[task.name]} {task.label.lstrip('xsigmaq')}"
+    raise UsageError(
+        f"no pretrained model for {task} in {folder}; train one (python train.py {flag} --out DIR) "
+        "and name it: --checkpoint DIR/model.safetensors"
+    )
 
 
-def away(task: Task, quality: int) -> float:
-    """How far a JPEG quality lies from those that a network was trained for; 0 for its own."""
+def preference(task: Task, quality: int) -> tuple[float, bool, float]:
+    """Sort key of a model for a JPEG quality: the distance beyond REACH, one quality before a
+    range, the distance."""
+    away = distance(task, quality)
+    return max(away - REACH, 0), task.until > 0, away
+
+
+def distance(task: Task, quality: int) -> float:
+    """Distance of a JPEG quality from those that a model was trained for; 0 for its own."""
     return max(task.setting - quality, quality - (task.until or task.setting), 0)
