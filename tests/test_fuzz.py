@@ -1,4 +1,4 @@
-"""Files that nobody meant: each ends in a result or in one line, never in a traceback or a hang."""
+"""Damaged and absurd files: each ends in a result or one line, never in a traceback or a hang."""
 
 import io
 import json
@@ -127,7 +127,7 @@ def test_truncated_and_damaged(tmp_path, outcome, networks, make_scene, suffix):
     whole = encoded(suffix, Image.fromarray(make_scene(16, 24)), **carried)
     path, rng = tmp_path / f"in{suffix}", np.random.default_rng(1)
     cases = [whole[: len(whole) * part // 12] for part in range(12)]
-    for _ in range(120):
+    for _ in range(40):
         damaged = bytearray(whole)
         # Most of a format's meaning lies at its beginning
         end = min(len(whole), 300) if rng.integers(3) else len(whole)
@@ -211,7 +211,7 @@ def test_damaged_checkpoints(tmp_path, outcome, networks, make_scene):
     cases = [whole[: len(whole) * part // 8] for part in range(8)]
     cases += [*ODD_BYTES, struct.pack("<Q", 2**63) + whole[8:], struct.pack("<Q", 0) + whole[8:]]
     cases += [struct.pack("<Q", 2) + b"{}", struct.pack("<Q", 2) + b"[]"]
-    for _ in range(200):
+    for _ in range(60):
         damaged = bytearray(whole)
         for place in rng.integers(0, 8 + length, rng.integers(1, 5)):
             damaged[place] = rng.integers(256)

@@ -1,8 +1,8 @@
 """Photos before and after restoring, on a page with a divider to drag: one HTML file that needs no
 network (extra `report`).
 
-What browsers show goes into the page byte for byte, with all that its file tells (EXIF: camera,
-place); anything else becomes a PNG of 8 bits."""
+What browsers show goes into the page byte for byte, with its EXIF (camera, place);
+anything else becomes a PNG of 8 bits."""
 
 import argparse
 import base64
@@ -40,7 +40,7 @@ class Picture:
     notices: list[str]
 
 
-# Which photos belong together
+# Pairs of photos
 
 
 def find_pairs(before: Path, after: Path) -> Jobs:
@@ -78,24 +78,25 @@ def find_pairs(before: Path, after: Path) -> Jobs:
 def by_stem(folder: Path, other: Path, jobs: Jobs) -> dict[Path, list[Path]]:
     """The pictures of a tree without the folder `other`: relative paths by what they are without
     suffix."""
-    found: dict[Path, list[Path]] = {}
+    names: dict[Path, list[Path]] = {}
     for path in walk(folder, other, jobs):
         name = path.relative_to(folder)
-        found.setdefault(name.with_suffix(""), []).append(name)
-    return found
+        names.setdefault(name.with_suffix(""), []).append(name)
+    return names
 
 
-# What the page holds
+# Pictures of the page
 
 
 def embedded(path: Path, root: Path) -> Picture:
     """A photo below `root` as the page holds it, upright: the file byte for byte where every
-    browser shows it as acla.photo reads it, else a PNG. Raises PictureError, which names it."""
+    browser shows it as acla.restore.photo reads it, else a PNG. Raises PictureError, which names
+    it."""
     seen = photo.read(path)
     with opened(path, photo.READABLE) as picture:
         kind = picture.format
         _, orientation = photo.read_exif(picture, [])
-    # Notices tell of CMYK, of several frames and of EXIF that a browser might read otherwise
+    # Notices name CMYK, several frames and EXIF that a browser might read otherwise
     odd = seen.notices or orientation != 1 or seen.levels.dtype != np.uint8 or kind not in MIME
     kind, data = ("PNG", to_png(seen)) if odd else (kind, path.read_bytes())
     uri = f"data:{MIME[kind]};base64,{base64.b64encode(data).decode()}"

@@ -1,4 +1,4 @@
-"""What spoils a picture: bicubic shrinking, noise, JPEG, the Bayer mosaic.
+"""Degradations of a picture: bicubic shrinking, noise, JPEG, the Bayer mosaic.
 
 Pure functions of pictures [C, H, W] in 0..1.
 """

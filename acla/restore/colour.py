@@ -1,7 +1,7 @@
-"""What of a photo a network sees, and how its answer becomes a photo again.
+"""From a photo to a network's input, and from its output to a photo.
 
 A network of one channel sees Y; a colour photo keeps its Cb and Cr. JPEG networks see the Y that
-the file holds (full range), for that is what was quantised; the others were trained on MATLAB's.
+the file holds (full range), which was quantised; the others were trained on MATLAB's.
 """
 
 import dataclasses
@@ -44,7 +44,9 @@ def network_input(photo: Photo, task: Task, channels: int) -> Tensor:
     return y if task.name == "car" else to_studio(y)
 
 
-def finished(answer: Tensor, colour: np.ndarray, ycc: bool, task: Task, jpeg: bool) -> np.ndarray:
+def output_levels(
+    answer: Tensor, colour: np.ndarray, ycc: bool, task: Task, jpeg: bool
+) -> np.ndarray:
     """Levels [H, W, 1 or 3], rounded once, of a network's answer [C, H, W].
 
     colour: the photo's levels there, at the answer's size: one channel makes the answer gray, three
@@ -98,7 +100,7 @@ def restore_photo(
             if not torch.isfinite(strip).all():
                 raise CheckpointError("the network's output is not finite")
             part = slice(top, top + strip.shape[1])
-            levels[part] = finished(strip, around.levels[part], around.ycc, task, jpeg)
+            levels[part] = output_levels(strip, around.levels[part], around.ycc, task, jpeg)
             top = part.stop
         return levels
 

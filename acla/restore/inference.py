@@ -47,8 +47,8 @@ def restored_pair(
     tile: int | None = None,
     ensemble: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """What a network makes of a clean picture [C,H,W] that was degraded, and what it should have
-    made of it: prediction and target, both on the CPU. Raises CheckpointError for an answer that is
+    """(prediction, target), both on the CPU, of a clean picture [C,H,W] that is degraded and
+    restored. Raises CheckpointError for an answer that is
     not finite."""
     low, target = pair(clean, task, generator, network.config.channels)
     device = next(network.model.parameters()).device

@@ -1,4 +1,4 @@
-"""Which picture goes where: one file, or a folder whose tree is kept below another."""
+"""Pairs of input and output files: one photo, or a folder whose tree is kept below another."""
 
 import os
 from collections import Counter
@@ -32,20 +32,20 @@ def find_jobs(source: Path, goal: str, suffix: str | None, overwrite: bool) -> J
         raise UsageError(f"{source}: there is no such file or folder")
     jobs, out = Jobs(), Path(goal)
     if source.is_dir():
-        found = walk(source, out, jobs)
-        targets = [out / path.relative_to(source) for path in found]
-        if not found and not jobs.failures:
+        pictures = walk(source, out, jobs)
+        targets = [out / path.relative_to(source) for path in pictures]
+        if not pictures and not jobs.failures:
             raise DataError(f"{source}: no picture in this folder ({', '.join(SUFFIXES)})")
     else:
-        found = [source]
+        pictures = [source]
         inside = out.is_dir() or goal.endswith(("/", os.sep))
         targets = [out / source.name if inside else out]
     if suffix:
         targets = [path.with_suffix(suffix) for path in targets]
     check_paths(source, out, targets)
     taken = Counter(targets)
-    read = {os.path.realpath(path) for path in found}
-    for path, target in zip(found, targets, strict=True):
+    read = {os.path.realpath(path) for path in pictures}
+    for path, target in zip(pictures, targets, strict=True):
         if taken[target] > 1:
             jobs.failures.append(f"{path}: another picture would be written to {target} as well")
         elif os.path.realpath(target) in read:
@@ -81,7 +81,7 @@ def walk(folder: Path, out: Path, jobs: Jobs) -> list[Path]:
         jobs.failures.append(f"{error.filename}: {error.strerror}")
 
     root, own = Path(os.path.realpath(folder)), os.path.realpath(out)
-    found, others = [], 0
+    pictures, others = [], 0
     for here, folders, files in os.walk(folder, onerror=unreadable):
         inner = [Path(here) / name for name in sorted(folders) if not name.startswith(".")]
         jobs.notices += [f"{path}: a link, not followed" for path in inner if path.is_symlink()]
@@ -94,9 +94,9 @@ def walk(folder: Path, out: Path, jobs: Jobs) -> list[Path]:
             elif not Path(os.path.realpath(path)).is_relative_to(root):
                 jobs.notices.append(f"{path}: a link that leaves {folder}, not followed")
             elif path.is_file():
-                found.append(path)
+                pictures.append(path)
             else:
                 jobs.failures.append(f"{path}: no ordinary file")
     if others:
         jobs.notices.append(f"{folder}: {others} files of other formats are left out")
-    return found
+    return pictures

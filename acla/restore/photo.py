@@ -27,7 +27,7 @@ from acla.errors import PictureError
 from acla.files import write_atomically
 
 ORIENTATION = ExifTags.Base.Orientation
-# What photos come in; others of Pillow's readers start programs (EPS) or draw (WMF)
+# Formats of photos; others of Pillow's readers start programs (EPS) or draw (WMF)
 READABLE = ("PNG", "BMP", "DIB", "TIFF", "JPEG", "GIF", "WEBP", "PPM")
 JPEG_OUTPUT = {"quality": 95, "subsampling": 0}  # 4:4:4: no second loss of colour
 
@@ -135,14 +135,14 @@ def read_exif(picture: Image.Image, notices: list[str]) -> tuple[bytes, int]:
     layout. Broken EXIF is dropped, with a notice.
     """
     try:
-        found = picture.getexif()
-        orientation = found.get(ORIENTATION, 1)
+        stored = picture.getexif()
+        orientation = stored.get(ORIENTATION, 1)
         orientation = orientation if orientation in range(2, 9) else 1
         if picture.format == "TIFF":
             kept = Image.Exif()
-            kept.update(descriptive(found))
+            kept.update(descriptive(stored))
             return (kept.tobytes() if len(kept) else b""), orientation
-        raw = picture.info.get("exif") or (found.tobytes() if len(found) else b"")
+        raw = picture.info.get("exif") or (stored.tobytes() if len(stored) else b"")
         if orientation > 1:
             upright = Image.Exif()
             upright.load(raw)
@@ -171,7 +171,7 @@ def turned(plane: np.ndarray, orientation: int) -> np.ndarray:
     return np.asarray(ImageOps.exif_transpose(picture))
 
 
-# Enlarging what no network restores
+# Enlarging chroma and alpha
 
 
 def resized(photo: Photo, scale: int) -> Photo:
@@ -197,11 +197,11 @@ def enlarged(plane: np.ndarray, scale: int) -> np.ndarray:
 
 
 def sized_exif(exif: bytes, width: int, height: int, notices: list[str]) -> bytes:
-    """EXIF whose picture size, where it tells one, is the given one."""
+    """EXIF with the given picture size, where it holds a size."""
     try:
-        told = Image.Exif()
-        told.load(exif)
-        part = told.get_ifd(ExifTags.IFD.Exif)
+        data = Image.Exif()
+        data.load(exif)
+        part = data.get_ifd(ExifTags.IFD.Exif)
         sizes = {
             ExifTags.Base.ExifImageWidth: width,
             ExifTags.Base.ExifImageHeight: height,
@@ -209,7 +209,7 @@ def sized_exif(exif: bytes, width: int, height: int, notices: list[str]) -> byte
         if not part.keys() & sizes.keys():
             return exif
         part.update({tag: size for tag, size in sizes.items() if tag in part})
-        return told.tobytes()
+        return data.tobytes()
     except BROKEN:
         notices.append("EXIF that cannot be read is passed on with the old size")
         return exif
