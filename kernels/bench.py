@@ -207,7 +207,7 @@ def ratios(rows: list[Row]) -> Iterator[str]:
     groups: dict[tuple, dict[str, Row]] = {}
     for row in rows:
         key = tuple(row[name] for name in ("B", "H", "W", "C", "pass", "keep"))
-        groups.setdefault(key, {})[row["backend"]] = row
+        groups.setdefault(key, {}).setdefault(row["backend"], row)  # the first had the same turns
     for group in groups.values():
         grid = [row["ms_p50"] for name, row in group.items() if name.startswith("grid_sample")]
         for name in ("cpp", "torch", "triton"):

@@ -111,7 +111,8 @@ def test_attribution_ends_at_the_receptive_field():
 )
 def test_attributions_add_up_to_what_the_detector_gains(fields, make_picture):
     model, picture = perturbed(**fields), make_picture(14, 13, 1)
-    found = local_attribution(as_used(model), picture, WINDOW, 160)
+    steps = 160 if "mask_bias" in fields else 40  # offsets make the path less smooth
+    found = local_attribution(as_used(model), picture, WINDOW, steps)
     with torch.no_grad():
         answers = [
             attribution.detail(model(p.float()[None]), WINDOW).item()

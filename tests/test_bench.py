@@ -143,7 +143,7 @@ def row(backend, ms, which="forward", keep=0.5, **others):
 def test_ratios_by_hand():
     rows = [row("grid_sample per layer", 30.0), row("grid_sample per key", 40.0)]
     rows += [row("conv3x3", 1.0), row("deform_conv2d", 32.0)]
-    rows += [row("triton", 2.0, floor_share=0.4)]
+    rows += [row("triton", 2.0, floor_share=0.4), row("triton", 3.0)]  # of another comparison
     rows += [row("cpp", 1.0, "both", 1.0), row("cpp", 0.7, "both"), row("cpp", 0.45, "both", 0.25)]
     title = "1×48×48, C 64, forward, 50% of the keys"
     times = "15.0× as fast as the better grid_sample, 16.00× as deform_conv2d, 0.50× as conv3x3"

@@ -141,7 +141,7 @@ def require_same_search(one: str, other: str) -> None:
         (["--channels", "3"], "car has 1 by its protocol"),
         (["--lambda", "-1"], "--lambda must be 0 or more"),
         (["--resume"], "holds no plan"),
-        (["--warmup", "1"], "--warmup must lie in"),
+        (["--warmup", "1"], "--warmup must be"),
     ],
 )
 def test_wrong_calls_say_what_to_do_and_leave_nothing(words, message):
