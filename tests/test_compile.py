@@ -62,7 +62,7 @@ def test_spills_are_found():
 
 
 def test_a_problem_is_named_and_fails(monkeypatch, capsys):
-    good = compile.Row("sm_80", "aggregate", "fp32 C64", 16, 64, 4, 72, 0, 0, 16, "")
+    good = compile.Compiled("sm_80", "aggregate", "fp32 C64", 16, 64, 4, 72, 0, 0, 16, "")
     bad = good._replace(target="gfx942", spills=3, problem="spills 3")
     monkeypatch.setattr(compile, "jobs", lambda targets, quick: [])
     monkeypatch.setattr(compile, "compile_all", lambda todo, workers: [good, bad])

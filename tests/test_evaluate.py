@@ -177,7 +177,7 @@ def test_wrong_prediction_size_is_named(capsys, root, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [
-        (["--dataset", "None"], 1, "fix: name a set that is there"),
+        (["--dataset", "None"], 1, "fix: name one of these sets"),
         (["--dataset", ""], 2, "is no name of a set"),
         (["--dataset", "Mine"], 2, "no task is known for set 'Mine'"),
         (["--dataset", "Mine", "--q", "0"], 2, "--q must be a whole number of 1 to 100"),
