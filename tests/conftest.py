@@ -1,6 +1,7 @@
 """What the tests share: few threads, honest uninitialised memory, pictures made up and real."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,14 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts are modules too
-THREADS = 2
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 with torch.device("meta"):
     torch.empty(0)  # torch notes its constructors at the first use, which must be the real ones
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow ones first, so that no worker waits for another at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +34,12 @@ def empty_holds_nan(monkeypatch: pytest.MonkeyPatch) -> None:
             return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
 
     monkeypatch.setattr(torch, "empty", filled)
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> None:
+    """A process that was started in the background ignores Ctrl-C; tests of it send it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -28,6 +28,7 @@ import train
 from acla import cli
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
 torch.compiler.reset()  # imports what an optimiser's first step imports
 kills, *words = sys.argv[1:]
 rng, fsync = random.Random(0), os.fsync

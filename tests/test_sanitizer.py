@@ -34,6 +34,7 @@ print("clean")
 """
 
 
+@pytest.mark.slow
 def test_the_kernel_stays_inside_its_memory(tmp_path):
     compiler = shutil.which("g++")
     if compiler is None:

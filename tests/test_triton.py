@@ -267,6 +267,7 @@ def interpreted() -> dict[str, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("interpreter")  # one child process for all
 @pytest.mark.parametrize("name", INTERPRETED)
 def test_interpreted(interpreted, name):
     assert interpreted[name] == ""
