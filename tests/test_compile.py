@@ -69,7 +69,7 @@ def test_a_problem_is_named_and_fails(monkeypatch, capsys):
     assert compile.main([]) == 1
     shown = capsys.readouterr()
     assert shown.err == "gfx942 aggregate fp32 C64 16 64 4: spills 3\n"
-    assert shown.out.splitlines()[0].split() == list(compile.Row._fields)
+    assert shown.out.splitlines()[0].split() == list(compile.Compiled._fields)
     assert len(shown.out.splitlines()) == 3
 
 
