@@ -31,7 +31,7 @@ from kernels.launch import (
     user_copy,
 )
 
-# What users meet, as (B, H, W, C, L, K): a patch, a batch of patches, a picture; EDSR, RCAN, CLA.
+# Usual sizes, as (B, H, W, C, L, K): a patch, a batch of patches, a picture; EDSR, RCAN, CLA.
 SIZES = [
     (B, H, W, C, L, K)
     for C, L, K in ((256, 5, 16), (64, 4, 16), (128, 5, 16), (256, 5, 8), (64, 4, 8))

@@ -2,8 +2,8 @@
 
 Every backend of `attend` runs beside what users write today: `grid_sample`, once per layer and once
 per key (the faster one counts), `deform_conv2d` with an identity kernel per key where torchvision
-is installed, and one 3×3 convolution of the same width. They take turns within each comparison, so
-that all of them meet the same machine. One JSON row for each measurement, then ratios.
+is installed, and one 3×3 convolution of the same width. They take turns within each comparison: the
+state of the machine is the same for all. One JSON row for each measurement, then ratios.
 
 B batch · L referred layers · K sampled keys per layer and query · H,W grid · C channels
 """

@@ -46,7 +46,7 @@ class Job(NamedTuple):
 
     kernel: str
     module: str
-    variant: str  # what tells it from the kernel's other launches
+    variant: str  # among the kernel's launches
     target: str
     config: launch.Config
     signature: dict[str, Any]
@@ -56,7 +56,7 @@ class Job(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """What came of it."""
+    """The result of a job."""
 
     target: str
     kernel: str
@@ -74,7 +74,7 @@ class Compiled(NamedTuple):
 def jobs(targets: Sequence[str], quick: bool) -> list[Job]:
     """All compilations without repetition. Quick: only each kernel's default, at the most
     channels."""
-    found: dict[tuple, Job] = {}
+    jobs_by_key: dict[tuple, Job] = {}
     for dtype in (torch.float32, torch.bfloat16):
         for C in CHANNELS[-1:] if quick else CHANNELS:
             inputs = autotune.problem((1, 4, 4, C, LAYERS, KEYS), dtype, "cpu")
@@ -84,12 +84,12 @@ def jobs(targets: Sequence[str], quick: bool) -> list[Job]:
                     for config in configs[:1] if quick else configs:
                         job = job_of(call, target, config)
                         key = (job.kernel, str(job.signature), str(job.constants), target, config)
-                        found.setdefault(key, job)
-    return list(found.values())
+                        jobs_by_key.setdefault(key, job)
+    return list(jobs_by_key.values())
 
 
 def job_of(call: launch.Call, target: str, config: launch.Config) -> Job:
-    """A launch as Triton's compiler is told of it, specialised as the launch would be."""
+    """A launch as Triton's compiler takes it, specialised as at the launch."""
     lanes = TARGETS[target][2]
     blocks = call.blocks(config, lanes)
     values = {**call.arguments, **blocks}

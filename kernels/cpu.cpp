@@ -1,4 +1,4 @@
-// kernels.attend on the CPU, forward and backward; kernels/cpu.py compiles this file on first use.
+// kernels.attend on the CPU, forward and backward; kernels/cpp_backend.py compiles this file on first use.
 //
 // B batch · L referred layers · K sampled keys per layer and query · H,W grid · C channels
 // T is the features' type in memory, A that of all arithmetic: double for double, else float.

@@ -39,7 +39,7 @@ def forward_work(
 ) -> Work:
     """Sampling and summing the kept keys; `keep` is their share, `dtype` the features'.
 
-    Features, points and mask maps are read (all features: several keys meet every pixel), the three
+    Features, points and mask maps are read (all features: several keys read every pixel), the three
     results written. A channel of a kept key takes a multiply-add for each corner, the share of a
     load, and a conversion where the features are narrower than the sums.
     """

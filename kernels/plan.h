@@ -10,7 +10,7 @@
 
 #include "vectors.h"
 
-extern "C" struct Problem {  // mirrored in cpu.py, field by field
+extern "C" struct Problem {  // mirrored in cpp_backend.py, field by field
   int64_t B, H, W, L, K, C, threads;
   double temperature;
   const void* const* features;     // [L] pointers to T [B,H+2,W+2,C], the last stride is 1

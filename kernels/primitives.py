@@ -1,4 +1,4 @@
-"""What the Triton rooms share: layers in tuples, positions, bilinear corners, the mask's noise.
+"""Parts of several Triton kernels: layers in tuples, positions, bilinear corners, noise of masks.
 
 B batch · L referred layers · K sampled keys per layer and query · H,W grid, N = H·W · C channels
 offsets are (dy, dx) in pixels, y first
@@ -142,7 +142,7 @@ def gather(pointer, offset, c, row, column, mask, UNIT: tl.constexpr):
     with the strides of rows and columns.
 
     A run of channels starts at a multiple of UNIT (one number a dimension) at each corner. The
-    compiler cannot know, and must be told of each sum where it is made, to load 16 bytes at once.
+    compiler cannot know: each sum needs the hint where it is made, to load 16 bytes at once.
     """
     v0 = tl.load(pointer + tl.multiple_of(offset + c, UNIT), mask=mask, other=0.0)
     offset1 = offset + column

@@ -150,13 +150,13 @@ def empty_plan(points: Tensor, with_keys: bool) -> Plan:
     """Room for the lists; what is not written is not read."""
     B, H, W, L, _, K = points.shape
 
-    def room(dtype: torch.dtype) -> Tensor:
+    def empty(dtype: torch.dtype) -> Tensor:
         return torch.empty(B, L, H * W, K, dtype=dtype, device=points.device)
 
     count = torch.empty(B, L, H * W, dtype=torch.int32, device=points.device)
     real = torch.float32
-    key = room(torch.int32) if with_keys else None
-    return Plan(room(torch.int64), room(real), room(real), room(real), key, count)
+    key = empty(torch.int32) if with_keys else None
+    return Plan(empty(torch.int64), empty(real), empty(real), empty(real), key, count)
 
 
 def launch_plan(
@@ -195,7 +195,7 @@ def list_arguments(plan: Plan) -> dict[str, Tensor]:
 
 
 class Wanted(NamedTuple):
-    """What a backward pass must find, and how."""
+    """The gradients that a backward pass computes, and how."""
 
     features: bool
     points: bool
@@ -331,16 +331,16 @@ def spread(
     B, H, W, L, _, K = points.shape
     maps, map_strides = (None, None) if mask_maps is None else layers(mask_maps)
 
-    def room(wanted: bool, *shape: int) -> Tensor | None:
+    def empty(wanted: bool, *shape: int) -> Tensor | None:
         return torch.empty(shape, dtype=torch.float32, device=points.device) if wanted else None
 
-    grad_points = room(wanted.points, *points.shape)
+    grad_points = empty(wanted.points, *points.shape)
     grad_maps = None
     if wanted.maps and not wanted.ordered:
         size, real, device = (B, H + 2, W + 2, K), torch.float32, points.device
         grad_maps = [torch.zeros(size, dtype=real, device=device) for _ in range(L)]
-    grad_mask = room(wanted.maps and wanted.ordered, B, L, H * W, K)
-    grad_gates = room(wanted.gates, B, L, H * W)
+    grad_mask = empty(wanted.maps and wanted.ordered, B, L, H * W, K)
+    grad_gates = empty(wanted.gates, B, L, H * W)
     arguments = {
         "points_ptr": points.detach(),
         "maps": maps,

@@ -1,4 +1,4 @@
-"""Time and memory of calls that take turns, so that all of them meet the same machine."""
+"""Time and memory of calls that take turns: the state of the machine is the same for all."""
 
 import itertools
 import json

@@ -41,8 +41,8 @@ def why_not_on(device: torch.device) -> str | None:
     per process and GPU."""
     capability = torch.cuda.get_device_capability(device)
     if torch.version.hip is None and capability < OLDEST:
-        found, oldest = (".".join(map(str, version)) for version in (capability, OLDEST))
-        return f"{device} has compute capability {found}, triton needs {oldest}"
+        own, oldest = (".".join(map(str, version)) for version in (capability, OLDEST))
+        return f"{device} has compute capability {own}, triton needs {oldest}"
     try:
         from triton.runtime import driver
 
@@ -91,7 +91,7 @@ def backward(
     gates, seeds = dense(gates), dense(seeds)
     grad, grad_coverage, grad_kept = map(dense, gradients)
     maps_wanted = mask_maps is not None and any(wanted[2])
-    found = sampling.Wanted(
+    needed = sampling.Wanted(
         features=any(wanted[0]),
         points=wanted[1],
         maps=maps_wanted,
@@ -102,17 +102,17 @@ def backward(
     grad_features = grad_points = grad_maps = grad_gates = dots = None
     with torch.cuda.device_of(points):
         plan = sampling.resample(points, mask_maps, gates, seeds)
-        if found.points or found.maps or found.gates:
+        if needed.points or needed.maps or needed.gates:
             if grad is not None:
-                dots = aggregation.dots(features, plan, gates, grad, found.closed, found.gates)
+                dots = aggregation.dots(features, plan, gates, grad, needed.closed, needed.gates)
             grad_points, grad_maps, grad_gates = sampling.spread(
                 *(points, mask_maps, gates, seeds, temperature, plan),
-                *(dots, grad_coverage, grad_kept, found),
+                *(dots, grad_coverage, grad_kept, needed),
             )
-        if found.features and grad is not None:
-            add = aggregation.sum_rows if found.ordered else aggregation.scatter
+        if needed.features and grad is not None:
+            add = aggregation.sum_rows if needed.ordered else aggregation.scatter
             grad_features = add(plan, gates, grad)
-        elif found.features:
+        elif needed.features:
             grad_features = [f.new_zeros(f.shape) for f in features]
     return (
         share_out(grad_features, features, wanted[0]),

@@ -76,21 +76,21 @@ class Inputs:
         ]
         if pairs:
             torch.autograd.backward(*zip(*pairs, strict=True))
-        found = {name: result.detach() for name, result in out._asdict().items()}
-        return found | {f"∂{name}": leaf.grad for name, leaf in leaves.items()}
+        results = {name: result.detach() for name, result in out._asdict().items()}
+        return results | {f"∂{name}": leaf.grad for name, leaf in leaves.items()}
 
 
 def make(
     size: Size,
     *,
-    spread: float = 2.0,
+    deviation: float = 2.0,
     masks: bool = True,
     mask_sign: int = 0,
     gates: list[float] | None = None,
     seeds: bool = False,
     seed: int = 0,
 ) -> Inputs:
-    """Random inputs; offsets have the standard deviation `spread`, in pixels; mask logits all have
+    """Random inputs; `deviation` is the offsets' standard deviation in pixels; mask logits all have
     the sign `mask_sign` unless it is 0."""
     B, H, W, L, K, C = size
     generator = torch.Generator().manual_seed(seed)
@@ -102,8 +102,8 @@ def make(
 
     points = normal(B, H, W, L, 3, K)
     offsets = points[..., :2, :]  # never whole numbers, where the derivative jumps
-    offsets.copy_((offsets * spread * 256).round() / 256 + 1 / 512)
-    # What meets features is a bfloat16's, so that narrow types start from the same numbers too.
+    offsets.copy_((offsets * deviation * 256).round() / 256 + 1 / 512)
+    # Features and their gradients are bfloat16's values: the same numbers in narrow types too.
     drawn = [normal(B, H + 2, W + 2, C).bfloat16().double() for _ in range(L)]
     maps = [normal(B, H + 2, W + 2, K) for _ in range(L)]
     if mask_sign:

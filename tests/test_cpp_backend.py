@@ -29,10 +29,10 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def error(found: Tensor, exact: Tensor) -> float:
-    assert found.shape == exact.shape
-    assert found.isfinite().all()
-    return (found.double() - exact).abs().max().item()
+def error(result: Tensor, exact: Tensor) -> float:
+    assert result.shape == exact.shape
+    assert result.isfinite().all()
+    return (result.double() - exact).abs().max().item()
 
 
 def judge(backend: str, inputs: Inputs, dtype: torch.dtype) -> None:
@@ -41,17 +41,17 @@ def judge(backend: str, inputs: Inputs, dtype: torch.dtype) -> None:
     cancel."""
     exact = inputs.to(torch.float64).run("reference")
     peer = exact if dtype == torch.float64 else inputs.to(dtype).run("reference")
-    found = inputs.to(dtype).run(backend)
-    assert found.keys() == exact.keys()
+    result = inputs.to(dtype).run(backend)
+    assert result.keys() == exact.keys()
     # The noise is float32 in every type, and a logarithm's last bit is the machine's.
     eps = torch.finfo(torch.float32 if inputs.seeds is not None else dtype).eps
     eps = max(eps, torch.finfo(dtype).eps)
-    assert torch.equal(found["kept"], exact["kept"])
+    assert torch.equal(result["kept"], exact["kept"])
     for name, value in exact.items():
-        assert found[name].dtype == peer[name].dtype, name
+        assert result[name].dtype == peer[name].dtype, name
         largest = gate_terms(inputs) if name == "∂gates" else value.abs().max().item()
         allowed = error(peer[name], value) + 8 * eps * largest
-        assert error(found[name], value) <= allowed, name
+        assert error(result[name], value) <= allowed, name
 
 
 # ---- against the reference
@@ -81,7 +81,7 @@ def test_sizes(backend, size, dtype):
         pytest.param({"masks": False}, id="no-masks"),
         pytest.param({"mask_sign": -1}, id="all-masked"),
         pytest.param({"mask_sign": 1}, id="all-kept"),
-        pytest.param({"spread": 40.0}, id="far-outside"),
+        pytest.param({"deviation": 40.0}, id="far-outside"),
         pytest.param({"seeds": True}, id="noise"),
         pytest.param({"seeds": True, "gates": [0.0, 1.0, 0.0]}, id="noise-and-closed-gates"),
         pytest.param({"masks": False, "gates": [1.0, 0.0, 0.5]}, id="gates-without-masks"),
@@ -116,7 +116,7 @@ def test_random_shapes(data, dtype, backend):
     size = tuple(data.draw(st.integers(1, limit), label=name) for name, limit in limits.items())
     inputs = make(
         size,
-        spread=data.draw(st.sampled_from([0.3, 2.0, 9.0]), label="spread"),
+        deviation=data.draw(st.sampled_from([0.3, 2.0, 9.0]), label="deviation"),
         masks=data.draw(st.booleans(), label="masks"),
         gates=data.draw(
             st.none() | st.lists(st.sampled_from([0.0, 1.0]), min_size=size[3], max_size=size[3]),
@@ -142,12 +142,12 @@ def test_half_precision_and_mixed_types(backend):
     inputs = make_clear((1, 4, 5, 2, 3, 6), around=1e-2)
     inputs.features = [f.half() for f in inputs.features]
     inputs.points, inputs.mask_maps = inputs.points.float(), [m.half() for m in inputs.mask_maps]
-    found = inputs.run(backend)
+    result = inputs.run(backend)
     exact = inputs.to(torch.float64).run("reference")
-    assert found["aggregate"].dtype == torch.half
-    assert found["∂mask_maps[1]"].dtype == torch.half
+    assert result["aggregate"].dtype == torch.half
+    assert result["∂mask_maps[1]"].dtype == torch.half
     for name, value in exact.items():
-        assert error(found[name], value) <= 4 * torch.finfo(torch.half).eps * value.abs().max()
+        assert error(result[name], value) <= 4 * torch.finfo(torch.half).eps * value.abs().max()
 
 
 def test_noise_is_the_reference_s(backend):
@@ -206,9 +206,9 @@ def test_what_lies_far_apart_gives_the_bits_of_what_is_near(backend, tmp_path):
 def test_expanded_gradients(backend):
     inputs = make_clear((1, 4, 5, 2, 3, 6)).to(torch.float32)
     inputs.cotangents = [torch.ones(()).expand(c.shape) for c in inputs.cotangents]
-    found = inputs.run(backend)
+    result = inputs.run(backend)
     for name, value in inputs.run("reference").items():
-        torch.testing.assert_close(found[name], value)
+        torch.testing.assert_close(result[name], value)
 
 
 @pytest.mark.parametrize(
@@ -220,12 +220,12 @@ def test_expanded_gradients(backend):
 def test_only_the_gradients_wanted(backend, wanted, gates):
     inputs = make_clear((2, 4, 9, 2, 3, 6), gates=gates).to(torch.float32)
     expected = inputs.run("reference", wanted)
-    found = inputs.run(backend, wanted)
+    result = inputs.run(backend, wanted)
     for name, value in expected.items():
         if value is None:
-            assert found[name] is None
+            assert result[name] is None
         else:
-            torch.testing.assert_close(found[name], value)
+            torch.testing.assert_close(result[name], value)
 
 
 @pytest.mark.parametrize("result", ["aggregate", "coverage", "kept"])
@@ -240,9 +240,9 @@ def test_a_loss_of_one_result_alone(backend, result):
         grads.append(
             torch.autograd.grad((value**2).sum(), list(leaves.values()), allow_unused=True)
         )
-    for name, expected, found in zip(leaves, *grads, strict=True):
-        expected = torch.zeros_like(found) if expected is None else expected
-        torch.testing.assert_close(found, expected, msg=lambda m, n=name: n + m)
+    for name, expected, grad in zip(leaves, *grads, strict=True):
+        expected = torch.zeros_like(grad) if expected is None else expected
+        torch.testing.assert_close(grad, expected, msg=lambda m, n=name: n + m)
 
 
 def test_nothing_is_saved_where_no_gradient_is_wanted(backend):
@@ -262,10 +262,10 @@ def test_first_order_only(backend):
 def test_a_closed_layer_is_not_read(backend):
     inputs = make_clear((1, 4, 5, 2, 3, 6), gates=[0.0, 1.0])
     inputs.features[0].fill_(math.nan)
-    found = inputs.run(backend, {"features[0]", "features[1]", "points", "mask_maps[0]"})
-    assert not found["aggregate"][..., 0, :].any()
-    assert not found["∂features[0]"].any()
-    assert all(value.isfinite().all() for value in found.values() if value is not None)
+    result = inputs.run(backend, {"features[0]", "features[1]", "points", "mask_maps[0]"})
+    assert not result["aggregate"][..., 0, :].any()
+    assert not result["∂features[0]"].any()
+    assert all(value.isfinite().all() for value in result.values() if value is not None)
 
 
 def test_masked_keys_are_not_read(backend):

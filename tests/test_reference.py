@@ -30,9 +30,9 @@ def reference(inputs: operator_cases.Inputs) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("spread", [1.0, 30.0], ids=["near", "far-outside"])
-def test_gradients_are_those_of_the_results(size, spread):
-    inputs = operator_cases.make(size, spread=spread, masks=False, gates=[0.5] * size[3])
+@pytest.mark.parametrize("deviation", [1.0, 30.0], ids=["near", "far-outside"])
+def test_gradients_are_those_of_the_results(size, deviation):
+    inputs = operator_cases.make(size, deviation=deviation, masks=False, gates=[0.5] * size[3])
     gradcheck(inputs, list(inputs.leaves()))
 
 
@@ -104,7 +104,7 @@ def by_grid_sample(inputs: operator_cases.Inputs, border: Tensor) -> tuple[Tenso
         pytest.param({}, id="masks"),
         pytest.param({"masks": False}, id="no-masks"),
         pytest.param({"seeds": True, "gates": [1.0, 0.0]}, id="noise-and-gates"),
-        pytest.param({"spread": 9.0}, id="mostly-outside"),
+        pytest.param({"deviation": 9.0}, id="mostly-outside"),
     ],
 )
 @pytest.mark.parametrize("size", [(2, 5, 7, 2, 3, 4), (1, 1, 6, 2, 2, 3)], ids=["5x7", "1x6"])

@@ -28,7 +28,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from operator_cases import FAR, Inputs, far_apart, gate_terms, sparse_memory  # noqa: E402
-from triton.runtime.interpreter import InterpreterBuilder  # noqa: E402
+from triton.runtime import interpreter  # noqa: E402
 from triton_cases import CASES, NAMES, Case, small_cases  # noqa: E402
 
 from kernels import accounting, triton_backend  # noqa: E402
@@ -52,7 +52,7 @@ def moved(value, device: str):
 
 
 def arguments_of(inputs: Inputs, device: str) -> list:
-    """What `gpu.forward` takes, on the device."""
+    """The arguments of `triton_backend.forward`, on the device."""
     given = (inputs.features, inputs.points, inputs.mask_maps, inputs.gates, inputs.seeds)
     return [moved(value, device) for value in given]
 
@@ -71,21 +71,21 @@ def by_kernels(inputs: Inputs, case: Case, device: str) -> dict[str, torch.Tenso
         out = triton_backend.forward(*arguments)
         pairs = zip(out, inputs.cotangents, strict=True)
         gradients = [None if c is None else c.to(o) for o, c in pairs]
-        found = triton_backend.backward(*arguments, inputs.temperature, gradients, wanted)
+        grads = triton_backend.backward(*arguments, inputs.temperature, gradients, wanted)
         if case.ordered:
             again = named(
                 *triton_backend.backward(*arguments, inputs.temperature, gradients, wanted)
             )
-            for name, gradient in named(*found).items():
+            for name, gradient in named(*grads).items():
                 assert torch.equal(gradient, again[name]), f"{name} varies"
-    found, leaves = named(*found), inputs.leaves()
+    grads, leaves = named(*grads), inputs.leaves()
     expected = {name for name in leaves if name.split("[")[0] in case.wanted}
-    assert found.keys() == expected, f"gradients {sorted(found)}, wanted {sorted(expected)}"
-    for name, gradient in found.items():
+    assert grads.keys() == expected, f"gradients {sorted(grads)}, wanted {sorted(expected)}"
+    for name, gradient in grads.items():
         like = leaves[name]
         assert (gradient.dtype, gradient.shape) == (like.dtype, like.shape), name
     results = dict(zip(NAMES, out, strict=True))
-    results |= {f"∂{name}": gradient for name, gradient in found.items()}
+    results |= {f"∂{name}": gradient for name, gradient in grads.items()}
     return {name: tensor.cpu() for name, tensor in results.items()}
 
 
@@ -121,14 +121,14 @@ def check(case: Case, device: str) -> None:
     """The kernels err no more than torch does in the same types, but for rounding: another order of
     the same sums may double an error, a result is rounded once to its own type, and a GPU's
     exponentials and divisions are good to two units in float32's last place, a few of which may
-    meet; of the largest term where the terms may cancel."""
+    add up; of the largest term where the terms may cancel."""
     inputs = case.build()
     with deterministic(case.ordered):
-        found = by_kernels(inputs, case, device)
+        results = by_kernels(inputs, case, device)
     exact = inputs.to(torch.float64).run("reference")
     peer = inputs.run("reference")
-    assert torch.equal(found["kept"], exact["kept"]), "kept differs"
-    for name, result in found.items():
+    assert torch.equal(results["kept"], exact["kept"]), "kept differs"
+    for name, result in results.items():
         zero = torch.zeros_like(result)  # the gradient of what no result depends on
         truth, own = (zero if run[name] is None else run[name].double() for run in (exact, peer))
         error = (result.double() - truth).abs().max()
@@ -163,8 +163,8 @@ def check_shut_layers_are_not_read(device: str) -> None:
     out = triton_backend.forward(*arguments)
     gradients = tuple(torch.ones_like(result) for result in out)
     wanted = ([True, True], True, [True, True], False)
-    found = named(*triton_backend.backward(*arguments, inputs.temperature, gradients, wanted))
-    assert all(tensor.isfinite().all() for tensor in (*out, *found.values()))
+    grads = named(*triton_backend.backward(*arguments, inputs.temperature, gradients, wanted))
+    assert all(tensor.isfinite().all() for tensor in (*out, *grads.values()))
 
 
 def check_count(device: str) -> None:
@@ -210,7 +210,7 @@ def check_rough_arithmetic(device: str) -> None:
             "create_log": lambda self, value: self.unary_op(value, rough(np.log)),
             "create_fdiv": lambda self, a, b: self.binary_op(a, b, rough(np.divide)),
         }.items():
-            patch.setattr(InterpreterBuilder, name, method)
+            patch.setattr(interpreter.InterpreterBuilder, name, method)
         for name in ("only-coverage-sent", "gates-without-mask", "bf16"):
             check(CASES[name], device)
 
@@ -287,9 +287,22 @@ def test_what_is_moved_lies_as_it_lay():
     assert torch.equal(moved(inputs.features, "cpu")[0], inputs.features[0])
 
 
+def take_arrays_of_one_element_as_bounds() -> None:
+    """Let `range` take a reduction's result in the interpreters of Triton before 3.7, whose int()
+    of an array of one element numpy 2.4 refuses."""
+    original = interpreter._patch_lang_tensor
+
+    def patched(tensor: type, *scope: object) -> None:
+        original(tensor, *scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = patched
+
+
 def child(part: int) -> None:
     """Run a part of the checks through the interpreter; print the failure of each as JSON."""
     torch.set_num_threads(1)
+    take_arrays_of_one_element_as_bounds()
     failures = {}
     for name in [*INTERPRETED][part::PARTS]:
         try:

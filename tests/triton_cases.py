@@ -16,7 +16,7 @@ NAMES = ("aggregate", "coverage", "kept")
 
 @dataclass(frozen=True)
 class Case:
-    """A problem; `change` may spoil its inputs before they are used."""
+    """A problem; `change` alters its inputs before use."""
 
     B: int
     L: int
@@ -28,7 +28,7 @@ class Case:
     masked: bool = True
     gates: tuple[float, ...] | None = None
     seeded: bool = True
-    spread: float = 2.0  # pixels, of the offsets
+    deviation: float = 2.0  # of the offsets, in pixels
     wanted: tuple[str, ...] = ALL
     sent: tuple[str, ...] = NAMES  # results that have a gradient
     ordered: bool = False
@@ -38,7 +38,7 @@ class Case:
         """Inputs on the CPU: features in the case's type, the rest in float32."""
         inputs = make_clear(
             (self.B, self.H, self.W, self.L, self.K, self.C),
-            spread=self.spread,
+            deviation=self.deviation,
             masks=self.masked,
             gates=self.gates,
             seeds=self.seeded,
@@ -137,7 +137,7 @@ CASES = {
     "many-channels": Case(1, 1, 5, 3, 4, 256),
     "fifteen-images-and-layers": Case(5, 3, 3, 3, 4, 3, gates=(1, 0, 1)),
     "fifteen-layers-of-one-image": Case(1, 15, 2, 3, 4, 8),
-    "far-outside": Case(1, 2, 6, 5, 4, 8, spread=60),
+    "far-outside": Case(1, 2, 6, 5, 4, 8, deviation=60),
     "whole-pixels": Case(1, 2, 4, 5, 6, 3, change=round_offsets),
     "on-the-edges": Case(1, 2, 4, 5, 6, 3, change=on_the_edges),
     "nan-and-infinity": Case(1, 2, 5, 5, 6, 3, change=not_numbers),
@@ -164,7 +164,7 @@ CASES = {
     "bf16": Case(1, 2, 5, 6, 7, 16, dtype=bf16, gates=(1, 1)),
     "fp16": Case(1, 2, 5, 6, 7, 16, dtype=fp16),
     "bf16-many-channels": Case(1, 1, 5, 3, 4, 256, dtype=bf16),
-    "fp16-off-the-block": Case(1, 2, 5, 9, 3, 33, dtype=fp16, spread=5),
+    "fp16-off-the-block": Case(1, 2, 5, 9, 3, 33, dtype=fp16, deviation=5),
     "bf16-maps-too": Case(1, 2, 5, 6, 7, 16, dtype=bf16, change=other_types),
     "ordered": Case(2, 2, 3, 3, 4, 5, ordered=True, gates=(1, 0)),
     "ordered-one-pixel": Case(1, 1, 4, 1, 1, 1, ordered=True),
@@ -175,7 +175,7 @@ CASES = {
     "ordered-all-masked": Case(1, 2, 3, 2, 3, 3, ordered=True, change=shut_all),
     "ordered-all-kept": Case(1, 2, 3, 2, 3, 3, ordered=True, change=open_all),
     "ordered-sixteen-keys": Case(1, 1, 16, 3, 2, 64, ordered=True),
-    "ordered-outside-without-mask": Case(1, 2, 3, 3, 2, 8, ordered=True, masked=False, spread=9),
+    "ordered-outside-without-mask": Case(1, 2, 3, 3, 2, 8, ordered=True, masked=False, deviation=9),
     "ordered-gaps-bf16": Case(1, 2, 3, 3, 2, 8, dtype=bf16, ordered=True, change=scatter_in_memory),
 }
 
@@ -196,6 +196,6 @@ def small_cases(draw: st.DrawFn) -> Case:
         masked=draw(st.booleans(), label="masked"),
         gates=draw(gates, label="gates"),
         seeded=draw(st.booleans(), label="seeded"),
-        spread=draw(st.sampled_from([0.1, 1, 3, 20]), label="spread"),
+        deviation=draw(st.sampled_from([0.1, 1, 3, 20]), label="deviation"),
         ordered=draw(st.sampled_from([False, False, False, True]), label="ordered"),
     )
