@@ -76,6 +76,16 @@ def test_a_process_ends_while_its_workers_still_work():
     assert done.stderr.endswith("ValueError\n")
 
 
+def test_steps_in_any_order_keep_no_files_open(sampler):
+    for workers, steps in ((0, 8), (1, 3)):
+        loader = Loader(sampler, CPU, workers)
+        loader.batch(0)
+        before = len(os.listdir("/proc/self/fd"))
+        for step in range(2, 2 + 2 * steps, 2):
+            loader.batch(step)
+        assert len(os.listdir("/proc/self/fd")) <= before + 2
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_unreadable_picture_is_named_in_one_line(sampler, workers):
     sampler.pictures.paths[1].write_bytes(b"no picture")

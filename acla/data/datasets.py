@@ -342,11 +342,9 @@ class Batches(Dataset):
     """A sampler's batches; the index is the step. An error that the user can mend is returned in
     place of a batch, so that it leaves a worker as it is."""
 
-    def __init__(self, sampler: PatchSampler):
+    def __init__(self, sampler: PatchSampler, workers: int):
         self.sampler = sampler
-        # Workers, which ignore SIGTERM, end with the process that writes: at its exit or its death.
-        self.reader, self.writer = multiprocessing.Pipe(duplex=False)
-        atexit.register(self.writer.close)
+        self.parent = lifeline(os.getpid()) if workers else None
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor] | AclaError:
         try:
@@ -385,7 +383,7 @@ class Loader:
 
     def batches_from(self, step: int) -> Iterator:
         loader = DataLoader(
-            Batches(self.sampler),
+            Batches(self.sampler, self.workers),
             batch_size=None,
             sampler=range(step, 2**62),
             num_workers=self.workers,
@@ -402,12 +400,21 @@ def start_worker(worker: int) -> None:
     info.dataset.sampler.pictures.memory //= info.num_workers
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    info.dataset.writer.close()
-    threading.Thread(target=end_after, args=(info.dataset.reader,), daemon=True).start()
+    reader, writer = info.dataset.parent
+    writer.close()
+    threading.Thread(target=end_after, args=(reader,), daemon=True).start()
+
+
+@functools.cache
+def lifeline(pid: int) -> tuple[Connection, Connection]:
+    """A pipe whose writing end closes when this process exits or dies. Its workers, which ignore
+    SIGTERM, wait for that at the reading end."""
+    reader, writer = multiprocessing.Pipe(duplex=False)
+    atexit.register(writer.close)
+    return reader, writer
 
 
 def end_after(reader: Connection) -> None:
-    """End this process when the other end of the pipe is closed."""
     reader.poll(None)
     os._exit(0)
 
