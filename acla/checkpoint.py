@@ -1,4 +1,5 @@
-"""Conversion of networks published as PyTorch files to model files of this project:
+"""Import of published PyTorch files, as model files of this project (their format:
+acla/models/serialization.py):
 
     python -m acla.checkpoint import edsr_x2.pt edsr_x2.safetensors
 
@@ -7,7 +8,7 @@ releases. Published networks work on pictures in 0..255, ours on 0..1: with bias
 convolutions and ReLUs turn pictures 255 times smaller into features 255 times smaller. Not so the
 convolutions whose output a sigmoid turns into factors, which must stay the same: they keep their
 biases, and our modules multiply their input by 255 (`FactorConvolution`, HAN's attentions). The
-function is the same, to rounding. The format of model files is in acla/models/serialization.py."""
+function is the same, to rounding."""
 
 import argparse
 import hashlib

@@ -47,10 +47,14 @@ def add_run_flags(parser: argparse.ArgumentParser, out: Path, name: str) -> None
     default `out`: the common ones, the task, the preset, the folder."""
     add_common_flags(parser)
     parser.add_argument(
-        "--preset", choices=PRESETS, help="size and length (default: paper on a GPU, tiny on a CPU)"
+        "--preset",
+        choices=PRESETS,
+        help="network size and schedule (default: paper on a GPU, else tiny)",
     )
     add_task_flags(parser)
-    parser.add_argument("--out", type=Path, metavar="DIR", default=out, help=f"default: {out}")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", default=out, help=f"folder of the run (default: {out})"
+    )
     parser.add_argument("--resume", action="store_true", help=f"go on with the {name} in --out")
     parser.add_argument("--epochs", type=int, help="length in epochs instead of --steps")
 
@@ -193,15 +197,17 @@ def refuse_unused(args: argparse.Namespace, network: ModelConfig) -> None:
 
 
 def add_task_flags(parser: argparse.ArgumentParser, default: str = "car") -> None:
-    """--task and the setting of each task. default: the task without these flags, for --help."""
+    """--task and the setting of each task. default: for --help, the task without these flags; a
+    network or a set has its own setting too."""
     group = parser.add_argument_group("The task")
     group.add_argument("--task", choices=TASKS, help=f"what is restored (default: {default})")
     settings = {
-        "scale": (int, "sr: enlargement per side, 2, 3 or 4 (default: 2)"),
-        "sigma": (float, "denoise: noise in 8-bit levels (default: 30)"),
-        "q": (parse_quality, "car: JPEG quality, 1 to 100, or a range, 5-60 (default: 10)"),
+        "scale": (int, "sr: enlargement per side, 2, 3 or 4", 2),
+        "sigma": (float, "denoise: noise in 8-bit levels", 30),
+        "q": (parse_quality, "car: JPEG quality, 1 to 100, or a range, 5-60", 10),
     }
-    for name, (kind, text) in settings.items():
+    for name, (kind, text, value) in settings.items():
+        text += f" (default: {value if default in TASKS else default})"
         metavar = name.upper()
         group.add_argument(f"--{name}", dest=f"task_{name}", metavar=metavar, type=kind, help=text)
 

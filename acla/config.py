@@ -160,7 +160,7 @@ class Task:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A network, whole: what a checkpoint needs to rebuild it."""
+    """Network: all that a checkpoint needs to rebuild it."""
 
     backbone: str = option(
         "edsr", "the network that attention is inserted into", choices=BACKBONES, shown="edsr"
@@ -245,19 +245,19 @@ class TrainConfig:
     )
     val_set: str = option(
         "",
-        "sets to validate on, A,B; without any a tenth of the training set (sample has its own)",
-        shown="none",
+        "sets to validate on, A,B",
+        shown="every tenth picture of the training set; sample has its own",
     )
-    amp: bool = option(False, "compute in a short number format where it is safe", shown="off")
+    amp: bool = option(False, "automatic mixed precision", shown="off")
     amp_dtype: str = option(
         "bf16",
-        "that format; fp16 is for GPUs, with scaled gradients",
+        "type of --amp; fp16 is for GPUs, with scaled gradients",
         choices=AMP_FORMATS,
         shown="bf16",
     )
     clip: float = option(
         0.0,
-        "largest norm of a step's gradient, which clipping keeps; 0: off",
+        "clip the gradient to this norm; 0: off",
         NOT_NEGATIVE,
         shown="off",
     )
@@ -265,7 +265,9 @@ class TrainConfig:
         False, "run the network through torch.compile; the weights' bits may differ", shown="off"
     )
     ema: bool = option(
-        False, "average the weights over steps (decay 0.999), use the averages", shown="off"
+        False,
+        "validate and save an exponential average of the weights (decay 0.999)",
+        shown="off",
     )
     offset_lr_mult: float = option(
         1.0, "factor on the learning rate of the attention's offsets and weights", POSITIVE

@@ -162,7 +162,7 @@ def dots(
 ) -> Tensor:
     """Products of the gradient [B,H,W,L,C] with the feature at each key's corners, [B,L,N,K,4]
     float32: all that the gradients of offsets, logits, masks and gates need of the features.
-    Written as far as `bilinear.reach` says."""
+    Written as far as `primitives.reach` says."""
     B, L, N, K = plan.corner.shape
     tensors, strides = layers(features)
     out = torch.empty(B, L, N, K, 4, dtype=torch.float32, device=grad.device)

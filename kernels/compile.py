@@ -1,6 +1,6 @@
 """Compile every Triton kernel ahead of time, without a GPU: `python -m kernels.compile`.
 
-Every kernel, in every configuration of autotune.py, for each named GPU: its registers, spills,
+Every kernel, in every configuration of launch.py, for each named GPU: its registers, spills,
 shared memory and widest load. The exit status is 1 if a kernel spills, or if the gathers do not
 load 16 bytes at a time.
 """

@@ -280,7 +280,7 @@ inline float logarithm(float x) {  // for 0 < x < 1, normal
   return m + small + e * 0.693359375f;
 }
 
-inline float logistic_noise(uint64_t seed, uint64_t counter) {  // Philox4x32-10, see reference.py
+inline float logistic_noise(uint64_t seed, uint64_t counter) {  // Philox4x32-10, see philox.py
   uint32_t c0 = uint32_t(counter), c1 = uint32_t(counter >> 32), c2 = 0, c3 = 0;
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
 #pragma GCC unroll 10

@@ -420,7 +420,7 @@ def end_after(reader: Connection) -> None:
 
 
 def default_workers(device: torch.device) -> int:
-    """None on a CPU, whose cores train; for a GPU four, or as many as its process has cores."""
+    """0 on a CPU, whose cores train; for a GPU four, or as many as its process has cores."""
     if device.type == "cpu":
         return 0
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -1,6 +1,6 @@
-"""File to tensor and back: the only door to 0..255.
+"""Picture files to tensors and back.
 
-Inside, a picture is float32 [C, H, W] in 0..1.
+A picture is float32 [C, H, W] in 0..1, unless a docstring says levels (0..255 or 0..65535).
 """
 
 import os

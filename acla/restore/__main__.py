@@ -38,8 +38,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--tile",
         type=int,
         metavar="N",
-        help=f"side of a tile in low-quality pixels (default: {TILE[1]} for photos with more "
-        "pixels than that, less for super-resolution)",
+        help=f"side of a tile in low-quality pixels (default: {TILE[1]} for photos of more than "
+        f"{TILE[1]}×{TILE[1]} pixels, less for super-resolution)",
     )
     parser.add_argument(
         "--ensemble", action="store_true", help="average over 8 flips and rotations: 8 times slower"
