@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from acla import cli
-from acla.config import SETTING_DEFAULT, Task
+from acla.config import SETTING_DEFAULT, SETTING_FLAG, Task
 from acla.console import check_json, notice, publish
 from acla.data.datasets import find_set, match_stems
 from acla.data.degradations import generator_for, pair, untouched
@@ -173,7 +173,7 @@ def default_checkpoint(args: argparse.Namespace, sets: Iterable[str]) -> Path:
         task = cli.task_from_flags(args) or TASK_OF_SET.get(next(iter(sets)), Task())
         try:
             pretrained = PretrainedModels(None, task, torch.device("cpu"))
-            quality = None if task.until else int(task.setting)
+            quality = int(task.setting) if task.name == "car" and not task.until else None
             file = pretrained.files.get(task) or pretrained.pick(quality)[0]
         except UsageError as error:
             raise UsageError(
@@ -204,9 +204,11 @@ def pick_task(args: argparse.Namespace, flags: Task | None, method: Method, name
     if flags is None or (flags.name == trained.name and cli.names_no_setting(args, trained.name)):
         if not trained.until:
             return trained
-        usual = Task(trained.name, SETTING_DEFAULT[trained.name])
-        scored = usual if trained.covers(usual) else Task(trained.name, trained.setting)
-        notice(f"{method.label}, trained for {trained}, is scored on {scored}; --q changes it")
+        usual, flag = SETTING_DEFAULT[trained.name], SETTING_FLAG[trained.name]
+        scored = Task(trained.name, usual)
+        if not trained.covers(scored):
+            scored = Task(trained.name, trained.setting or trained.until)
+        notice(f"{method.label}, trained for {trained}, is scored on {scored}; --{flag} changes it")
         return scored
     if flags.name != trained.name or flags.scale != trained.scale:
         raise UsageError(f"{method.label} was trained for {trained}, not for {flags}")

@@ -136,6 +136,16 @@ def parse_quality(text: str) -> tuple[int, int]:
     return int(parts[1]), int(parts[2] or 0)
 
 
+def parse_sigma(text: str) -> tuple[float, int]:
+    """'12.5' → (12.5, 0); '0-55' → (0, 55): a Task's setting and until."""
+    parts = re.fullmatch(r"(.+?)(?:(?<=\d)-(0*[1-9]\d*))?", text, re.ASCII)
+    try:
+        return float(parts[1]), int(parts[2] or 0)
+    except (TypeError, ValueError) as cause:
+        message = f"wants a noise level, 30, or a range, 0-55, not {text!r}"
+        raise argparse.ArgumentTypeError(message) from cause
+
+
 def add_flags(parser: argparse.ArgumentParser, kind: type, skip: tuple[str, ...] = ()) -> None:
     """Add a flag for each field of a configuration, except those to skip, and its former names. A
     flag that is not given leaves no trace in the parsed arguments: a preset can fill it."""
@@ -203,7 +213,7 @@ def add_task_flags(parser: argparse.ArgumentParser, default: str = "car") -> Non
     group.add_argument("--task", choices=TASKS, help=f"what is restored (default: {default})")
     settings = {
         "scale": (int, "sr: enlargement per side, 2, 3 or 4", 2),
-        "sigma": (float, "denoise: noise in 8-bit levels", 30),
+        "sigma": (parse_sigma, "denoise: noise in 8-bit levels, or a range, 0-55", 30),
         "q": (parse_quality, "car: JPEG quality, 1 to 100, or a range, 5-60", 10),
     }
     for name, (kind, text, value) in settings.items():

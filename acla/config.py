@@ -105,7 +105,8 @@ def option(
 class Task:
     """A restoration task. setting: the scale (sr: 2, 3, 4), the noise level in 8-bit levels
     (denoise: > 0), the JPEG quality (car: 1..100) or 0 (demosaic); until: 0, or the end of a range
-    of qualities from `setting` on, from which every picture's is drawn."""
+    of noise levels or qualities from `setting` on (denoise: >= 0), from which every picture's is
+    drawn."""
 
     name: str = "car"
     setting: float = 10
@@ -114,7 +115,7 @@ class Task:
     def __post_init__(self) -> None:
         allowed = {
             "sr": ("2, 3 or 4", self.setting in (2, 3, 4)),
-            "denoise": ("above 0", 0 < self.setting < math.inf),
+            "denoise": ("above 0", 0 < self.setting + self.until < math.inf and self.setting >= 0),
             "car": ("a whole number of 1 to 100", self.setting in range(1, 101)),
             "demosaic": ("0", self.setting == 0),
         }
@@ -126,11 +127,12 @@ class Task:
         if not fits:
             flag = SETTING_FLAG[self.name]
             raise UsageError(f"--{flag} must be {values}, not {self.setting:g}")
-        if type(self.until) is not int or (self.until and self.name != "car"):
-            raise UsageError(f"a range is for whole qualities of car, not for {self.name}")
-        if self.until and not self.setting < self.until <= 100:
-            given = f"{self.setting:g}-{self.until}"
-            raise UsageError(f"a range of qualities rises, up to 100: --q 5-60, not {given}")
+        if type(self.until) is not int or (self.until and self.name not in ("car", "denoise")):
+            raise UsageError(f"a range ends in a whole number and is no setting of {self.name}")
+        most = 100 if self.name == "car" else math.inf
+        if self.until and not self.setting < self.until <= most:
+            given = f"--{SETTING_FLAG[self.name]} {self.setting:g}-{self.until}"
+            raise UsageError(f"a range rises, and qualities end at 100: --q 5-60, not {given}")
 
     @property
     def scale(self) -> int:
@@ -143,14 +145,19 @@ class Task:
         return 1 if self.name == "car" else 3
 
     @property
+    def value(self) -> str:
+        """The setting as its flag takes it: 10, 5-60, or nothing."""
+        if self.name not in SETTING_FLAG:
+            return ""
+        return f"{self.setting:g}" + (f"-{self.until}" if self.until else "")
+
+    @property
     def label(self) -> str:
         """The setting as tables name it: x2, sigma30, q10, or nothing."""
-        prefix = {"sr": "x", "denoise": "sigma", "car": "q", "demosaic": ""}[self.name]
-        until = f"-{self.until}" if self.until else ""
-        return f"{prefix}{self.setting:g}{until}" if prefix else ""
+        return {"sr": "x", "denoise": "sigma", "car": "q", "demosaic": ""}[self.name] + self.value
 
     def covers(self, other: "Task") -> bool:
-        """Whether the other task is the same, or its qualities lie within this range."""
+        """Whether the other task is the same, or its settings lie within this range."""
         inside = self.setting <= other.setting <= (other.until or other.setting) <= self.until
         return self == other or (self.name == other.name and inside)
 

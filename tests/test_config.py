@@ -31,6 +31,8 @@ def parse(*words: str) -> argparse.Namespace:
         (["--q", "5-60"], Task("car", 5, 60)),
         (["--task", "sr", "--scale", "3"], Task("sr", 3)),
         (["--sigma", "25"], Task("denoise", 25)),
+        (["--sigma", "0.5"], Task("denoise", 0.5)),
+        (["--sigma", "0-55"], Task("denoise", 0, 55)),
         (["--task", "demosaic"], Task("demosaic", 0)),
     ],
 )
@@ -45,8 +47,10 @@ def test_flags_name_the_task(words, task):
         (["--q", "10", "--sigma", "10"], "belongs to --task"),
         (["--task", "sr", "--scale", "5"], "--scale must be 2, 3 or 4, not 5"),
         (["--task", "car", "--q", "0"], "--q must be a whole number of 1 to 100"),
-        (["--q", "60-5"], "--q 5-60, not 60-5"),
-        (["--q", "5-101"], "up to 100"),
+        (["--q", "60-5"], "--q 5-60, not --q 60-5"),
+        (["--q", "5-101"], "end at 100"),
+        (["--sigma", "55-5"], "--sigma 55-5"),
+        (["--sigma", "0"], "--sigma must be above 0"),
         (["--q", "101"], "--q must be a whole number of 1 to 100"),
         (["--sigma", "nan"], "--sigma must be above 0"),
         (["--sigma", "-1"], "--sigma must be above 0"),
@@ -109,6 +113,13 @@ def test_what_is_no_quality_is_refused(text, capsys):
     assert "argument --q: wants a quality, 10, or a range, 5-60" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", ["", "10-", "a", "5-x", "5-0", "5-10-20"])
+def test_what_is_no_noise_level_is_refused(text, capsys):
+    with pytest.raises(SystemExit):
+        parse(f"--sigma={text}")
+    assert "argument --sigma: wants a noise level, 30, or a range, 0-55" in capsys.readouterr().err
+
+
 def test_a_range_of_qualities_covers_its_own():
     many = Task("car", 5, 60)
     assert (many.label, str(many), many.scale, many.channels) == ("q5-60", "car q5-60", 1, 1)
@@ -120,8 +131,8 @@ def test_a_range_of_qualities_covers_its_own():
     assert not many.covers(Task("car", 10, 61))
     assert not Task("car", 10).covers(many)
     assert not many.covers(Task("denoise", 10))
-    with pytest.raises(UsageError, match="a range is for whole qualities of car"):
-        Task("denoise", 10, 30)
+    with pytest.raises(UsageError, match="no setting of sr"):
+        Task("sr", 2, 3)
 
 
 @pytest.mark.parametrize("value", [Task("sr", 3), ModelConfig(positions=(2, 7)), TrainConfig()])
@@ -141,7 +152,7 @@ def test_json_with_missing_or_unknown_fields_is_refused():
 
 def test_files_from_before_a_field_mean_its_default():
     values = dataclasses.asdict(Task("car", 20)) | {"until": 60.5}
-    with pytest.raises(UsageError, match="a range is for whole qualities"):
+    with pytest.raises(UsageError, match="a range ends in a whole number"):
         config.from_dict(Task, values)
     values.pop("until")
     assert config.from_dict(Task, values) == Task("car", 20)

@@ -220,3 +220,15 @@ def test_qualities_of_a_range_are_drawn_evenly_and_again_the_same(make_scene):
     assert min(counts) >= 8  # 20 are expected; fewer than 8 have a chance below 1e-3
     again = torch.Generator().manual_seed(1)
     assert all(torch.equal(d, degrade(clean, task, again)) for d in drawn)
+
+
+def test_noise_levels_of_a_range_are_drawn_evenly_and_again_the_same():
+    clean = torch.full((3, 64, 64), 0.5)
+    task, generator = Task("denoise", 0, 40), torch.Generator().manual_seed(1)
+    drawn = [degrade(clean, task, generator) for _ in range(60)]
+    sigmas = torch.stack([(d - clean).std() * 255 for d in drawn])
+    assert 0 <= sigmas.min() < 5
+    assert 35 < sigmas.max() < 41
+    assert sigmas.mean() == pytest.approx(20, abs=6)  # four standard errors
+    again = torch.Generator().manual_seed(1)
+    assert all(torch.equal(d, degrade(clean, task, again)) for d in drawn)

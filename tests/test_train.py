@@ -38,11 +38,12 @@ def same_state(one: str, other: str) -> bool:
         (["--task", "car", "--q", "20"], Task("car", 20)),
         (["--task", "car", "--q", "5-60"], Task("car", 5, 60)),
         (["--task", "denoise", "--sigma", "50", "--channels", "1"], Task("denoise", 50)),
+        (["--task", "denoise", "--sigma", "0-55"], Task("denoise", 0, 55)),
         (["--task", "demosaic"], Task("demosaic", 0)),
         (["--task", "sr", "--scale", "3"], Task("sr", 3)),
         (["--task", "sr", "--backbone", "rcan", "--group-blocks", "1"], Task("sr", 2)),
     ],
-    ids=["car", "car-range", "denoise-gray", "demosaic", "sr3", "sr2-rcan"],
+    ids=["car", "car-range", "denoise-gray", "denoise-range", "demosaic", "sr3", "sr2-rcan"],
 )
 def test_every_task_trains_and_its_network_comes_back(words, task, small_sets):
     train.main([*SMALL, *SHORT, *small_sets, *words, "--steps", "3"])

@@ -26,7 +26,7 @@ from acla.analysis.attribution import (
 )
 from acla.analysis.figures import FIGURES, write_figures
 from acla.config import Task
-from acla.data.degradations import draw_quality, generator_for, pair
+from acla.data.degradations import draw_setting, generator_for, pair
 from acla.data.image import load
 from acla.errors import AclaError, CheckpointError, DataError, PictureError, UsageError
 from acla.models.serialization import Checkpoint, load_model
@@ -59,8 +59,8 @@ def read_input(path: Path, network: Checkpoint, as_is: bool) -> tuple[Tensor, Te
     """(the network's input, the picture in which details are looked for, the task) of a clean
     picture, which is degraded, or of one that is degraded already. Raises AclaError."""
     task, channels = network.task, network.config.channels
-    if task.until and not as_is:  # a range of qualities: the one that the file's name draws
-        task = Task(task.name, draw_quality(task, generator_for(path.stem)))
+    if task.until and not as_is:  # a range: the setting that the file's name draws
+        task = Task(task.name, draw_setting(task, generator_for(path.stem)))
     try:
         if as_is:
             source = photo.read(path, ycc=channels == 1)

@@ -146,7 +146,7 @@ def mosaic(clean: Tensor) -> Tensor:
 def degrade(clean: Tensor, task: Task, generator: torch.Generator | None = None) -> Tensor:
     """The low-quality input of a clean picture that has the channels and the size of the task.
 
-    Noise and a range of qualities need the generator. Raises DataError for channels that the task
+    Noise and a range of settings need the generator. Raises DataError for channels that the task
     cannot take.
     """
     if (task.name, clean.shape[-3]) in (("car", 3), ("demosaic", 1)):
@@ -155,19 +155,22 @@ def degrade(clean: Tensor, task: Task, generator: torch.Generator | None = None)
         case "sr":
             return shrink(clean, task.scale)
         case "denoise":
-            return add_noise(clean, task.setting, generator)
+            return add_noise(clean, draw_setting(task, generator), generator)
         case "car":
-            return jpeg(clean, draw_quality(task, generator))
+            return jpeg(clean, int(draw_setting(task, generator)))
         case "demosaic":
             return mosaic(clean)
     raise ValueError(f"unknown task {task.name!r}")
 
 
-def draw_quality(task: Task, generator: torch.Generator | None) -> int:
-    """The JPEG quality of a task, drawn where it is a range."""
+def draw_setting(task: Task, generator: torch.Generator | None) -> float:
+    """The setting of a task, drawn where it is a range: a whole JPEG quality, any noise level."""
     if not task.until:
-        return int(task.setting)
-    return int(torch.randint(int(task.setting), task.until + 1, (), generator=generator))
+        return task.setting
+    if task.name == "car":
+        return int(torch.randint(int(task.setting), task.until + 1, (), generator=generator))
+    span = task.until - task.setting
+    return task.setting + span * float(torch.rand((), generator=generator))
 
 
 def pair(
@@ -179,7 +182,7 @@ def pair(
     """(degraded [c, h, w], target [c, h·scale, w·scale]) of a clean picture [1 or 3, H, W] in 0..1.
 
     c is the task's number of channels unless `channels` says otherwise. sr crops to a multiple of
-    the scale; car takes Y rounded to 8 bit; noise and a range of qualities need the generator.
+    the scale; car takes Y rounded to 8 bit; noise and a range of settings need the generator.
     Raises DataError for a picture smaller than the scale.
     """
     target = fit_channels(clean, channels or task.channels)

@@ -172,12 +172,12 @@ def protocol_line(task: Task, baseline: bool = False, channels: int | None = Non
                 channel = "Y in floating point from RGB (gray files as R = G = B)"
             made = f"bicubic ×{task.scale} of 8 bit as MATLAB's imresize"
         case "denoise":
-            made = f"Gaussian noise, σ = {task.setting:g} of 255, seeded per picture, not clipped"
+            made = f"Gaussian noise, σ = {task.value} of 255, seeded per picture, not clipped"
         case "car":
             codec = "libjpeg-turbo" if features.check("libjpeg_turbo") else "libjpeg"
             version = features.version("libjpeg_turbo") or features.version("jpg")
             encoder = f"Pillow {PIL.__version__} ({codec} {version})"
-            made = f"grayscale JPEG, quality {task.label[1:]}, {encoder}"
+            made = f"grayscale JPEG, quality {task.value}, {encoder}"
         case _:
             made = "Bayer mosaic GRBG, missing samples zero"
     cut = f"border of {border(task)} px cut" if border(task) else "no border cut"

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from acla.cli import DEVICES, add_task_flags, pick_device, run, task_from_flags
+from acla.config import SETTING_FLAG
 from acla.console import notice, printable, say
 from acla.data.image import FORMATS
 from acla.errors import AclaError, UsageError, out_of_memory
@@ -66,8 +67,9 @@ def main(argv: list[str] | None = None) -> None:
         raise UsageError("photos are restored in one process: python, not torchrun")
     task = task_from_flags(args)
     if task and task.until:
+        flag = SETTING_FLAG[task.name]
         raise UsageError(
-            f"--q {task.label[1:]}: a photo has one quality; give one, or leave --q out"
+            f"--{flag} {task.value}: a photo has one of them: give it, or leave --{flag} out"
         )
     models = PretrainedModels(args.checkpoint, task, pick_device(args.device))
     for task in models.files:

@@ -61,16 +61,16 @@ class PretrainedModels:
 
 
 def pretrained_files(task: Task) -> dict[Task, Path]:
-    """The pretrained models for a task: for car of every quality, else of its own setting. Raises
-    UsageError where there is none."""
+    """The pretrained models for a task: for car of every quality, else those that cover its
+    setting. Raises UsageError where there is none."""
     folder = next((folder for folder in FOLDERS if folder.is_dir()), FOLDERS[0])
-    fitting = [one for one in FILES if one == task or one.name == task.name == "car"]
+    fitting = [one for one in FILES if one.covers(task) or one.name == task.name == "car"]
     files = {one: folder / FILES[one] for one in fitting if (folder / FILES[one]).is_file()}
     if files:
         return files
     flag = f"--task {task.name}"
     if task.name in SETTING_FLAG:
-        flag += f" --{SETTING_FLAG[task.name]} {task.label.lstrip('xsigmaq')}"
+        flag += f" --{SETTING_FLAG[task.name]} {task.value}"
     raise UsageError(
         f"no pretrained model for {task} in {folder}; train one (python train.py {flag} --out DIR) "
         "and name it: --checkpoint DIR/model.safetensors"
