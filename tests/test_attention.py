@@ -125,6 +125,27 @@ def test_without_gradients_h_is_folded_into_g():
     assert torch.equal(folded_kept, kept)
 
 
+def test_the_folded_weights_follow_every_change_of_the_module():
+    module = random_module(6, 2, 4, masked=True)
+    maps = [torch.randn(1, 6, 5, 4, dtype=torch.float64) for _ in range(2)]
+
+    def check():
+        rows = [to_rows(m) for m in maps]
+        z, _ = module(maps[1], rows)
+        for _ in range(2):  # folded, then kept
+            with torch.no_grad():
+                torch.testing.assert_close(module(maps[1], rows)[0], z.detach())
+
+    check()
+    module(maps[1], [to_rows(m) for m in maps])[0].sum().backward()
+    torch.optim.SGD(module.parameters(), lr=0.1).step()
+    check()
+    module.load_state_dict(random_module(6, 2, 4, masked=True, seed=1).state_dict())
+    check()
+    module, maps = module.float(), [m.float() for m in maps]
+    check()
+
+
 class OnGpu(torch.Tensor):
     """A tensor that says it lies on a GPU."""
 

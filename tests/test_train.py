@@ -309,7 +309,7 @@ def test_a_state_that_is_cut_short_or_of_another_version_is_refused(small_sets, 
     save_state(state, tensors, progress)
     line = failing(["--resume", *small_sets[-2:]], capsys)
     assert line.startswith(f"error: {state}: the plan inside is not valid")
-    assert line.endswith("fields: clip; begin anew with --out DIR")
+    assert line.endswith("fields: clip; start over with --out DIR")
     state.write_bytes(state.read_bytes()[:-100])
     before = {path.name: path.read_bytes() for path in Path("runs/train").iterdir()}
     line = failing(["--resume", *small_sets[-2:]], capsys)

@@ -200,5 +200,5 @@ def test_tensors_of_another_run_are_refused_in_one_line(name, tensor):
     tensors = {k: t.clone() for k, t in trainer.pack(parts).items()} | {name: tensor}
     if tensor is None:
         del tensors[name]
-    with pytest.raises(CheckpointError, match=r"^x/state: .*; begin anew with --out DIR$"):
+    with pytest.raises(CheckpointError, match=r"^x/state: .*; start over with --out DIR$"):
         trainer.unpack(parts_of_a_run(), tensors, Path("x/state"))

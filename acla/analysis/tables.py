@@ -69,7 +69,9 @@ def printed_rows() -> list[dict[str, str]]:
     """The figures of the tables as they are printed, with their networks: backbone (`base`, or a
     network of another name), attention, keys (default: its own), after every how many blocks
     (default: where the paper inserts it), and notes on figures that ours differ from."""
-    with open(Path(__file__).with_name("ablations.csv"), encoding="utf-8", newline="") as file:
+    with open(
+        Path(__file__).with_name("published_ablations.csv"), encoding="utf-8", newline=""
+    ) as file:
         return list(csv.DictReader(file))
 
 

@@ -190,7 +190,9 @@ def protocol_line(task: Task, baseline: bool = False, channels: int | None = Non
 @functools.cache
 def published_rows() -> list[dict[str, str]]:
     """The figures of Tables 1, 2, 3 and 10 of the paper, as they are printed."""
-    with open(Path(__file__).with_name("published.csv"), encoding="utf-8", newline="") as file:
+    with open(
+        Path(__file__).with_name("published_scores.csv"), encoding="utf-8", newline=""
+    ) as file:
         return list(csv.DictReader(file))
 
 

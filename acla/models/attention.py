@@ -10,8 +10,9 @@ Where each equation is computed:
     Eq. 7, 9   binary Gumbel gate with its straight-through estimator
                                            `binary_gate` in kernels/reference.py; the fast backends
                                            compute the same inside `kernels.attend`
-    Eq. 8      mask unit M(x(p))           the map M(x) in `forward`, read at the sampled positions
-                                           p in `kernels.attend`: the same, since M is linear
+    Eq. 8      mask unit M(x(p))           the map M(x) in `mask_maps`, read at the sampled
+                                           positions p in `kernels.attend`: the same, since M is
+                                           linear
     Eq. 10     gates of insert positions   `draw_gates` in gumbel.py
     Eq. 11     several referred layers     `Backbone.forward_with_counts` in backbones.py
 
@@ -64,6 +65,7 @@ class CrossLayerAttention(nn.Module):
         self.mask = nn.Parameter(torch.empty(layers, keys, width)) if masked else None
         self.mask_bias = nn.Parameter(torch.empty(layers, keys)) if masked else None
         self.output = nn.Linear(width, width)
+        self.kept_fold: tuple[list, tuple[Tensor, Tensor]] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -89,10 +91,12 @@ class CrossLayerAttention(nn.Module):
         gates: Tensor | None = None,
         seeds: Tensor | None = None,
         temperature: float = 1.0,
+        maps: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """query x^j [B,C,H,W]; rows of the L referred layers [B,H+2,W+2,C], x^j's own last
         (`kernels.to_rows`); gates s_l [L] (Eq. 11); seeds [B] int64 of the masks' noise, None for
-        masks without noise; temperature τ of the masks' gradient (Eq. 9).
+        masks without noise; temperature τ of the masks' gradient (Eq. 9); maps M(x^l) of the L
+        layers [B,H+2,W+2,K], where `mask_maps` has computed those of several modules together.
 
         Returns h(y) [B,C,H,W] and the keys kept [B,L], summed over the queries."""
         # Positions need more than the eight bits of bfloat16 or the eleven of TF32.
@@ -102,23 +106,31 @@ class CrossLayerAttention(nn.Module):
         points = rearrange(
             points, "b h w (l yxw k) -> b h w l yxw k", l=self.layers, yxw=3, k=self.keys
         )
-        maps = None
-        if self.mask is not None:  # Eq. 8: M on the whole layer, sampled inside `attend`
-            maps = [
-                pointwise(r, m, b) for r, m, b in zip(rows, self.mask, self.mask_bias, strict=True)
-            ]
+        if maps is None and self.mask is not None:
+            maps = [mask_maps([self], layer, one)[0] for layer, one in enumerate(rows)]
         attended = attend(rows, points, maps, gates, seeds=seeds, temperature=temperature)
-        value, bias = rearrange(self.value, "l out c -> out (l c)"), self.value_bias
         if torch.is_grad_enabled():  # g and its bias after the sum (Eq. 5), then h (Eq. 2)
+            value = rearrange(self.value, "l out c -> out (l c)")
             y = pointwise(attended.aggregate.flatten(3), value)
-            y = y + attended.coverage.to(y.dtype) @ bias.to(y.dtype)
+            y = y + attended.coverage.to(y.dtype) @ self.value_bias.to(y.dtype)
             z = pointwise(y, self.output.weight, self.output.bias)
-        else:  # h∘g is one matrix: folding it costs less than applying h
-            value, bias = self.output.weight @ value, F.linear(bias, self.output.weight)
+        else:
+            value, bias = self.folded()
             z = pointwise(attended.aggregate.flatten(3), value, self.output.bias)
             coverage = attended.coverage.to(z.dtype).flatten(0, 2)
-            z = torch.addmm(z.flatten(0, 2), coverage, bias.to(z.dtype)).view_as(z)
+            z = z.flatten(0, 2).addmm_(coverage, bias.to(z.dtype)).view_as(z)
         return z.permute(0, 3, 1, 2), attended.kept
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """h∘g as one matrix [C, L·C] and g's bias behind h [L,C], kept until a weight changes (but
+        in `weight.data`, which torch does not count)."""
+        parts = self.output.weight, self.value, self.value_bias
+        if torch.compiler.is_compiling() or self.value.is_inference():  # no versions there
+            return fold(*parts)
+        versions = [(id(part), part.data_ptr(), part._version) for part in parts]
+        if self.kept_fold is None or self.kept_fold[0] != versions:
+            self.kept_fold = versions, fold(*parts)
+        return self.kept_fold[1]
 
     def select(self, layers: Sequence[int]) -> dict[str, Tensor]:
         """The state dict of the module that refers to these layers alone, counted from 0."""
@@ -131,6 +143,22 @@ class CrossLayerAttention(nn.Module):
             per_layer = state[name].unflatten(0, (self.layers, -1))
             state[name] = per_layer[index].flatten(0, 1).clone()
         return state
+
+
+def fold(output: Tensor, value: Tensor, value_bias: Tensor) -> tuple[Tensor, Tensor]:
+    """h∘g: [C,C] after [L,C,C] and [L,C] → [C, L·C] and [L,C], in the weights' precision."""
+    with torch.autocast(output.device.type, enabled=False):
+        return output @ rearrange(value, "l out c -> out (l c)"), value_bias @ output.T
+
+
+def mask_maps(
+    modules: Sequence[CrossLayerAttention], layer: int, rows: Tensor
+) -> tuple[Tensor, ...]:
+    """M(x) of Eq. 8, border included: the maps [B,H+2,W+2,K] of several modules on one layer that
+    all of them refer to (their l-th, counted from 0), by one product."""
+    weight = torch.cat([module.mask[layer] for module in modules])
+    bias = torch.cat([module.mask_bias[layer] for module in modules])
+    return pointwise(rows, weight, bias).split([module.keys for module in modules], -1)
 
 
 def pointwise(

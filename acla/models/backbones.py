@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from acla.config import ATTENTIONS, ModelConfig
-from acla.models.attention import CrossLayerAttention
+from acla.models.attention import CrossLayerAttention, mask_maps
 from acla.models.baselines import MultiHeadAttention, NonLocal, SqueezedAttention, SqueezeExcitation
 from acla.models.gumbel import position_seeds
 from kernels import to_rows
@@ -204,11 +204,17 @@ class Backbone(nn.Module):
         if gates is not None and not gates.requires_grad:
             shut = {p for p, s in zip(self.config.positions, gates.tolist(), strict=True) if s == 0}
         x = self.shallow(pictures.contiguous(memory_format=torch.channels_last))
-        y, outputs, rows, kept = x, [], [], {}
+        y, outputs, rows, maps, kept = x, [], [], [], {}
+        masked = [p for p in self.config.positions if self.config.kind.masked and p not in shut]
         for position, block in enumerate(self.blocks, 1):
             y = block(y)
             if str(position) in self.attention:
                 rows.append(to_rows(y))
+                later = [p for p in masked if p >= position]
+                if later:
+                    modules = [self.attention[str(p)] for p in later]
+                    own_maps = mask_maps(modules, len(rows) - 1, rows[-1])
+                    maps.append(dict(zip(later, own_maps, strict=True)))
                 if position not in shut:
                     # A module refers to its own layer whenever it is open, so its own gate is a
                     # factor of its output alone.
@@ -217,6 +223,8 @@ class Backbone(nn.Module):
                         own = gates[len(rows) - 1]
                         referred = torch.cat([gates[: len(rows) - 1], own.new_ones(1)])
                     inputs = y, tuple(rows), referred, position_seeds(seeds, position), temperature
+                    if masked:
+                        inputs = *inputs, [of_layer[position] for of_layer in maps]
                     z, kept[position] = self.run_attention(str(position), *inputs)
                     y = y + (z if own is None else own * z)
             outputs = [*outputs, y] if self.collects else [y]

@@ -31,7 +31,7 @@ FILES = {
     "state": "state.safetensors of train.py or supernet.safetensors of search.py",
 }
 PROGRESS = {"step": int, "seconds": float, "plan": dict, "data": dict}
-ANEW = "; begin anew with --out DIR"  # how messages about a state end
+START_OVER = "; start over with --out DIR"  # how messages about a state end
 PYTORCH = {".pt", ".pth", ".bin", ".ckpt"}  # suffixes of PyTorch files
 # Fields that configure the inserted attention and not the backbone
 OF_ATTENTION = ("attention", "keys", "positions", "offset_radius", "mask_bias")
@@ -149,7 +149,9 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         progress = from_json(header["progress"])
         require_types("the progress", progress, PROGRESS)
     except NOT_VALID as error:
-        raise CheckpointError(f"{path}: the progress inside is not valid: {error}{ANEW}") from error
+        raise CheckpointError(
+            f"{path}: the progress inside is not valid: {error}{START_OVER}"
+        ) from error
     return tensors, progress
 
 

@@ -22,7 +22,7 @@ from acla.data.datasets import PatchSampler
 from acla.distributed import Processes
 from acla.errors import NOT_VALID, AclaError, CheckpointError, DataError, Stopped, UsageError
 from acla.files import clear_temporary, provenance, write_atomically
-from acla.models.serialization import ANEW, in_one_line, save_model, save_state
+from acla.models.serialization import START_OVER, in_one_line, save_model, save_state
 from acla.training.trainer import Trainer
 
 MODEL, BEST, STATE = "model.safetensors", "best.safetensors", "state.safetensors"
@@ -64,7 +64,9 @@ class Progress:
         try:
             return cls(**{name: value for name, value in values.items() if name in known})
         except TypeError as error:
-            raise CheckpointError(f"{path}: not a state of train.py: {error}{ANEW}") from error
+            raise CheckpointError(
+                f"{path}: not a state of train.py: {error}{START_OVER}"
+            ) from error
 
 
 class RunDir:
@@ -196,7 +198,7 @@ def resumed_plan(kind: type, progress: dict, args: argparse.Namespace, path: Pat
     except (*NOT_VALID, AttributeError, UsageError) as error:
         reason = in_one_line(error)
         raise CheckpointError(
-            f"{path}: the plan inside is not valid or of another version: {reason}{ANEW}"
+            f"{path}: the plan inside is not valid or of another version: {reason}{START_OVER}"
         ) from error
     allowed = WITH_RESUME if "train" in parts else WITH_RESUME[:3]
     given = {name for name, value in vars(args).items() if value is not None}
@@ -224,7 +226,7 @@ def require_same_data(progress: dict, data: dict[str, str]) -> None:
     if changed:
         raise DataError(
             f"--resume: the pictures for {' and '.join(changed)} are not those the run began with: "
-            "restore them (see --data), or begin anew with --out DIR"
+            "restore them (see --data), or start over with --out DIR"
         )
 
 
@@ -236,7 +238,7 @@ def require_finite(loss: float, first: int, last: int, folder: Path) -> None:
     if not np.isfinite(loss):
         raise AclaError(
             f"the loss is {loss} between steps {first} and {last}; the checkpoint in {folder} is "
-            "from before: lower --lr and begin anew with --out DIR"
+            "from before: lower --lr and start over with --out DIR"
         )
 
 
@@ -259,7 +261,7 @@ def require_finite_steps(
     raise AclaError(
         f"{value} in step {step + 1}, patches {first} to {first + sampler.size - 1}, of "
         f"{', '.join(names[:MAX_NAMES])}{more}; the last good checkpoint is {last_state}: lower "
-        "--lr, or --clip the gradient, and begin anew with --out DIR"
+        "--lr, or --clip the gradient, and start over with --out DIR"
     )
 
 

@@ -17,7 +17,7 @@ from acla.distributed import Processes
 from acla.errors import AclaError, CheckpointError, UsageError
 from acla.models.backbones import Backbone
 from acla.models.factory import build_network
-from acla.models.serialization import ANEW
+from acla.models.serialization import START_OVER
 
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 EMA_DECAY = 0.999
@@ -123,7 +123,7 @@ class Trainer:
             self.scaler.load_state_dict(values["scaler"])
         except (RuntimeError, KeyError) as error:
             raise CheckpointError(
-                f"{path}: holds the gradient scaler of another run{ANEW}"
+                f"{path}: holds the gradient scaler of another run{START_OVER}"
             ) from error
         self.losses, self.norms = (
             [torch.tensor(value, device=self.device) for value in values.get(name, ())]
@@ -208,7 +208,7 @@ def unpack(parts: Parts, tensors: dict[str, Tensor], path: Path) -> None:
             raise ValueError(f"unknown {min(unknown)}")
     except (RuntimeError, ValueError) as error:
         reason = textwrap.shorten(str(error), 200)
-        raise CheckpointError(f"{path}: not a state of this run: {reason}{ANEW}") from error
+        raise CheckpointError(f"{path}: not a state of this run: {reason}{START_OVER}") from error
 
 
 # Seeds and rates
