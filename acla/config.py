@@ -269,7 +269,9 @@ class TrainConfig:
         shown="off",
     )
     compile: bool = option(
-        False, "run the network through torch.compile; the weights' bits may differ", shown="off"
+        False,
+        "run the network through torch.compile, on a GPU as CUDA graphs; weights differ in bits",
+        shown="off",
     )
     ema: bool = option(
         False,

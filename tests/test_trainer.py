@@ -1,11 +1,13 @@
 """One step of training: clipping, number formats, compiling, averages; and all of it resumed."""
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from acla.config import MASKED, ModelConfig, TrainConfig
 from acla.distributed import Processes
@@ -27,6 +29,34 @@ def step(one: Trainer, number: int) -> None:
 def same(one: Trainer, other: Trainer) -> bool:
     (a, values), (b, others) = one.state(), other.state()
     return a.keys() == b.keys() and values == others and all(torch.equal(a[n], b[n]) for n in a)
+
+
+class Transfers(TorchDispatchMode):
+    """Refuses blocking copies to or from the meta device, which stands for a GPU: reading a value
+    of it raises already."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            source = args[-1] if func is torch.ops.aten.copy_.default else args[0]
+            apart = source.device != out.device and source.dim()  # a number travels with the launch
+            assert not apart or (kwargs or {}).get("non_blocking"), f"{func} waits"
+        return out
+
+
+@pytest.mark.parametrize("change", [{}, {"clip": 1.0}, {"ema": True}, {"offset_lr_mult": 10.0}])
+def test_a_step_waits_for_nothing_on_its_device(monkeypatch, change):
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # lacks meta
+    network = ModelConfig(blocks=3, width=4, channels=1, keys=2, positions=(1, 3))
+    one = Trainer(network, replace(CONFIG, **change), Processes(torch.device("meta")))
+    for number in range(3):  # the first creates Adam's moments
+        low = torch.empty(2, 1, 9, 7, device="meta")
+        with Transfers():
+            one.step(number, range(2), low, low)
+    with pytest.raises(RuntimeError, match="meta"):
+        one.losses[0].item()
+    with Transfers(), pytest.raises(AssertionError, match="waits"):
+        torch.ones(2).to("meta")
 
 
 def test_averages_forget_the_start_and_then_move_slowly():
@@ -228,7 +258,7 @@ def test_a_compiled_network_learns_the_same_under_the_same_names():
 
 
 def test_a_network_that_cannot_be_compiled_fails_with_the_flag(monkeypatch):
-    def compile(model):
+    def compile(model, **_):
         def fail(*_):
             raise RuntimeError("no compiler\nwas found")
 

@@ -20,7 +20,7 @@ The operator of Eq. 6 to 9 and 11 written literally is kernels/reference.py.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from einops import rearrange
@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from kernels import attend
 
 RING_KEYS = 8
+LARGE = 2**29  # multiply-adds that take a GPU longer in float32 than a launch does
 
 
 class CrossLayerAttention(nn.Module):
@@ -65,7 +66,7 @@ class CrossLayerAttention(nn.Module):
         self.mask = nn.Parameter(torch.empty(layers, keys, width)) if masked else None
         self.mask_bias = nn.Parameter(torch.empty(layers, keys)) if masked else None
         self.output = nn.Linear(width, width)
-        self.kept_fold: tuple[list, tuple[Tensor, Tensor]] | None = None
+        self.derived: dict[str, tuple[list, tuple[Tensor, Tensor]]] = {}  # see `derive`
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -100,7 +101,7 @@ class CrossLayerAttention(nn.Module):
 
         Returns h(y) [B,C,H,W] and the keys kept [B,L], summed over the queries."""
         # Positions need more than the eight bits of bfloat16 or the eleven of TF32.
-        with torch.autocast(query.device.type, enabled=False):
+        with full_precision(query):
             query = query.permute(0, 2, 3, 1).to(self.points.weight.dtype)
             points = pointwise(query, self.points.weight, self.points.bias, full=True)
         points = rearrange(
@@ -115,22 +116,12 @@ class CrossLayerAttention(nn.Module):
             y = y + attended.coverage.to(y.dtype) @ self.value_bias.to(y.dtype)
             z = pointwise(y, self.output.weight, self.output.bias)
         else:
-            value, bias = self.folded()
+            parts = self.output.weight, self.value, self.value_bias
+            value, bias = derive(self, "h∘g", fold, *parts)
             z = pointwise(attended.aggregate.flatten(3), value, self.output.bias)
             coverage = attended.coverage.to(z.dtype).flatten(0, 2)
             z = z.flatten(0, 2).addmm_(coverage, bias.to(z.dtype)).view_as(z)
         return z.permute(0, 3, 1, 2), attended.kept
-
-    def folded(self) -> tuple[Tensor, Tensor]:
-        """h∘g as one matrix [C, L·C] and g's bias behind h [L,C], kept until a weight changes (but
-        in `weight.data`, which torch does not count)."""
-        parts = self.output.weight, self.value, self.value_bias
-        if torch.compiler.is_compiling() or self.value.is_inference():  # no versions there
-            return fold(*parts)
-        versions = [(id(part), part.data_ptr(), part._version) for part in parts]
-        if self.kept_fold is None or self.kept_fold[0] != versions:
-            self.kept_fold = versions, fold(*parts)
-        return self.kept_fold[1]
 
     def select(self, layers: Sequence[int]) -> dict[str, Tensor]:
         """The state dict of the module that refers to these layers alone, counted from 0."""
@@ -146,9 +137,37 @@ class CrossLayerAttention(nn.Module):
 
 
 def fold(output: Tensor, value: Tensor, value_bias: Tensor) -> tuple[Tensor, Tensor]:
-    """h∘g: [C,C] after [L,C,C] and [L,C] → [C, L·C] and [L,C], in the weights' precision."""
-    with torch.autocast(output.device.type, enabled=False):
-        return output @ rearrange(value, "l out c -> out (l c)"), value_bias @ output.T
+    """h∘g as one matrix: [C,C] after [L,C,C] and [L,C] → [C, L·C] and g's bias behind h [L,C]."""
+    return output @ rearrange(value, "l out c -> out (l c)"), value_bias @ output.T
+
+
+def join(*parts: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights and biases of several 1×1 convolutions, in turns, as those of one."""
+    return torch.cat(parts[::2]), torch.cat(parts[1::2])
+
+
+def derive(
+    module: CrossLayerAttention,
+    name: str,
+    function: Callable[..., tuple[Tensor, Tensor]],
+    *parts: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """function(*parts) of a module's weights, in their precision. Without gradients the module
+    keeps it until one of them changes (but by `weight.data`, which torch does not count)."""
+    with full_precision(parts[0]):
+        counted = not torch.compiler.is_compiling() and not parts[0].is_inference()
+        if torch.is_grad_enabled() or not counted:
+            return function(*parts)
+        versions = [(part.data_ptr(), part._version) for part in parts]
+        if name not in module.derived or module.derived[name][0] != versions:
+            module.derived[name] = versions, function(*parts)
+        return module.derived[name][1]
+
+
+def full_precision(tensor: Tensor) -> torch.autocast:
+    """A context without automatic mixed precision on the tensor's device."""
+    kind = "cpu" if tensor.is_meta else tensor.device.type  # autocast lacks meta
+    return torch.autocast(kind, enabled=False)
 
 
 def mask_maps(
@@ -156,9 +175,11 @@ def mask_maps(
 ) -> tuple[Tensor, ...]:
     """M(x) of Eq. 8, border included: the maps [B,H+2,W+2,K] of several modules on one layer that
     all of them refer to (their l-th, counted from 0), by one product."""
-    weight = torch.cat([module.mask[layer] for module in modules])
-    bias = torch.cat([module.mask_bias[layer] for module in modules])
-    return pointwise(rows, weight, bias).split([module.keys for module in modules], -1)
+    parts = (part[layer] for module in modules for part in (module.mask, module.mask_bias))
+    weight, bias = derive(modules[0], f"M {layer} {len(modules)}", join, *parts)
+    # Full precision: TF32 would open keys that the CPU closes.
+    maps = pointwise(rows, weight, bias, full=True)
+    return maps.split([module.keys for module in modules], -1)
 
 
 def pointwise(
@@ -166,8 +187,9 @@ def pointwise(
 ) -> Tensor:
     """A 1×1 convolution on channels-last features: [B,H,W,C], weight [out,C] → [B,H,W,out].
 
-    full: in full float32 precision on GPUs too, by a matrix product. There, convolutions round to
-    TF32 by default, the backbone's too; without `full` this one is as exact and as fast as they.
+    full: in full float32 precision on GPUs too, by a matrix product, whose bias costs no launch.
+    There, convolutions round to TF32 by default, the backbone's too; without `full` a large product
+    is as exact and as fast as they.
     """
     device = rows.device.type
     if device == "cpu":
@@ -176,7 +198,7 @@ def pointwise(
         B, H, _, _ = rows.shape
         lines = convolve(rows.flatten(0, 1).unsqueeze(1), weight, bias)
         return lines.squeeze(1).unflatten(0, (B, H))
-    if full or device != "cuda":
+    if full or device != "cuda" or rows.numel() * len(weight) < LARGE:
         return F.linear(rows, weight, bias)
     return convolve(rows, weight, bias)
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from acla.config import ATTENTIONS, ModelConfig
-from acla.models.attention import CrossLayerAttention, mask_maps
+from acla.models.attention import CrossLayerAttention, full_precision, mask_maps
 from acla.models.baselines import MultiHeadAttention, NonLocal, SqueezedAttention, SqueezeExcitation
 from acla.models.gumbel import position_seeds
 from kernels import to_rows
@@ -53,8 +53,7 @@ class MeanShift(nn.Conv2d):
         self.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        kind = "cpu" if x.is_meta else x.device.type  # autocast lacks meta
-        with torch.autocast(kind, enabled=False):
+        with full_precision(x):
             return super().forward(x.to(self.weight.dtype))
 
 
@@ -67,7 +66,7 @@ class ResidualBlock(nn.Module):
         self.residual_scale = residual_scale
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.body(x) * self.residual_scale
+        return torch.add(x, self.body(x), alpha=self.residual_scale)
 
 
 class ChannelAttention(nn.Module):

@@ -38,7 +38,8 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = build_network(model).to(self.device).train()
         # Shares the parameters; states and files have the names of `model`.
-        self.network = torch.compile(self.model) if config.compile else self.model
+        mode = "reduce-overhead" if self.device.type == "cuda" else "default"  # CUDA graphs
+        self.network = torch.compile(self.model, mode=mode) if config.compile else self.model
         self.optimizer = adam(parameter_groups(self.model, config), config.lr)
         scaled = config.amp and config.amp_dtype == "fp16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
@@ -70,6 +71,8 @@ class Trainer:
         set_rate(self.optimizer, self.lr(step))
         self.optimizer.zero_grad(set_to_none=True)
         with compiling(config.compile):
+            if config.compile:  # what the last step's graphs returned may be overwritten
+                torch.compiler.cudagraph_mark_step_begin()
             short = AMP_TYPES[config.amp_dtype]
             with torch.autocast(self.device.type, short, enabled=config.amp):
                 restored = self.network(low, seeds, config.mask_temperature)
