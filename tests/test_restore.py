@@ -219,7 +219,7 @@ def test_large_photos_are_tiled_by_default():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the unit of ru_maxrss")
-def test_24_megapixels_fit_into_little_memory(tmp_path, make_scene):
+def test_12_megapixels_fit_into_little_memory(tmp_path, make_scene):
     """The photo may be held, as bytes and as the network's input, but no feature map of it all."""
     code = (
         "import resource, sys; from acla.restore import __main__ as command; "
@@ -227,15 +227,15 @@ def test_24_megapixels_fit_into_little_memory(tmp_path, make_scene):
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
     file, peaks = write_network(tmp_path / "car.safetensors", CAR), []
-    for name, times in (("small", 1), ("large", 10)):
+    for name, times in (("small", 1), ("large", 7)):
         path = tmp_path / f"{name}.jpg"
         Image.fromarray(np.tile(make_scene(400, 600), (times, times, 1))).save(path, quality=10)
         words = [path, tmp_path / f"{name}.out.jpg", "--checkpoint", file, "--device", "cpu"]
         command = [sys.executable, "-c", code, *map(str, words)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         peaks.append(1024 * int(done.stdout.split()[-1]))
-    assert peaks[1] - peaks[0] < 32 * 24e6  # a feature map of 8 channels has 32 bytes a pixel
-    assert peaks[1] < 4 * 2**30
+    assert peaks[1] - peaks[0] < 32 * 11.76e6  # a feature map of 8 channels has 32 bytes a pixel
+    assert peaks[1] < 2 * 2**30
 
 
 def test_an_answer_that_is_not_finite_is_refused(tmp_path, capsys, jpeg):
