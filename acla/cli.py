@@ -199,6 +199,7 @@ def refuse_unused(args: argparse.Namespace, network: ModelConfig) -> None:
     sampled = kind.keys > 0
     of_attention = {"keys": sampled, "offset_radius": sampled, "offset_lr_mult": sampled}
     of_attention |= {"mask_bias": kind.masked, "mask_temperature": kind.masked}
+    of_attention |= {"mask_noise": kind.masked}
     for name, used in (of_backbone | of_attention).items():
         if name in args and not used and not (name == "keys" and args.keys == 0):
             where = f"--backbone {backbone}" if name in of_backbone else None

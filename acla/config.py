@@ -25,7 +25,7 @@ RENAMED = {
     "alpha_rate": "alpha_lr",
 }
 # Older files mean the defaults
-LATER = ("until", "offset_radius", "mask_bias", "offset_lr_mult", "mask_temperature")
+LATER = ("until", "offset_radius", "mask_bias", "offset_lr_mult", "mask_temperature", "mask_noise")
 AMP_FORMATS = ("bf16", "fp16")
 
 # Table 9. The depth says for which network the positions were found.
@@ -283,6 +283,9 @@ class TrainConfig:
     )
     mask_temperature: float = option(
         1.0, "temperature of the key masks' gradient; lower: steeper", POSITIVE, shown="1"
+    )
+    mask_noise: bool = option(
+        True, "draw the key masks with noise (Eq. 7); without it is not the paper's", shown="on"
     )
     seed: int = option(0, "seed of weights, patches and noise", SEED, shown="0")
 

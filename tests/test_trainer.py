@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -179,6 +180,24 @@ def test_the_masks_temperature_is_that_of_their_gradient(attention):
     masks = [name for name in warm if name.endswith((".mask", ".mask_bias"))]
     assert masks
     assert not any(torch.equal(warm[name], cold[name]) for name in masks)
+
+
+def test_masks_without_noise_are_those_of_evaluation():
+    masked = ModelConfig(blocks=2, width=4, channels=1, keys=3, positions=(1, 2))
+
+    def loss_of(noise: bool) -> tuple[Tensor, Tensor]:
+        one = Trainer(masked, replace(CONFIG, mask_noise=noise), ALONE)
+        for parameter in one.model.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        low = torch.rand(2, 1, 9, 7)
+        with torch.no_grad():
+            expected = trainer.restoration_loss("l1", one.model(low), low)
+        one.step(0, range(2), low, low)
+        return one.losses[0], expected
+
+    torch.testing.assert_close(*loss_of(noise=False))
+    drawn, expected = loss_of(noise=True)
+    assert drawn != expected
 
 
 def test_a_rate_of_its_own_is_resumed(tmp_path):

@@ -30,7 +30,7 @@ MODEL, SCORES = "model.safetensors", "scores.json"
 METRICS = {"psnr": ".2f", "ssim": ".4f"}
 NOT_COMPARED = {"seed", "epoch_steps", "val_every"}  # do not change the network, or are the run's
 OF_KEYS = {"keys", "offset_radius", "offset_lr_mult"}
-OF_MASKS = {"mask_bias", "mask_temperature"}
+OF_MASKS = {"mask_bias", "mask_temperature", "mask_noise"}
 
 
 # Files of evaluate.py

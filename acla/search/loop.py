@@ -176,8 +176,8 @@ class Search:
         """Degraded patches, their targets and the seeds of their masks: this process's share."""
         loader = self.loaders[stream]
         low, target = loader.batch(step)
-        seeds = trainer.image_seeds(self.config.seed, step, loader.sampler.indices, stream)
-        return low, target, seeds.to(self.processes.device)
+        of_step = self.config.seed, step, loader.sampler.indices, stream
+        return low, target, trainer.image_seeds(*of_step, self.processes.device)
 
 
 def temperature(config: SearchConfig, step: int) -> float:

@@ -67,7 +67,9 @@ class Trainer:
         """One optimiser step on this process's patches [B,C,h,w] and [B,C,H,W], whose places in the
         whole batch are `indices` [B]; records the loss and the gradient's norm."""
         config = self.config
-        seeds = image_seeds(config.seed, step, indices, device=self.device)
+        seeds = None
+        if config.mask_noise:
+            seeds = image_seeds(config.seed, step, indices, device=self.device)
         set_rate(self.optimizer, self.lr(step))
         self.optimizer.zero_grad(set_to_none=True)
         with compiling(config.compile):
