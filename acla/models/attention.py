@@ -26,7 +26,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kernels import attend
+from acla.kernels import attend
 
 RING_KEYS = 8
 
