@@ -9,6 +9,7 @@ block; writes arch.json.
 
 import argparse
 import dataclasses
+import functools
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -235,5 +236,7 @@ def report(result: SearchResult, out: Path) -> None:
     console.say(f"written: {out / loop.ARCHITECTURE} · {out / loop.LOG} · {out / run_dir.MODEL}")
 
 
+command = functools.partial(cli.run, main)  # acla-search
+
 if __name__ == "__main__":
-    cli.run(main)
+    command()

@@ -7,6 +7,7 @@ python train.py --task sr --preset paper --describe
 """
 
 import argparse
+import functools
 import hashlib
 import itertools
 import json
@@ -276,5 +277,7 @@ def log_plan(plan: TrainPlan, data: Data, processes: Processes) -> None:
     console.notice(validation.validation_protocol(plan.task, plan.model.channels))
 
 
+command = functools.partial(cli.run, main)  # acla-train
+
 if __name__ == "__main__":
-    cli.run(main)
+    command()

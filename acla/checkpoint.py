@@ -18,7 +18,9 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy._core.multiarray import scalar
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -28,7 +30,7 @@ from acla.console import say
 from acla.errors import CheckpointError, UsageError
 from acla.models.backbones import LEVELS, Backbone
 from acla.models.factory import build_network
-from acla.models.serialization import FORMAT, load_strictly, save_model
+from acla.models.serialization import FORMAT, in_one_line, load_strictly, save_model
 
 # A tensor by which a network is recognised; HAN has RCAN's too
 MARKS = {
@@ -39,6 +41,13 @@ MARKS = {
 }
 SUPPORTED = "EDSR (EDSR-PyTorch), RCAN, HAN and A2N, as their authors published them"
 WRAPPERS = ("state_dict", "model", "params")
+PREFIXES = ("module.", "model.", "_orig_mod.")  # of parallel, wrapped and compiled networks
+ALONE = "save its state_dict alone: torch.save(network.state_dict(), FILE)"
+# Numbers of NumPy, which may lie beside the state_dict; the function's name is 1.x's or 2.x's
+SCALARS = [
+    *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *(np.dtype, *(type(np.dtype(code)) for code in "?bBhHiIlLqQefd")),
+]
 # Biases of convolutions whose output becomes factors
 FACTORS = re.compile(r".*(conv_du\.\d|k2|tail\.\d\.2\.conv|csa)\.bias")
 
@@ -52,7 +61,11 @@ def convert(path: Path, scale: int | None = None) -> Backbone:
     tensors = read_published(path)
     kind = next((kind for name, kind in MARKS.items() if name in tensors), None)
     if kind is None:
-        raise CheckpointError(f"{path}: holds no supported network; supported: {SUPPORTED}")
+        named = f", but a tensor {in_one_line(next(iter(tensors)))}" if tensors else ""
+        raise CheckpointError(
+            f"{path}: holds no supported network{named}; supported: {SUPPORTED}; from a file with "
+            f"more in it, {ALONE}"
+        )
     try:
         tensors = rename(tensors, kind)
         config = infer_config(tensors, kind)
@@ -78,8 +91,9 @@ def convert(path: Path, scale: int | None = None) -> Backbone:
 
 
 def read_published(path: Path) -> dict[str, Tensor]:
-    """The tensors by name of a PyTorch file or of another project's safetensors file. Code in a
-    file is never run. Raises CheckpointError."""
+    """The tensors by name, without wrappers' prefixes and float32 where they were of half the size,
+    of a PyTorch file or of another project's safetensors file. Code in a file is never run. Raises
+    CheckpointError."""
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such file")
     content = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
@@ -92,9 +106,12 @@ def read_published(path: Path) -> dict[str, Tensor]:
         and (tensor.device.type, tensor.layout) == ("cpu", torch.strided)
         for name, tensor in content.items()
     ):
-        raise CheckpointError(f"{path}: holds more than tensors by name (a state_dict)")
-    parallel = all(name.startswith("module.") for name in content)
-    return {name.removeprefix("module.") if parallel else name: t for name, t in content.items()}
+        raise CheckpointError(f"{path}: holds more than tensors by name (a state_dict); {ALONE}")
+    for prefix in 2 * PREFIXES:  # nested too
+        if all(name.startswith(prefix) for name in content):
+            content = {name.removeprefix(prefix): tensor for name, tensor in content.items()}
+    halves = (torch.float16, torch.bfloat16)
+    return {name: t.float() if t.dtype in halves else t for name, t in content.items()}
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -111,15 +128,14 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def read_pickle(path: Path) -> object:
     """The content of a PyTorch file of tensors and plain values."""
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals(SCALARS):
             warnings.simplefilter("ignore")  # damaged files warn too, before the one error
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle may raise anything
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         if code:
             raise CheckpointError(
-                f"{path}: needs pickled code ({code[1]}), which is never run; only files that hold "
-                "a state_dict alone can be read"
+                f"{path}: needs pickled code ({code[1]}), which is never run; {ALONE}"
             ) from error
         raise CheckpointError(
             f"{path}: not a whole PyTorch file of tensors ({type(error).__name__})"

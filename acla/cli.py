@@ -23,7 +23,7 @@ from acla.config import (
 )
 from acla.console import error, notice
 from acla.errors import AclaError, Stopped, UsageError, out_of_memory
-from kernels import available_backends, why_not
+from acla.kernels import available_backends, why_not
 
 DEVICES = ("auto", "cpu", "cuda")
 

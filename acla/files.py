@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from kernels.timing import commit
+from acla.kernels.timing import commit
 
 PACKAGES = ("torch", "triton", "numpy", "pillow", "scikit-image")
 

@@ -1,9 +1,9 @@
 """Cross-layer attention's operator, and every way to compute it."""
 
-from kernels.dispatch import available_backends, why_not
-from kernels.ops import Attended, attend, to_rows
-from kernels.philox import logistic_noise
-from kernels.reference import binary_gate
+from .dispatch import available_backends, why_not
+from .ops import Attended, attend, to_rows
+from .philox import logistic_noise
+from .reference import binary_gate
 
 __all__ = [
     "Attended",

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Call, launch
-from kernels.primitives import decide, layers
+from .launch import Call, launch
+from .primitives import decide, layers
 
 
 @triton.jit

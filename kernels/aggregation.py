@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Call, launch
-from kernels.primitives import (
+from .launch import Call, launch
+from .primitives import (
     entries_of,
     fill_up,
     gate_of,
@@ -29,7 +29,7 @@ from kernels.primitives import (
     unit_of,
     unpack,
 )
-from kernels.sampling import Plan, list_arguments, sort_by_pixel
+from .sampling import Plan, list_arguments, sort_by_pixel
 
 
 @triton.jit(do_not_specialize=["N", "L"])

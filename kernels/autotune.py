@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from kernels.cache import is_writable
-from kernels.launch import (
+from .cache import is_writable
+from .launch import (
     CONFIGS,
     REPOSITORY_COPY,
     Call,
@@ -82,7 +82,7 @@ def problem(
 def trace(inputs: tuple, run: bool) -> list[Call]:
     """The launches of a forward pass, of both backward passes and of a count. Where they do not
     `run`, they are only listed, and no GPU is needed."""
-    from kernels import accounting, triton_backend
+    from . import accounting, triton_backend
 
     features, points, maps, _, seeds = inputs
     wanted = ([True] * len(features), True, [True] * len(maps), True)
@@ -139,7 +139,7 @@ def show() -> str:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command's flags."""
     parser = argparse.ArgumentParser(
-        prog="python -m kernels.autotune", description="Find the fastest tiles for this GPU."
+        prog=f"python -m {__spec__.name}", description="Find the fastest tiles for this GPU."
     )
     parser.add_argument("--device", default="cuda", help="the GPU to tune for (default: cuda)")
     parser.add_argument(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels import attend, to_rows
+from . import attend, to_rows
 
 LAYERS, KEYS = 5, 16
 

@@ -20,8 +20,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from kernels import available_backends, floor
-from kernels.baselines import (
+from . import available_backends, floor
+from .baselines import (
     KEYS,
     LAYERS,
     Case,
@@ -31,7 +31,7 @@ from kernels.baselines import (
     implementations,
     make_case,
 )
-from kernels.timing import commit, paired, peak_mb, percentiles
+from .timing import commit, paired, peak_mb, percentiles
 
 SIZES = ("1x48x48x256", "1x256x256x64", "16x48x48x64", "1x96x96x128")
 KEEP = (1.0, 0.5, 0.25)
@@ -255,7 +255,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m kernels.bench", description=__doc__.splitlines()[0]
+        prog=f"python -m {__spec__.name}", description=__doc__.splitlines()[0]
     )
     add_flags(parser)
     parser.add_argument(

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kernels import autotune, launch
+from . import autotune, launch
 
 # The name → Triton's backend and architecture, and the lanes of a warp.
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
@@ -211,7 +211,7 @@ def table(rows: Sequence[NamedTuple]) -> str:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m kernels.compile", description=__doc__)
+    parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=__doc__)
     known = ",".join(TARGETS)
     parser.add_argument("--target", default=known, help=f"GPUs, comma-separated (default: {known})")
     parser.add_argument(

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels.cache import cache_directory, is_writable
+from .cache import cache_directory, is_writable
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 HEADERS = [SOURCE.with_name(name) for name in ("plan.h", "vectors.h")]

@@ -53,11 +53,11 @@ def why_not(backend: str, points: Tensor, features: Sequence[Tensor] = ()) -> st
     """None where the backend runs on these tensors, else the reason why it does not."""
     match backend:
         case "cpp":
-            from kernels import cpp_backend
+            from . import cpp_backend
 
             return cpp_backend.why_not_cpp(points)
         case "triton":
-            from kernels import triton_backend
+            from . import triton_backend
 
             return triton_backend.why_not_triton(points, features)
     return None

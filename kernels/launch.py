@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kernels.cache import cache_directory
+from .cache import cache_directory
 
 REPOSITORY_COPY = Path(__file__).with_name("tuned.json")
 VECTOR = 16  # bytes that one thread loads at once

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import registration  # noqa: F401  (registers the operator)
+from . import registration  # noqa: F401  (registers the operator)
 
 
 class Attended(NamedTuple):
@@ -78,7 +78,7 @@ def attend(
     if backend == "auto":
         backend = os.environ.get("ACLA_BACKEND") or "auto"
     if backend == "reference":
-        from kernels import reference
+        from . import reference
 
         out = reference.attend(features, points, mask_maps, gates, seeds, temperature)
     else:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.philox import logistic_noise
+from .philox import logistic_noise
 
 
 def attend(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels.dispatch import choose_backend
+from .dispatch import choose_backend
 
 Lists = Sequence[Tensor]
 
@@ -30,11 +30,11 @@ def passes(backend: str) -> tuple[Callable, Callable]:
     """A backend's forward and backward functions."""
     match backend:
         case "cpp":
-            from kernels import cpp_backend as module
+            from . import cpp_backend as module
         case "torch":
-            from kernels import torch_backend as module
+            from . import torch_backend as module
         case "triton":
-            from kernels import triton_backend as module
+            from . import triton_backend as module
     return module.forward, module.backward
 
 

@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.accounting import tally
-from kernels.launch import Call, launch
-from kernels.primitives import (
+from .accounting import tally
+from .launch import Call, launch
+from .primitives import (
     blend,
     decide,
     entries_of,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels import philox
+from . import philox
 
 CHUNK = 1 << 16  # keys worked on at a time: some 30 MB of temporaries
 

@@ -61,7 +61,7 @@ def forward(
     seeds: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The three results of `kernels.attend`: aggregate, coverage, kept."""
-    from kernels import aggregation, sampling
+    from . import aggregation, sampling
 
     gates, seeds = dense(gates), dense(seeds)
     with torch.cuda.device_of(points):
@@ -86,7 +86,7 @@ def backward(
     `gradients` are those of the three results of `forward`; None means zero. The sums over keys are
     atomic, and their last bits vary, unless torch.use_deterministic_algorithms is on.
     """
-    from kernels import aggregation, sampling
+    from . import aggregation, sampling
 
     gates, seeds = dense(gates), dense(seeds)
     grad, grad_coverage, grad_kept = map(dense, gradients)

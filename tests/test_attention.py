@@ -168,19 +168,20 @@ def test_on_gpus_a_pointwise_convolution_is_one_but_in_full_a_product(monkeypatc
 
 
 @pytest.mark.parametrize("learns", [True, False])
-def test_only_the_points_are_computed_in_full(monkeypatch, learns):
+def test_points_and_masks_are_computed_in_full(monkeypatch, learns):
     module = random_module(4, 2, 3, masked=True)
     maps = [torch.randn(1, 4, 5, 6, dtype=torch.float64) for _ in range(2)]
     full = []
 
     def noted(rows, weight, bias=None, **options):
-        full.append((weight is module.points.weight, options.get("full", False)))
+        full.append((len(weight), options.get("full", False)))
         return pointwise(rows, weight, bias, **options)
 
     monkeypatch.setattr(attention, "pointwise", noted)
     with torch.set_grad_enabled(learns):
         module(maps[1], [to_rows(m) for m in maps])
-    assert sorted(full) == [(False, False)] * (4 if learns else 3) + [(True, True)]
+    masks, points, products = [(3, True)] * 2, [(18, True)], [(4, False)] * (2 if learns else 1)
+    assert full == [*points, *masks, *products]
 
 
 def test_selected_layers_give_what_shut_gates_give():

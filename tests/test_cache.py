@@ -20,7 +20,7 @@ POINTS = torch.zeros(1, 1, 1, 1, 3, 1)
 def fresh_choice(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     """As in a process that has not chosen yet."""
     monkeypatch.delenv("ACLA_BACKEND", raising=False)
-    caplog.set_level(logging.INFO, "kernels")
+    caplog.set_level(logging.INFO, dispatch.__name__)
     dispatch.say.cache_clear()
     yield
     dispatch.say.cache_clear()

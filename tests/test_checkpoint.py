@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from published import NETWORKS, random_tensors
@@ -79,17 +80,48 @@ def test_the_configuration_is_inferred_from_shapes(preset, backbone, change):
     assert infer_config(tensors, backbone.removesuffix("-m")) == config
 
 
+def prefixed(prefix: str, tensors: dict) -> dict:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
 @pytest.mark.parametrize(
     "change",
     [
         pytest.param(lambda t: {"state_dict": t, "epoch": 3}, id="state_dict"),
         pytest.param(lambda t: {"model": {"state_dict": t}}, id="nested"),
-        pytest.param(lambda t: {"params": {f"module.{n}": v for n, v in t.items()}}, id="parallel"),
+        pytest.param(lambda t: {"params": prefixed("module.", t)}, id="parallel"),
+        pytest.param(lambda t: prefixed("module._orig_mod.", t), id="compiled"),
+        pytest.param(lambda t: {"state_dict": prefixed("model.", t)}, id="member"),
+        pytest.param(
+            lambda t: {"model": t, "psnr": np.float64(30.5), "k": np.int64(3)}, id="numpy"
+        ),
     ],
 )
 def test_wrapped_tensors_are_unwrapped(publish, change):
     plain = convert(publish()[0]).state_dict()
     found = convert(publish(change=change)[0]).state_dict()
+    assert all(torch.equal(found[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_tensors_of_half_the_size_become_float32(publish, dtype):
+    found = convert(publish(change=lambda t: {n: v.to(dtype) for n, v in t.items()})[0])
+    rounded = convert(publish(change=lambda t: {n: v.to(dtype).float() for n, v in t.items()})[0])
+    pairs = zip(found.parameters(), rounded.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_numbers_of_numpy_1_are_read(publish, tmp_path):
+    """Its files name the function that makes them differently."""
+    path, tensors = publish()
+    plain = convert(path).state_dict()
+    content = {"model": tensors, "psnr": np.float64(30.5)}
+    torch.save(content, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    names = [f"cnumpy.{core}.multiarray\n".encode() for core in ("_core", "core")]
+    whole = (tmp_path / "old.pt").read_bytes()
+    assert whole.count(names[0]) == 1
+    (tmp_path / "old.pt").write_bytes(whole.replace(*names))
+    found = convert(tmp_path / "old.pt").state_dict()
     assert all(torch.equal(found[name], plain[name]) for name in plain)
 
 
@@ -142,9 +174,9 @@ def eight_times(t):
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
-        ("edsr", lambda t: {"fc.weight": t["head.0.weight"]}, "no supported network"),
-        ("edsr", lambda t: {}, "no supported network"),
-        ("edsr", lambda t: [*t.values()], "more than tensors"),
+        ("edsr", lambda t: {"fc.weight": t["head.0.weight"]}, "a tensor fc.weight; .* torch.save"),
+        ("edsr", lambda t: {}, "no supported network; supported"),
+        ("edsr", lambda t: [*t.values()], r"more than tensors.*; save its state_dict alone"),
         ("edsr", lambda t: {**t, "epoch": 3}, "more than tensors"),
         ("edsr", lambda t: {**t, 3: t["head.0.weight"]}, "more than tensors"),
         ("edsr", lambda t: {**t, "more": t["head.0.weight"].to_sparse()}, "more than tensors"),
@@ -155,7 +187,7 @@ def eight_times(t):
         ("edsr", with_value("head.0.weight", lambda v: v.sum()), "names of EDSR"),
         ("edsr", with_value("head.0.weight", lambda v: v[:, :2]), "channels 2"),
         ("edsr", with_value("body.0.body.0.weight", lambda v: v[:3]), r"body\.0\.body\.0\.weight"),
-        ("edsr", with_value("head.0.bias", torch.Tensor.half), r"head\.0\.bias .*float16"),
+        ("edsr", with_value("head.0.bias", torch.Tensor.double), r"head\.0\.bias .*float64"),
         ("edsr", with_value("sub_mean.bias", lambda v: v / 255), r"pictures in 0\.\.1"),
         ("edsr", without("tail.0"), "×2 nor ×3 nor ×4"),
         ("rcan", eight_times, "×2 nor ×3 nor ×4"),

@@ -1,6 +1,7 @@
 """Who may import whom, read from the sources; and a fresh process without Triton."""
 
 import ast
+import os
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -40,15 +41,18 @@ SOURCES = {
 
 
 def imported(path: Path) -> set[str]:
-    """Every module that a source names in an import, with its dots."""
+    """Every module that a source names in an import, with its dots; `acla.kernels` is kernels."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.name}: relative import"
-            whole = {f"{node.module}.{alias.name}" for alias in node.names}
-            names |= whole & SOURCES.keys() or {node.module}
+            assert node.level <= (path.parent.name == "kernels"), f"{path.name}: relative import"
+            module = ".".join(["kernels"] * node.level + [node.module] * bool(node.module))
+            if module.startswith("acla.kernels"):
+                module = module.removeprefix("acla.")
+            whole = {f"{module}.{alias.name}" for alias in node.names}
+            names |= whole & SOURCES.keys() or {module}
     return names
 
 
@@ -88,17 +92,51 @@ def test_kernels_is_ours():
     assert Path(kernels.__file__).parent == ROOT / "kernels"
 
 
-def test_everything_imports_without_triton():
+def run_program(program: str, folder: Path) -> str:
+    """What a fresh process prints that finds modules in this folder, then in the checkout."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program]
+    options = {"capture_output": True, "text": True, "check": False}
+    done = subprocess.run(command, cwd=folder, env=environment, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "names", ["kernels, acla.cli", "acla.cli, kernels", "acla.kernels.floor, kernels"]
+)
+def test_kernels_has_two_names_and_one_identity(tmp_path, names):
+    program = (
+        f"import {names}, acla.models.attention, kernels.floor, kernels.timing, sys\n"
+        "import acla.kernels.timing, acla.kernels.baselines, kernels.baselines\n"
+        f"own = {{m for m in sys.modules.values() if {str(ROOT / 'kernels')!r} in repr(m)}}\n"
+        "print(len(own), len({m.__file__ for m in own}))\n"
+        "print(acla.kernels is kernels, acla.kernels.timing is kernels.timing)"
+    )
+    modules, files, *same = run_program(program, tmp_path).split()
+    assert modules == files
+    assert same == ["True", "True"]
+
+
+def test_another_package_called_kernels_may_be_there(tmp_path):
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").touch()
+    program = (
+        "import acla.cli, kernels, kernels.__init__, acla.models.attention, acla.kernels.timing\n"
+        "print(kernels.__file__, acla.kernels.__file__, sep='\\n')"
+    )
+    theirs, ours = run_program(program, tmp_path).splitlines()
+    assert Path(theirs).parent == tmp_path / "kernels"
+    assert Path(ours).parent == ROOT / "kernels"
+
+
+def test_everything_imports_without_triton(tmp_path):
     modules = [m for m in SOURCES if room(m) != "kernels"] + ["kernels", *SCRIPTS]
     program = (
         "import sys; sys.modules['triton'] = None\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
         f"import {', '.join(modules)}\n"
         "import torch\n"
         "rows = [torch.ones(1, 4, 4, 2)]\n"
         "print(kernels.attend(rows, torch.zeros(1, 2, 2, 1, 3, 2)).aggregate.sum().item())"
     )
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) == 8
+    assert float(run_program(program, tmp_path)) == 8

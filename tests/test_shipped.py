@@ -13,7 +13,7 @@ from acla.restore import pretrained
 from acla.restore.inference import restore
 from acla.training.validation import middle
 
-FOLDER = pretrained.FOLDERS[0]
+FOLDER = pretrained.FOLDERS[-1]
 FILES = sorted(FOLDER.glob("*.safetensors"))
 
 

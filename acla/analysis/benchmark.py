@@ -20,11 +20,8 @@ from acla.cli import add_task_flags, run, task_from_flags
 from acla.config import PAPER_POSITIONS, ModelConfig, Task, model_preset, train_preset
 from acla.data.datasets import Loader, PatchSampler, Pictures, find_set
 from acla.distributed import Processes
-from acla.models.backbones import Backbone
-from acla.search.supernet import Supernet
-from acla.training.trainer import Trainer
-from kernels.baselines import Case, Implementation, by_grid_sample, make_case
-from kernels.bench import (
+from acla.kernels.baselines import Case, Implementation, by_grid_sample, make_case
+from acla.kernels.bench import (
     Row,
     add_flags,
     check,
@@ -34,7 +31,10 @@ from kernels.bench import (
     timed_rows,
     write_rows,
 )
-from kernels.timing import replay
+from acla.kernels.timing import replay
+from acla.models.backbones import Backbone
+from acla.search.supernet import Supernet
+from acla.training.trainer import Trainer
 
 PARTS = ("networks", "supernet", "loader")
 # EDSR 32 × 256, EDSR 16 × 64 and RCAN, for the task and preset that have their size

@@ -29,9 +29,9 @@ from acla.config import (
     model_preset,
 )
 from acla.files import provenance
+from acla.kernels.timing import paired
 from acla.models.factory import build_network, describe
 from acla.search.architecture import default_positions
-from kernels.timing import paired
 
 TABLES = (4, 5, 6, 7, 8, 11, 12)
 TASK = Task("sr", 2)

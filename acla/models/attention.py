@@ -27,7 +27,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kernels import attend
+from acla.kernels import attend
 
 RING_KEYS = 8
 LARGE = 2**29  # multiply-adds that take a GPU longer in float32 than a launch does

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from acla.config import ATTENTIONS, ModelConfig
+from acla.kernels import to_rows
 from acla.models.attention import CrossLayerAttention, full_precision, mask_maps
 from acla.models.baselines import MultiHeadAttention, NonLocal, SqueezedAttention, SqueezeExcitation
 from acla.models.gumbel import position_seeds
-from kernels import to_rows
 
 LEVELS = 255  # published networks work on pictures in 0..LEVELS
 RGB_MEAN = (0.4488, 0.4371, 0.4040)  # of DIV2K, as EDSR subtracts it

@@ -9,7 +9,7 @@ noise: `logistic_noise`, the difference of two Gumbel draws as a function of see
 import torch
 from torch import Tensor
 
-from kernels import binary_gate, logistic_noise
+from acla.kernels import binary_gate, logistic_noise
 
 # Odd, and 2^64 / golden ratio: positions get seeds far apart (Knuth's multiplicative hashing)
 SEED_STEP = 0x9E3779B97F4A7C15

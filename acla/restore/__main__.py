@@ -1,6 +1,7 @@
 """Restore a photo, or a folder of photos, with a trained network."""
 
 import argparse
+import functools
 import os
 from pathlib import Path
 
@@ -131,5 +132,7 @@ def difference(tiled: Photo, source: Photo, network: Checkpoint, ensemble: bool,
     return f"tiles move {apart.max()} of {top} levels at most, {apart.mean():.2g} on average"
 
 
+command = functools.partial(run, main)  # acla-restore
+
 if __name__ == "__main__":
-    run(main)
+    command()

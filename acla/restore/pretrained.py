@@ -8,8 +8,8 @@ from acla.config import SETTING_FLAG, Task
 from acla.errors import UsageError
 from acla.models.serialization import Checkpoint, load_model
 
-# In a clone of the repository, or in the installed package
-FOLDERS = (Path(__file__).parents[2] / "weights", Path(__file__).parents[1] / "trained")
+# In the installed package, or in a clone of the repository
+FOLDERS = (Path(__file__).parents[1] / "trained", Path(__file__).parents[2] / "weights")
 FILES = {
     Task("car", 10): "car-q10-acla.safetensors",
     Task("car", 5, 60): "car-q5-60-acla.safetensors",
@@ -63,7 +63,7 @@ class PretrainedModels:
 def pretrained_files(task: Task) -> dict[Task, Path]:
     """The pretrained models for a task: for car of every quality, else those that cover its
     setting. Raises UsageError where there is none."""
-    folder = next((folder for folder in FOLDERS if folder.is_dir()), FOLDERS[0])
+    folder = next((folder for folder in FOLDERS if folder.is_dir()), FOLDERS[-1])
     fitting = [one for one in FILES if one.covers(task) or one.name == task.name == "car"]
     files = {one: folder / FILES[one] for one in fitting if (folder / FILES[one]).is_file()}
     if files:
