@@ -154,17 +154,18 @@ class OnGpu(torch.Tensor):
         return torch.device("cuda")
 
 
-def test_on_gpus_a_pointwise_convolution_is_one_but_in_full_a_product(monkeypatch):
+def test_on_gpus_a_large_pointwise_convolution_is_one_but_in_full_a_product(monkeypatch):
     rows, weight, bias = torch.randn(2, 5, 4, 6), torch.randn(3, 6), torch.randn(3)
     expected, taken = F.linear(rows, weight, bias), []
     for name in ("conv2d", "linear"):
         function = getattr(F, name)
         noted = lambda *args, n=name, f=function: taken.append(n) or f(*args)  # noqa: E731
         monkeypatch.setattr(F, name, noted)
-    for full in (False, True):
+    for large, full in ((720, False), (721, False), (720, True)):
+        monkeypatch.setattr(attention, "LARGE", large)  # 2·5·4·6·3 multiply-adds
         found = pointwise(rows.as_subclass(OnGpu), weight, bias, full=full)
         torch.testing.assert_close(found.as_subclass(torch.Tensor), expected)
-    assert taken == ["conv2d", "linear"]
+    assert taken == ["conv2d", "linear", "linear"]
 
 
 @pytest.mark.parametrize("learns", [True, False])
