@@ -82,7 +82,7 @@ def problem(
 def trace(inputs: tuple, run: bool) -> list[Call]:
     """The launches of a forward pass, of both backward passes and of a count. Where they do not
     `run`, they are only listed, and no GPU is needed."""
-    from . import accounting, triton_backend
+    from . import accounting, padding, triton_backend
 
     features, points, maps, _, seeds = inputs
     wanted = ([True] * len(features), True, [True] * len(maps), True)
@@ -96,6 +96,7 @@ def trace(inputs: tuple, run: bool) -> list[Call]:
     before = torch.are_deterministic_algorithms_enabled()
     with recording(note):
         try:
+            padding.pad(features[0][:, 1:-1, 1:-1].permute(0, 3, 1, 2))
             gradients = tuple(torch.ones_like(result) for result in triton_backend.forward(*inputs))
             accounting.count(points, maps, seeds)
             for deterministic in (False, True):

@@ -67,8 +67,9 @@ def forward(
     mask_maps: Sequence[Tensor] | None,
     gates: Tensor | None,
     seeds: Tensor | None,
+    counts: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The three results of `kernels.attend`: aggregate, coverage, kept."""
+    """The three results of `kernels.attend`: aggregate, coverage, kept, whose count is free."""
     B, H, W, L, _, _ = points.shape
     call = LibraryCall(features, points, mask_maps, gates, seeds)
     aggregate = torch.empty(B, H, W, L, features[0].shape[-1], dtype=call.storage)

@@ -43,6 +43,7 @@ KEYS = [(32, 0, 8), (16, 0, 4), (32, 0, 4), (16, 0, 2)]
 CONFIGS: dict[str, list[Config]] = {
     name: [Config(*values) for values in listed]
     for name, listed in {
+        "_pad": [(16, 64, 4), (32, 64, 4), (8, 128, 4)],
         "_plan": KEYS,
         "_spread": KEYS,
         "_count": KEYS,
@@ -139,7 +140,7 @@ def hardware(device: torch.device) -> tuple[str, int]:
 
 def call_key(call: Call) -> str:
     """What a choice is saved under: the kernel, the type it loads, K, C and the class of sizes."""
-    K, C = call.arguments["K"], call.arguments.get("C", 0)
+    K, C = call.arguments.get("K", 0), call.arguments.get("C", 0)
     return key_of(call.name, call.dtype, K, C, call.size_class)
 
 

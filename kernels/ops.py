@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import registration  # noqa: F401  (registers the operator)
+from . import registration
 
 
 class Attended(NamedTuple):
@@ -22,18 +22,22 @@ class Attended(NamedTuple):
     aggregate: [B,H,W,L,C] s_l Σ_k m f x^l(p_i + Δp_ik), of the features' type.
     coverage: [B,H,W,L] s_l Σ_k m f (share of the sample inside the image), what g's bias is times;
         of the points' type.
-    kept: [B,L] Σ_i Σ_k m, exact, float64; counts the masks whether or not s_l is 0.
+    kept: [B,L] Σ_i Σ_k m, exact, float64; counts the masks whether or not s_l is 0. None where not
+        wanted.
     """
 
     aggregate: Tensor
     coverage: Tensor
-    kept: Tensor
+    kept: Tensor | None
 
 
 def to_rows(feature: Tensor) -> Tensor:
     """A feature map [B,C,H,W] as `attend` reads it: contiguous rows [B,H+2,W+2,C] with a one-pixel
     zero border."""
-    return torch.nn.functional.pad(feature.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).contiguous()
+    if feature.device.type == "cuda":
+        return torch.ops.acla.to_rows(feature)
+    border = registration.BORDER
+    return torch.nn.functional.pad(feature.permute(0, 2, 3, 1), border).contiguous()
 
 
 def attend(
@@ -45,6 +49,7 @@ def attend(
     seeds: Tensor | None = None,
     temperature: float = 1.0,
     backend: str = "auto",
+    counts: bool = True,
 ) -> Attended:
     """Sampled, masked, weighted sums of the keys of L layers (Eq. 6 and 11, before g and the sum
     over l).
@@ -64,6 +69,7 @@ def attend(
             key's index in [H,W,L,K]). None means no noise: evaluation.
         temperature: τ of Eq. 7; only the gradient of the masks depends on it.
         backend: "auto", or one of `available_backends()`, which runs or raises.
+        counts: whether `kept` is wanted, which costs a GPU a launch.
 
     Gradients: the masks' own is the sigmoid's at τ, every other one uses the hard masks (Eq. 7, 9);
     that of `kept` reaches the masks too, so that a cost can close keys. Only "reference" has
@@ -83,9 +89,10 @@ def attend(
         out = reference.attend(features, points, mask_maps, gates, seeds, temperature)
     else:
         out = torch.ops.acla.attend(
-            features, points, mask_maps or [], gates, seeds, temperature, backend
+            features, points, mask_maps or [], gates, seeds, temperature, backend, counts
         )
     aggregate, coverage, kept = out
+    kept = kept if counts else None
     return Attended(aggregate.to(features[0].dtype), coverage.to(points.dtype), kept)
 
 

@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .dispatch import choose_backend
+from .dispatch import choose_backend, why_not
 
 Lists = Sequence[Tensor]
+BORDER = (0, 0, 1, 1, 1, 1)  # of rows: one pixel
 
 LIBRARY = torch.library.Library("acla", "DEF")
+LIBRARY.define("to_rows(Tensor feature) -> Tensor")
 LIBRARY.define(
     "attend(Tensor[] features, Tensor points, Tensor[] mask_maps, Tensor? gates, Tensor? seeds, "
-    "float temperature, str backend) -> (Tensor, Tensor, Tensor)"
+    "float temperature, str backend, bool counts) -> (Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(
     "attend_backward(Tensor[] features, Tensor points, Tensor[] mask_maps, Tensor? gates, "
@@ -47,17 +49,49 @@ def attend(
     seeds: Tensor | None,
     temperature: float,
     backend: str,
+    counts: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     forward, _ = passes(choose_backend(backend, points, features))
-    aggregate, coverage, kept = forward(features, points, mask_maps or None, gates, seeds)
+    inputs = features, points, mask_maps or None, gates, seeds
+    aggregate, coverage, kept = forward(*inputs, counts)
+    kept = kept if counts else uncounted(points)
     return aggregate.to(features[0].dtype), coverage.to(points.dtype), kept
 
 
+def uncounted(points: Tensor) -> Tensor:
+    """In place of the counts, where they are not wanted."""
+    return points.new_empty(0, dtype=torch.float64)
+
+
+@functools.partial(LIBRARY.impl, "to_rows", dispatch_key="CompositeExplicitAutograd")
+def to_rows(feature: Tensor) -> Tensor:
+    """[B,C,H,W] → [B,H+2,W+2,C] with a zero border: on a GPU one launch, where torch has two."""
+    if feature.device.type == "cuda" and why_not("triton", feature, [feature]) is None:
+        from . import padding
+
+        return padding.pad(feature)
+    return torch.nn.functional.pad(feature.permute(0, 2, 3, 1), BORDER).contiguous()
+
+
+@torch.library.register_fake("acla::to_rows", lib=LIBRARY)
+def to_rows_shape(feature):
+    B, C, H, W = feature.shape
+    return feature.new_empty(B, H + 2, W + 2, C)
+
+
+def to_rows_gradient(ctx, grad: Tensor) -> Tensor:
+    return grad[:, 1:-1, 1:-1].permute(0, 3, 1, 2)
+
+
+torch.library.register_autograd("acla::to_rows", to_rows_gradient, lib=LIBRARY)
+
+
 @torch.library.register_fake("acla::attend", lib=LIBRARY)
-def attend_shapes(features, points, mask_maps, gates, seeds, temperature, backend):
+def attend_shapes(features, points, mask_maps, gates, seeds, temperature, backend, counts):
     B, H, W, L, _, _ = points.shape
     aggregate = features[0].new_empty(B, H, W, L, features[0].shape[-1])
-    return aggregate, points.new_empty(B, H, W, L), points.new_empty(B, L, dtype=torch.float64)
+    kept = points.new_empty(B, L, dtype=torch.float64) if counts else uncounted(points)
+    return aggregate, points.new_empty(B, H, W, L), kept
 
 
 @functools.partial(LIBRARY.impl, "attend_backward", dispatch_key="CompositeExplicitAutograd")
@@ -104,14 +138,15 @@ def attend_backward_shapes(features, points, mask_maps, gates, seeds, *others):
 
 def keep_inputs(ctx, inputs, output) -> None:
     """Save the inputs alone; the backward pass computes the rest again."""
-    features, points, mask_maps, gates, seeds, ctx.temperature, ctx.backend = inputs
+    features, points, mask_maps, gates, seeds, ctx.temperature, ctx.backend, ctx.counts = inputs
     ctx.layers = len(features)
     ctx.save_for_backward(points, gates, seeds, *features, *mask_maps)
     ctx.set_materialize_grads(False)
 
 
-def gradients(ctx, *results: Tensor | None) -> tuple:
+def gradients(ctx, aggregate: Tensor | None, coverage: Tensor | None, kept: Tensor | None) -> tuple:
     """Gradients of all inputs, from those of the three results (None means zero)."""
+    results = aggregate, coverage, kept if ctx.counts else None
     points, gates, seeds, *lists = ctx.saved_tensors
     features, mask_maps = lists[: ctx.layers], lists[ctx.layers :]
     for_features, for_points, for_maps, for_gates, *_ = ctx.needs_input_grad
@@ -121,7 +156,7 @@ def gradients(ctx, *results: Tensor | None) -> tuple:
     )
     grads = [grad if w else None for grad, w in zip(grads, wanted, strict=True)]
     L = ctx.layers
-    return grads[:L], grads[L], grads[L + 1 : -1], grads[-1], None, None, None
+    return grads[:L], grads[L], grads[L + 1 : -1], grads[-1], None, None, None, None
 
 
 def no_gradients(ctx, *_: Tensor) -> None:

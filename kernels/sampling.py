@@ -124,12 +124,13 @@ def sample(
     mask_maps: Sequence[Tensor] | None,
     gates: Tensor | None,
     seeds: Tensor | None,
-) -> tuple[Plan, Tensor, Tensor]:
-    """The forward pass's plan, coverage [B,H,W,L] float32 and kept [B,L] float64."""
+    counts: bool,
+) -> tuple[Plan, Tensor, Tensor | None]:
+    """The forward pass's plan, coverage [B,H,W,L] float32 and kept [B,L] float64, if counted."""
     B, H, W, L, _, _ = points.shape
     plan = empty_plan(points, with_keys=False)
     coverage = torch.empty(B, H, W, L, dtype=torch.float32, device=points.device)
-    kept = torch.zeros(B, L, dtype=torch.float64, device=points.device)
+    kept = torch.zeros(B, L, dtype=torch.float64, device=points.device) if counts else None
     launch_plan(points, mask_maps, gates, seeds, plan, coverage, kept)
     return plan, coverage, kept
 

@@ -26,8 +26,9 @@ def forward(
     mask_maps: Sequence[Tensor] | None,
     gates: Tensor | None,
     seeds: Tensor | None,
+    counts: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The three results of `kernels.attend`: aggregate, coverage, kept."""
+    """The three results of `kernels.attend`: aggregate, coverage, kept, whose count is free."""
     B, H, W, L, _, _ = points.shape
     N, C, device = B * H * W, features[0].shape[-1], points.device
     aggregate = torch.empty(N, L, C, dtype=features[0].dtype, device=device)

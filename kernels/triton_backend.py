@@ -59,13 +59,14 @@ def forward(
     mask_maps: Sequence[Tensor] | None,
     gates: Tensor | None,
     seeds: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The three results of `kernels.attend`: aggregate, coverage, kept."""
+    counts: bool = True,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The three results of `kernels.attend`: aggregate, coverage, kept, where it is counted."""
     from . import aggregation, sampling
 
     gates, seeds = dense(gates), dense(seeds)
     with torch.cuda.device_of(points):
-        plan, coverage, kept = sampling.sample(points, mask_maps, gates, seeds)
+        plan, coverage, kept = sampling.sample(points, mask_maps, gates, seeds, counts)
         _, H, W, _, _, _ = points.shape
         aggregate = aggregation.aggregate(features, plan, gates, H, W)
         return aggregate, coverage.to(points.dtype), kept

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from acla.config import (
     ATTENTIONS,
@@ -183,3 +184,34 @@ def test_table_9_has_a_network_for_every_row():
     for (name, backbone), positions in PAPER_POSITIONS.items():
         task = Task(name, {"sr": 2, "denoise": 30, "car": 10, "demosaic": 0}[name])
         assert describe(paper(task, backbone, positions=positions))["params"] > 4_000_000
+
+
+class Launches(TorchDispatchMode):
+    """Counts a GPU's launches on the meta device: one an operator that computes; two a convolution
+    with a bias, which follows it, and `attend`: plan and aggregate. Convolutions leave channels
+    last, as cuDNN's do."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        convolves = func is torch.ops.aten.convolution.default
+        if not func.is_view and not func.name().startswith("aten::empty"):
+            biased = convolves and args[2] is not None
+            self.count += 1 + (biased or func is torch.ops.acla.attend.default)
+        return torch.empty_like(out, memory_format=torch.channels_last) if convolves else out
+
+
+def test_attention_adds_eight_launches_a_module():
+    counted = []
+    for kind in ({"attention": "none", "keys": 0}, {"positions": (2, 7, 10, 13, 14)}):
+        config = ModelConfig(blocks=16, width=64, **kind)
+        with torch.device("meta"), torch.no_grad():
+            network, picture = build_network(config), torch.empty(1, 3, 48, 48)
+            network(picture)  # derives weights
+            with Launches() as launches:
+                network(picture)
+        counted.append(launches.count)
+    assert counted == [107, 147]  # one makes the picture channels last

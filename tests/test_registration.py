@@ -27,9 +27,35 @@ def total(features, points, maps, gates, backend="torch"):
 @pytest.mark.parametrize("masked", [True, False])
 def test_opcheck(masked):
     features, points, maps, gates = inputs(masked)
-    given = (features, points, maps, gates, torch.arange(B), 1.0, "torch")
-    result = torch.library.opcheck(torch.ops.acla.attend.default, given)
+    for counts in (True, False):
+        given = (features, points, maps, gates, torch.arange(B), 1.0, "torch", counts)
+        result = torch.library.opcheck(torch.ops.acla.attend.default, given)
+        assert set(result.values()) == {"SUCCESS"}
+
+
+def test_opcheck_of_rows():
+    feature = torch.randn(B, C, H, W, requires_grad=True)
+    result = torch.library.opcheck(torch.ops.acla.to_rows.default, (feature,))
     assert set(result.values()) == {"SUCCESS"}
+    rows = torch.ops.acla.to_rows(feature)
+    assert torch.equal(rows, to_rows(feature))
+    sent = torch.randn_like(rows)
+    ours, theirs = (torch.autograd.grad(r, feature, sent) for r in (rows, to_rows(feature)))
+    assert torch.equal(*ours, *theirs)
+
+
+def test_counts_are_left_out_where_they_are_not_wanted():
+    features, points, maps, gates = inputs()
+    leaves = [*features, points, *maps, gates]
+    for backend in ("torch", "cpp", "reference"):
+        runs = [
+            attend(features, points, maps, gates, backend=backend, counts=counts)
+            for counts in (True, False)
+        ]
+        assert runs[1].kept is None
+        totals = [run.aggregate.sum() + run.coverage.square().sum() for run in runs]
+        ours, theirs = (torch.autograd.grad(total, leaves) for total in totals)
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_compiled_whole_and_equal():

@@ -31,7 +31,7 @@ from operator_cases import FAR, Inputs, far_apart, gate_terms, sparse_memory  # 
 from triton.runtime import interpreter  # noqa: E402
 from triton_cases import CASES, NAMES, Case, small_cases  # noqa: E402
 
-from kernels import accounting, triton_backend  # noqa: E402
+from kernels import accounting, padding, to_rows, triton_backend  # noqa: E402
 from kernels.primitives import logistic_noise  # noqa: E402
 
 
@@ -155,6 +155,18 @@ def check_attend(device: str) -> None:
         torch.testing.assert_close(value.cpu(), expected[name])
 
 
+def check_pad(device: str) -> None:
+    """Rows of features of any type and layout, to the bit."""
+    for B, C, H, W in ((1, 1, 1, 1), (2, 3, 5, 4), (1, 70, 3, 9), (3, 64, 2, 17)):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            feature = torch.randn(B, 2 * C, W, H).to(dtype).mT[:, ::2]  # gaps, columns before rows
+            for memory in (torch.contiguous_format, torch.channels_last, torch.preserve_format):
+                there = moved(feature.clone(memory_format=memory), device)
+                with filled_memory():
+                    assert torch.equal(padding.pad(there).cpu(), to_rows(feature))
+            assert torch.equal(padding.pad(moved(feature, device)).cpu(), to_rows(feature))
+
+
 def check_shut_layers_are_not_read(device: str) -> None:
     """A gate of 0 that needs no gradient costs no gather: NaN in its layer goes nowhere."""
     inputs = Case(1, 2, 3, 4, 5, 8, gates=(0, 1)).build()
@@ -250,6 +262,7 @@ CHECKS = {
     "attend": check_attend,
     "shut-layers-are-not-read": check_shut_layers_are_not_read,
     "count": check_count,
+    "pad": check_pad,
     "far-apart-in-memory": check_far_apart,
     "noise": check_noise,
 }

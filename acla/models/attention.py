@@ -14,7 +14,7 @@ Where each equation is computed:
                                            positions p in `kernels.attend`: the same, since M is
                                            linear
     Eq. 10     gates of insert positions   `draw_gates` in gumbel.py
-    Eq. 11     several referred layers     `Backbone.forward_with_counts` in backbones.py
+    Eq. 11     several referred layers     `Backbone.walk` in backbones.py
 
 The operator of Eq. 6 to 9 and 11 written literally is kernels/reference.py.
 """
@@ -93,13 +93,15 @@ class CrossLayerAttention(nn.Module):
         seeds: Tensor | None = None,
         temperature: float = 1.0,
         maps: Sequence[Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        counts: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
         """query x^j [B,C,H,W]; rows of the L referred layers [B,H+2,W+2,C], x^j's own last
         (`kernels.to_rows`); gates s_l [L] (Eq. 11); seeds [B] int64 of the masks' noise, None for
         masks without noise; temperature τ of the masks' gradient (Eq. 9); maps M(x^l) of the L
         layers [B,H+2,W+2,K], where `mask_maps` has computed those of several modules together.
 
-        Returns h(y) [B,C,H,W] and the keys kept [B,L], summed over the queries."""
+        Returns h(y) [B,C,H,W] and the keys kept [B,L], summed over the queries, or None without
+        `counts`."""
         # Positions need more than the eight bits of bfloat16 or the eleven of TF32.
         with full_precision(query):
             query = query.permute(0, 2, 3, 1).to(self.points.weight.dtype)
@@ -109,7 +111,9 @@ class CrossLayerAttention(nn.Module):
         )
         if maps is None and self.mask is not None:
             maps = [mask_maps([self], layer, one)[0] for layer, one in enumerate(rows)]
-        attended = attend(rows, points, maps, gates, seeds=seeds, temperature=temperature)
+        attended = attend(
+            rows, points, maps, gates, seeds=seeds, temperature=temperature, counts=counts
+        )
         if torch.is_grad_enabled():  # g and its bias after the sum (Eq. 5), then h (Eq. 2)
             value = rearrange(self.value, "l out c -> out (l c)")
             y = pointwise(attended.aggregate.flatten(3), value)

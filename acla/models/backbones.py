@@ -1,7 +1,7 @@
 """EDSR and RCAN, with attention modules behind chosen blocks.
 
-The walk over blocks and modules (Eq. 2, 10 and 11) is `Backbone.forward_with_counts`; the modules
-are in attention.py and baselines.py, A2N and HAN in files of their own.
+The walk over blocks and modules (Eq. 2, 10 and 11) is `Backbone.walk`; the modules are in
+attention.py and baselines.py, A2N and HAN in files of their own.
 
 Parameter names follow the networks' public PyTorch releases (head, body, tail), so that their files
 can be converted. Pictures are in 0..1 inside, not 0..255, since offsets need features of about 1;
@@ -185,7 +185,7 @@ class Backbone(nn.Module):
     ) -> Tensor:
         """Restore pictures [B,C,H,W]. In training, seeds [B] int64 draw the key masks with noise,
         and temperature τ is that of their gradient (Eq. 9)."""
-        return self.forward_with_counts(pictures, seeds, temperature=temperature)[0]
+        return self.walk(pictures, seeds, None, temperature, counts=False)[0]
 
     def forward_with_counts(
         self,
@@ -199,6 +199,17 @@ class Backbone(nn.Module):
 
         gates [J]: s_j of Eq. 11, exactly 0 or 1, one an insert position. If they need no gradient,
         modules with a gate of 0 are skipped."""
+        return self.walk(pictures, seeds, gates, temperature, counts=True)
+
+    def walk(
+        self,
+        pictures: Tensor,
+        seeds: Tensor | None,
+        gates: Tensor | None,
+        temperature: float,
+        counts: bool,
+    ) -> tuple[Tensor, dict[int, Tensor | None]]:
+        """`forward_with_counts`, or without the counts."""
         shut: set[int] = set()
         if gates is not None and not gates.requires_grad:
             shut = {p for p, s in zip(self.config.positions, gates.tolist(), strict=True) if s == 0}
@@ -212,8 +223,8 @@ class Backbone(nn.Module):
                 later = [p for p in masked if p >= position]
                 if later:
                     modules = [self.attention[str(p)] for p in later]
-                    own_maps = mask_maps(modules, len(rows) - 1, rows[-1])
-                    maps.append(dict(zip(later, own_maps, strict=True)))
+                    of_layer = mask_maps(modules, len(rows) - 1, rows[-1])
+                    maps.append(dict(zip(later, of_layer, strict=True)))
                 if position not in shut:
                     # A module refers to its own layer whenever it is open, so its own gate is a
                     # factor of its output alone.
@@ -222,8 +233,9 @@ class Backbone(nn.Module):
                         own = gates[len(rows) - 1]
                         referred = torch.cat([gates[: len(rows) - 1], own.new_ones(1)])
                     inputs = y, tuple(rows), referred, position_seeds(seeds, position), temperature
-                    if masked:
-                        inputs = *inputs, [of_layer[position] for of_layer in maps]
+                    if self.config.keys:
+                        own_maps = [of_layer[position] for of_layer in maps] if masked else None
+                        inputs = *inputs, own_maps, counts
                     z, kept[position] = self.run_attention(str(position), *inputs)
                     y = y + (z if own is None else own * z)
             outputs = [*outputs, y] if self.collects else [y]

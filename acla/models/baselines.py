@@ -6,9 +6,9 @@ E embedded channels of NL and CLNL
 
 All have the interface of `CrossLayerAttention`: query [B,C,H,W], the rows of the L layers that an
 insert position may refer to [B,H+2,W+2,C], the query's own last, gates [L] (the own layer's is 1),
-seeds and temperature; modules with a mask unit take its maps as well. They return the increment of
-the query [B,C,H,W], and the keys read of each layer [B,L], summed over the queries: N² of a layer
-attended to as a whole, 0 of others.
+seeds and temperature; modules that sample keys take mask maps and `counts` as well. They return the
+increment of the query [B,C,H,W], and the keys read of each layer [B,L], summed over the queries: N²
+of a layer attended to as a whole, 0 of others.
 
 Attention over all positions needs memory that grows with N, or with N·(H + W) where multi-head
 attention is trained, never with N²."""
@@ -202,9 +202,10 @@ class SqueezedAttention(CrossLayerAttention):
         seeds: Tensor | None = None,
         temperature: float = 1.0,
         maps: Sequence[Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        counts: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
         """Arguments and results: see the module docstring."""
-        added, kept = super().forward(query, rows, gates, seeds, temperature, maps)
+        added, kept = super().forward(query, rows, gates, seeds, temperature, maps, counts)
         return added + self.excitation(query + added, rows)[0], kept
 
 
