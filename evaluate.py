@@ -30,7 +30,14 @@ from acla.distributed import Processes, join
 from acla.errors import DataError, UsageError
 from acla.files import provenance
 from acla.models.serialization import load_model
-from acla.restore.inference import check_ensemble, check_tile, restored_pair
+from acla.restore.inference import (
+    PRECISIONS,
+    check_ensemble,
+    check_tile,
+    computing_in,
+    pick_precision,
+    restored_pair,
+)
 from acla.restore.pretrained import PretrainedModels
 
 DEFAULT_CHECKPOINT = Path("runs/train/model.safetensors")
@@ -94,6 +101,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     eight = "average the network over 8 flips and rotations: 8 times slower"
     add("--ensemble", action="store_true", help=eight)
     add("--seed", type=int, default=0, help="seed of the noise (default: 0)")
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        default="fp32",
+        help="number format of the network; auto: the device's fastest (default: fp32)",
+    )
     cli.add_common_flags(parser)
     return parser.parse_args(argv)
 
@@ -103,6 +116,8 @@ def check(args: argparse.Namespace) -> None:
     check_tile(args.tile)
     if args.ensemble and (args.baseline or args.predictions):
         raise UsageError("--ensemble needs a network: leave out --baseline and --predictions")
+    if args.precision != "fp32" and (args.baseline or args.predictions):
+        raise UsageError("--precision needs a network: leave out --baseline and --predictions")
     if args.predictions and args.save:
         raise UsageError("--save has nothing to write with --predictions")
     if args.predictions and not args.predictions.is_dir():
@@ -153,15 +168,18 @@ def network(file: Path, device: torch.device, args: argparse.Namespace) -> Metho
     checkpoint = load_model(file)
     check_ensemble(args.ensemble, checkpoint.task)
     checkpoint.model.to(device)
+    precision = pick_precision(args.precision, device)
 
     def restored(clean: Tensor, path: Path, task: Task) -> tuple[Tensor, Tensor]:
         generator = generator_for(path.stem, args.seed)
-        return restored_pair(checkpoint, clean, task, generator, args.tile, args.ensemble)
+        with computing_in(precision, device):
+            return restored_pair(checkpoint, clean, task, generator, args.tile, args.ensemble)
 
     config = checkpoint.config
     model = {"kind": "network", "checkpoint": str(file), **dataclasses.asdict(config)}
     model |= {"sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
     model |= {"trained_for": str(checkpoint.task), "ensemble": args.ensemble, "tile": args.tile}
+    model |= {"precision": precision}
     label = f"network {file}" + (", ensemble of 8" if args.ensemble else "")
     return Method(label, model, restored, checkpoint.task, config.channels)
 
@@ -284,12 +302,16 @@ def report(name: str, task: Task, method: Method, images: list[dict[str, Any]]) 
         notice(
             f"{name}: {small} of {len(images)} pictures are too small for SSIM and left out of it"
         )
+    protocol = protocol_line(task, method.model["kind"] == "baseline", method.channels)
+    precision = method.model.get("precision", "fp32")
+    if precision != "fp32":
+        protocol += f"; network in {precision}"
     return {
         "dataset": name,
         "task": task.name,
         "setting": task.setting,
         "until": task.until,
-        "protocol": protocol_line(task, method.model["kind"] == "baseline", method.channels),
+        "protocol": protocol,
         "model": method.model,
         "images": images,
         "mean": {key: mean([row[key] for row in images]) for key in ("psnr", "ssim")},

@@ -42,6 +42,21 @@ def test_network_brings_its_task(capsys, root, tmp_path, task):
     assert [i["psnr"] for i in again["images"]] == pytest.approx([i["psnr"] for i in row["images"]])
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_short_formats_are_near_and_named(capsys, root, tmp_path, precision):
+    file = write_network(tmp_path / "m.safetensors", Task("sr", 2))
+    flags = ["--dataset", "Mine", "--checkpoint", file, "--data", root, "--device", "cpu"]
+    (row,) = results(capsys, *flags)
+    (short,) = results(capsys, *flags, "--precision", precision)
+    assert (row["model"]["precision"], short["model"]["precision"]) == ("fp32", precision)
+    assert short["protocol"] == f"{row['protocol']}; network in {precision}"
+    apart = [a["psnr"] - b["psnr"] for a, b in zip(row["images"], short["images"], strict=True)]
+    assert any(apart)  # computed in it
+    assert max(map(abs, apart)) < 0.05
+    code, err = failure(capsys, *flags[:2], *flags[4:], "--baseline", "--precision", precision)
+    assert (code, "leave out --baseline" in err) == (2, True)
+
+
 def test_ensemble_averages_eight_and_is_told(capsys, root, tmp_path):
     file = write_network(tmp_path / "m.safetensors", Task("sr", 2))
     flags = ["--dataset", "Mine", "--checkpoint", file, "--data", root]

@@ -9,6 +9,7 @@ import torch
 from acla.config import ModelConfig
 from acla.errors import AclaError, UsageError
 from acla.models.backbones import Backbone
+from acla.restore import inference
 from acla.restore.inference import overlap, restore, tile_grid
 
 NO_CUDA_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -22,6 +23,18 @@ def shallow(scale: int) -> Backbone:
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.2)
     return net
+
+
+def test_automatic_precision_is_the_devices_fast_one(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for bf16, amx, expected in ((0, 0, "fp32"), (1, 0, "bf16"), (0, 1, "bf16")):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda yes=bf16: bool(yes))
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda yes=amx: bool(yes))
+        assert inference.pick_precision("auto", cpu) == expected
+    for capability, expected in (((9, 0), "fp16"), ((7, 0), "fp16"), ((6, 1), "fp32")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        assert inference.pick_precision("auto", gpu) == expected
+    assert inference.pick_precision("fp16", cpu) == "fp16"
 
 
 @pytest.mark.parametrize("scale", [1, 2, 3, 4])
