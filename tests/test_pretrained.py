@@ -44,7 +44,7 @@ def test_the_quality_of_the_file_picks_the_network(
     tmp_path, capsys, make_scene, networks, quality, nearest, outside
 ):
     Image.fromarray(make_scene(16, 16, 1) // 2).save(tmp_path / "in.jpg", quality=quality)
-    call(tmp_path / "in.jpg", tmp_path / "out.png")
+    call(tmp_path / "in.jpg", tmp_path / "out.png", "--no-project")
     before, after = stored(tmp_path / "in.jpg"), stored(tmp_path / "out.png")
     assert np.array_equal(after, before + nearest)
     out, err = capsys.readouterr()
@@ -77,7 +77,7 @@ def test_a_network_for_many_qualities_takes_what_no_other_serves(
     assert f"car {chosen}, " in out
     assert ("is outside what the network was trained for (car q5-60)" in err) == outside
     Image.fromarray(make_scene(16, 16, 1)).save(tmp_path / "in.png")
-    call(tmp_path / "in.png", tmp_path / "of-unknown-quality.png")
+    call(tmp_path / "in.png", tmp_path / "of-unknown-quality.png", "--task", "car")
     assert "car q5-60, " in capsys.readouterr().out
     status, err = failure(capsys, tmp_path / "in.png", tmp_path / "no.png", "--q", "5-60")
     assert (status, "a photo has one of them" in err) == (2, True)
@@ -92,7 +92,8 @@ def test_flags_name_the_network(tmp_path, capsys, make_scene, networks):
     assert capsys.readouterr().err == ""
     call(tmp_path / "in.png", tmp_path / "large.png", "--task", "sr")
     assert stored(tmp_path / "large.png").shape == (32, 32)
-    status, err = failure(capsys, tmp_path / "in.png", tmp_path / "no.png")
+    flags = ["--task", "car"]
+    status, err = failure(capsys, tmp_path / "in.png", tmp_path / "no.png", *flags)
     assert (status, "in.png: not a JPEG" in err) == (1, True)
     checkpoint = networks / "sr-x2-paper.safetensors"
     flags = ["--checkpoint", checkpoint, "--q", 20]

@@ -66,7 +66,7 @@ def test_car_moves_y_and_keeps_cb_and_cr(tmp_path, jpeg):
     before, after = ycc(jpeg), restored(jpeg, file, jpeg=True)
     assert np.array_equal(after[:, :, 1:], before[:, :, 1:])
     assert np.array_equal(after[:, :, 0], np.minimum(before[:, :, 0].astype(int) + 20, 255))
-    call(jpeg, tmp_path / "out.jpg", "--checkpoint", file)
+    call(jpeg, tmp_path / "out.jpg", "--checkpoint", file, "--no-project")
     written = ycc(tmp_path / "out.jpg").astype(int)
     assert np.abs(written - after).mean() < 1  # quality 95, full chroma
     with Image.open(tmp_path / "out.jpg") as picture:
@@ -80,6 +80,33 @@ def test_car_on_other_formats_moves_all_colours_alike(tmp_path, make_scene):
     Image.fromarray(levels).save(tmp_path / "in.png")
     call(tmp_path / "in.png", tmp_path / "out.bmp", "--checkpoint", file)
     assert np.array_equal(stored(tmp_path / "out.bmp"), np.minimum(levels.astype(int) + 9, 255))
+
+
+@pytest.mark.parametrize("source", [".png", ".tif", ".bmp", ".webp"])
+@pytest.mark.parametrize("target", [".png", ".tif"])
+def test_what_is_no_jpeg_is_left_as_it_is(tmp_path, capsys, make_scene, source, target):
+    path, out = tmp_path / f"in{source}", tmp_path / f"out{target}"
+    levels = make_scene(20, 31)
+    levels[:16, :16] = 255
+    Image.fromarray(levels).save(path, **({"lossless": True} if source == ".webp" else {}))
+    call(path, out)
+    assert np.array_equal(stored(out), levels)
+    assert source != target or out.read_bytes() == path.read_bytes()
+    said, told = capsys.readouterr()
+    assert said == f"{out}: not restored\n"
+    assert re.search(rf"in{source}: not a JPEG.*--task, --q or --checkpoint", told)
+    path.write_bytes(b"no picture")
+    status, err = failure(capsys, path, tmp_path / "no.png")
+    assert (status, "not a readable picture" in err) == (1, True)
+    assert not (tmp_path / "no.png").exists()
+
+
+@pytest.mark.parametrize(("quality", "written"), [(12, 95), (85, 95), (88, 98), (96, 100)])
+def test_a_good_jpeg_is_written_as_a_better_one(tmp_path, make_scene, quality, written):
+    file = write_network(tmp_path / "car.safetensors", CAR)
+    Image.fromarray(make_scene(20, 31)).save(tmp_path / "in.jpg", quality=quality)
+    call(tmp_path / "in.jpg", tmp_path / "out.jpg", "--checkpoint", file)
+    assert photo.jpeg_quality(tmp_path / "out.jpg") == written
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg"])

@@ -3,6 +3,7 @@
 A picture is float32 [C, H, W] in 0..1, unless a docstring says levels (0..255 or 0..65535).
 """
 
+import io
 import os
 import struct
 import warnings
@@ -64,16 +65,19 @@ def load(path: str | Path) -> Tensor:
 
 
 @contextmanager
-def opened(path: str | Path, formats: tuple[str, ...] | None = None) -> Iterator[Image.Image]:
+def opened(
+    path: str | Path, formats: tuple[str, ...] | None = None, data: bytes | None = None
+) -> Iterator[Image.Image]:
     """A Pillow picture for as long as the block lasts, its pixels not decoded yet.
 
-    formats: those of Pillow that are tried, by default all. What Pillow raises in the block on
+    formats: those of Pillow that are tried, by default all. data: bytes to read instead of the
+    file's own. What Pillow raises in the block on
     account of the file becomes a PictureError, which names it.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata, many pixels: the picture decides
-            with Image.open(path, formats=formats) as picture:
+            with Image.open(io.BytesIO(data) if data else path, formats=formats) as picture:
                 yield picture
     except FileNotFoundError as error:
         raise PictureError(f"{path}: there is no such file") from error

@@ -11,6 +11,7 @@ from acla.cli import DEVICES, add_task_flags, pick_device, run, task_from_flags
 from acla.config import SETTING_FLAG
 from acla.console import notice, printable, say
 from acla.data.image import FORMATS
+from acla.data.jpeg import LumaCells
 from acla.errors import AclaError, UsageError, out_of_memory
 from acla.models.serialization import Checkpoint
 from acla.restore import photo
@@ -51,6 +52,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="also restore without tiles, whatever memory that needs, and print the difference",
     )
+    parser.add_argument(
+        "--project",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep a JPEG's answer within what the file says of its photo (default: yes, unless "
+        "--q names another quality than the file's)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
     parser.add_argument(
         "--suffix", metavar=".png", help="of the files written (default: as the names say)"
@@ -67,6 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UsageError("photos are restored in one process: python, not torchrun")
     task = task_from_flags(args)
+    args.asked = bool(task or args.checkpoint)
     if task and task.until:
         flag = SETTING_FLAG[task.name]
         raise UsageError(
@@ -100,29 +109,52 @@ def run_job(
     path: Path, target: Path, models: PretrainedModels, args: argparse.Namespace, label: str
 ) -> str:
     """Restore one photo and say what was written. Raises AclaError, OSError or MemoryError."""
-    quality = photo.jpeg_quality(path) if args.task_q is None else args.task_q[0]
+    own = photo.jpeg_quality(path)
+    quality = own if args.task_q is None else args.task_q[0]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if quality is None and not args.asked:
+        told = "not a JPEG, so it is left as it is; --task, --q or --checkpoint restores it"
+        show(path, [told, *photo.copy(path, target).notices])
+        return f"{target}: not restored"
     file, network, outside = models.pick(quality)
     source = photo.read(path, ycc=network.config.channels == 1)
+    # A good JPEG, written at quality 95, would lose more than it gained
+    source.quality = max(95, min(100, (own or 0) + 10))
     check_mosaic(source, network.task)
     tile = args.tile or default_tile(network.config.scale, *source.levels.shape[:2])
     jpeg = FORMATS[target.suffix.lower()] == "JPEG"
-    restored = restore_photo(source, network, tile, args.ensemble, jpeg, label)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    projects = args.project and network.task.name == "car" and own and quality == own
+    cells = photo.read_cells(path, own) if projects else None
+    restored = restore_photo(source, network, tile, args.ensemble, jpeg, label, cells=cells)
     photo.save(restored, target)
-    for text in [*([outside] if outside else []), *restored.notices]:
-        notice(printable(f"{path}: {text}"))
+    show(path, [*([outside] if outside else []), *restored.notices])
     result = f"{target}: {network.task}, {file}"
     if not args.compare:
         return result
     if tile is None:
         return f"{result}, taken whole"
-    return f"{result}, {difference(restored, source, network, args.ensemble, jpeg)}"
+    return f"{result}, {difference(restored, source, network, args.ensemble, jpeg, cells)}"
 
 
-def difference(tiled: Photo, source: Photo, network: Checkpoint, ensemble: bool, jpeg: bool) -> str:
+def show(path: Path, notices: list[str]) -> None:
+    """Print notices about a photo."""
+    for text in notices:
+        notice(printable(f"{path}: {text}"))
+
+
+def difference(
+    tiled: Photo,
+    source: Photo,
+    network: Checkpoint,
+    ensemble: bool,
+    jpeg: bool,
+    cells: LumaCells | None,
+) -> str:
     """How far a result lies from the one without tiles, in levels of what is written."""
     try:
-        whole = restore_photo(source, network, None, ensemble, jpeg, smaller_tiles=False)
+        whole = restore_photo(
+            source, network, None, ensemble, jpeg, smaller_tiles=False, cells=cells
+        )
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise

@@ -14,6 +14,7 @@ from acla.config import Task
 from acla.console import progress
 from acla.data.degradations import mosaic
 from acla.data.image import from_levels, luma, to_full, to_levels, to_rgb, to_studio, ycc_to_rgb
+from acla.data.jpeg import LumaCells, projected
 from acla.errors import CheckpointError, PictureError
 from acla.models.serialization import Checkpoint
 from acla.restore import photo
@@ -78,12 +79,14 @@ def restore_photo(
     jpeg: bool = False,
     label: str = "",
     smaller_tiles: bool = True,
+    cells: LumaCells | None = None,
 ) -> Photo:
     """The restored photo, with everything that the source carries.
 
     jpeg: it will be written as one, so that a JPEG's own Y, Cb, Cr stay what they are. label: what
-    the progress bar says. smaller_tiles: go on with smaller ones when memory runs out. Raises
-    CheckpointError for an answer that is not finite.
+    the progress bar says. smaller_tiles: go on with smaller ones when memory runs out. cells: those
+    of a JPEG's Y, which the answer is projected onto. Raises CheckpointError for an answer that is
+    not finite.
     """
     config, task = network.config, network.task
     picture = network_input(source, task, config.channels)
@@ -92,6 +95,7 @@ def restore_photo(
     def whole(tile: int | None) -> np.ndarray:
         levels = np.empty_like(around.levels)
         rows = strips(network.model, picture, tile, ensemble)
+        rows = projected(rows, cells, picture.shape[1]) if cells else rows
         count = 1 if tile is None else len(tile_grid(picture.shape[1], tile)[1])
         top = 0
         for strip in progress(

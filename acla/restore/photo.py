@@ -23,19 +23,20 @@ from acla.data.image import (
     to_array,
     write,
 )
+from acla.data.jpeg import END, LumaCells, cell_width, luma_steps, whole_blocks
 from acla.errors import PictureError
 from acla.files import write_atomically
 
 ORIENTATION = ExifTags.Base.Orientation
 # Formats of photos; others of Pillow's readers start programs (EPS) or draw (WMF)
 READABLE = ("PNG", "BMP", "DIB", "TIFF", "JPEG", "GIF", "WEBP", "PPM")
-JPEG_OUTPUT = {"quality": 95, "subsampling": 0}  # 4:4:4: no second loss of colour
 
 
 @dataclass
 class Photo:
     """levels: [H, W, 1] gray, or [H, W, 3] RGB or, where `ycc`, a JPEG's own Y, Cb, Cr; alpha
-    [H, W] of the same type; exif and icc: bytes, empty without; notices: what did not survive."""
+    [H, W] of the same type; exif and icc: bytes, empty without; notices: what did not survive;
+    quality: of the JPEG that it may become."""
 
     levels: np.ndarray
     ycc: bool = False
@@ -44,6 +45,7 @@ class Photo:
     icc: bytes = b""
     dpi: tuple[float, float] | None = None
     notices: list[str] = field(default_factory=list)
+    quality: int = 95
 
 
 # Reading
@@ -69,10 +71,10 @@ def jpeg_quality(path: Path) -> int | None:
     Exact for IJG's encoders; for others least squares over the logarithms. Raises PictureError.
     """
     with opened(path, READABLE) as picture:
-        tables = getattr(picture, "quantization", None)
-        if not tables:
+        steps = luma_steps(picture)
+        if steps is None:
             return None
-        table = np.log(np.maximum(np.array(tables[min(tables)], np.float64), 1))
+        table = np.log(np.maximum(steps.reshape(-1).astype(np.float64), 1))
         return int(((luma_tables() - table) ** 2).sum(1).argmin()) + 1
 
 
@@ -86,7 +88,8 @@ def read(path: Path, ycc: bool = False) -> Photo:
         notices = []
         if getattr(picture, "is_animated", False):
             notices.append("several frames: the first is restored")
-        if ycc and stores_ycc(picture):
+        ycc = ycc and stores_ycc(picture)
+        if ycc:
             picture.draft("YCbCr", None)
         exif, orientation = read_exif(picture, notices)
         icc = picture.info.get("icc_profile") or b""
@@ -103,7 +106,7 @@ def read(path: Path, ycc: bool = False) -> Photo:
         if picture.mode == "CMYK":
             notices.append("CMYK becomes RGB" + (", without its ICC profile" if icc else ""))
             icc = b""
-        if picture.mode == "YCbCr" and ycc and stores_ycc(picture):
+        if ycc:
             return Photo(np.asarray(picture), True, None, exif, icc, dpi, notices)
         alpha = None
         if picture.has_transparency_data:
@@ -115,6 +118,30 @@ def read(path: Path, ycc: bool = False) -> Photo:
                 alpha = np.asarray(picture.getchannel("A"))
         levels = to_array(picture, path)
     return Photo(np.atleast_3d(levels), False, alpha, exif, icc, dpi, notices)
+
+
+def read_cells(path: Path, quality: int) -> LumaCells | None:
+    """The cells of a JPEG's Y, turned as `read` turns it, as wide as its quality wants.
+
+    None where they are not known: Y is not in the file, or not at full size. Raises PictureError.
+    """
+    try:
+        data = whole_blocks(path.read_bytes())
+    except IndexError:
+        return None
+    with opened(path, READABLE, data + END) as picture:
+        sampling = np.array([layer[1:3] for layer in picture.layer])
+        if not (picture.mode == "L" or stores_ycc(picture)) or (sampling[0] < sampling).any():
+            return None
+        _, orientation = read_exif(picture, [])
+        picture.draft("L", None)
+        y, steps = np.asarray(picture), luma_steps(picture)
+    with opened(path, READABLE) as picture:
+        across, down = y.shape[1] - picture.width, y.shape[0] - picture.height
+    top = {3: down, 4: down, 7: across, 8: across}.get(orientation, 0)
+    left = {2: across, 3: across, 6: down, 7: down}.get(orientation, 0)
+    steps = steps.T if orientation > 4 else steps
+    return LumaCells(turned(y, orientation), steps, top, left, cell_width(quality))
 
 
 def stores_ycc(picture: Image.Image) -> bool:
@@ -218,6 +245,22 @@ def sized_exif(exif: bytes, width: int, height: int, notices: list[str]) -> byte
 # Writing
 
 
+def copy(source: Path, path: Path) -> Photo:
+    """Write a photo as it is: to the byte where the suffix names its own format, else by `save`.
+
+    Raises PictureError for what is no whole picture, or cannot be written.
+    """
+    own = read(source)
+    with opened(source, READABLE) as picture:
+        kind = "JPEG" if picture.format == "MPO" else picture.format
+    if kind == FORMATS.get(path.suffix.lower()):
+        own.notices.clear()
+        write_atomically(path, source.read_bytes())
+    else:
+        save(own, path)
+    return own
+
+
 def check_suffix(path: Path) -> None:
     """Raise PictureError for a suffix that names no format."""
     if path.suffix.lower() not in FORMATS:
@@ -261,7 +304,8 @@ def save(photo: Photo, path: Path) -> None:
     elif kind != "BMP":
         options |= {"exif": photo.exif} if photo.exif else {}
         options |= {"icc_profile": photo.icc} if photo.icc else {}
-    options |= JPEG_OUTPUT if kind == "JPEG" else {}
+    if kind == "JPEG":  # 4:4:4: no second loss of colour
+        options |= {"quality": photo.quality, "subsampling": 0}
     write(to_pillow(levels, photo.ycc, alpha), path, **options)
 
 

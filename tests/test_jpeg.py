@@ -1,0 +1,110 @@
+"""What a JPEG's own file says of its photo, and answers that are kept to it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from restoring import CAR, call, write_network
+from scipy.fft import dctn
+
+from acla.data.jpeg import LumaCells, cell_width, project, projected
+from acla.restore import photo
+
+ORIENTATION = 0x0112
+
+
+def jpeg(path: Path, levels: np.ndarray, **options: object) -> Path:
+    Image.fromarray(levels).save(path, "JPEG", **options)
+    return path
+
+
+def luma(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.atleast_3d(picture.convert("L" if picture.mode == "L" else "YCbCr"))[:, :, 0]
+
+
+def blocks(y: np.ndarray) -> np.ndarray:
+    """Coefficients of the whole blocks of Y [H, W], by another road than the module's."""
+    rows = range(0, len(y) - 7, 8)
+    columns = range(0, y.shape[1] - 7, 8)
+    cut = [[y[i : i + 8, j : j + 8] - 128.0 for j in columns] for i in rows]
+    return np.array([[dctn(block, norm="ortho") for block in row] for row in cut])
+
+
+@pytest.mark.parametrize("progressive", [False, True], ids=["baseline", "progressive"])
+@pytest.mark.parametrize("subsampling", [0, 1, 2], ids=["444", "422", "420"])
+@pytest.mark.parametrize("size", [(45, 61), (16, 24), (1, 1), (8, 9), (33, 17)], ids=str)
+def test_every_block_is_known_beyond_the_edges(
+    tmp_path, make_scene, size, subsampling, progressive
+):
+    options = {"quality": 40, "subsampling": subsampling, "progressive": progressive}
+    path = jpeg(tmp_path / "a.jpg", make_scene(*size) // 2 + 60, **options)
+    own, cells = photo.read(path, ycc=True), photo.read_cells(path, 40)
+    assert np.array_equal(cells.y[: size[0], : size[1]], own.levels[:, :, 0])
+    assert cells.y.shape == tuple(-(-side // 8) * 8 for side in size)
+    # Coefficients are multiples of the steps but for the rounding of pixels
+    coefficients = blocks(cells.y.astype(float))
+    apart = coefficients - cells.steps * np.rint(coefficients / cells.steps)
+    assert np.abs(apart).max() < 4.1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("rows", [1, 5, 8, 100])
+def test_a_turned_photo_is_projected_as_the_upright_one(tmp_path, make_scene, orientation, rows):
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    levels = make_scene(45, 61)
+    plain = jpeg(tmp_path / "a.jpg", levels, quality=20)
+    path = jpeg(tmp_path / "b.jpg", levels, quality=20, exif=exif)
+    noise = np.random.default_rng(0).normal(0, 30, levels.shape[:2]).astype(np.float32)
+
+    def answer(path: Path, noise: np.ndarray) -> np.ndarray:
+        y = photo.read(path, ycc=True).levels[:, :, 0] + noise
+        strips = torch.from_numpy(y / 255)[None].split(rows, 1)
+        cells = photo.read_cells(path, 20)
+        return torch.cat(list(projected(iter(strips), cells, len(y))), 1)[0].numpy()
+
+    wanted = photo.turned(answer(plain, noise), orientation)
+    assert np.allclose(answer(path, photo.turned(noise, orientation)), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("quality", [10, 75, 95])
+def test_an_answer_is_moved_into_its_cells_and_no_further(tmp_path, make_scene, quality):
+    clean = make_scene(40, 56, 1) // 2 + 60
+    cells = photo.read_cells(jpeg(tmp_path / "a.jpg", clean, quality=quality), quality)
+    cells.width = 1.0
+    noise = np.random.default_rng(0).normal(0, 40, clean.shape)
+    inside = project((clean + noise).astype(np.float32), cells)
+    levels = np.rint(blocks(cells.y.astype(float)) / cells.steps)
+    apart = np.abs(blocks(inside) / cells.steps - levels)
+    assert apart.max() < 0.5 + 1e-3
+    assert np.allclose(project(inside, cells), inside, atol=1e-3)
+    assert np.allclose(project(clean.astype(np.float32), cells), clean, atol=2)
+
+
+def test_cells_narrow_with_quality():
+    assert cell_width(1) == cell_width(50) == 0.7
+    assert cell_width(75) < 0.5
+    assert cell_width(100) == 0
+    flat = LumaCells(np.full((8, 16), 90, np.uint8), np.full((8, 8), 16.0), width=0)
+    moved = project(np.full((8, 16), 200, np.float32), flat)
+    assert np.ptp(moved) < 1e-4  # the decoded level itself
+    assert abs(moved[0, 0] - 90) <= 1
+
+
+@pytest.mark.parametrize("quality", [10, 75, 95, 100])
+@pytest.mark.parametrize("channels", [1, 3], ids=["gray", "420"])
+def test_a_wrong_answer_goes_no_further_than_the_cells(tmp_path, make_scene, channels, quality):
+    file = write_network(tmp_path / "car.safetensors", CAR, shift=60 / 255)
+    path = jpeg(tmp_path / "a.jpg", make_scene(45, 61, channels) // 2 + 30, quality=quality)
+    call(path, tmp_path / "out.png", "--checkpoint", file)
+    moved = luma(tmp_path / "out.png").astype(int) - luma(path)
+    # A shift is in the first coefficient alone, which is 8 times the mean
+    most = photo.read_cells(path, quality).steps[0, 0] / 8 * cell_width(quality) / 2
+    assert abs(moved[:40, :56].mean() - most) < 0.6
+    for flags in (["--no-project"], ["--q", 99 if quality == 10 else 10]):
+        call(path, tmp_path / "free.png", "--checkpoint", file, "--overwrite", *flags)
+        free = luma(tmp_path / "free.png").astype(int) - luma(path)
+        assert np.abs(free).mean() > 3 * np.abs(moved).mean()
