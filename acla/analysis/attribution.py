@@ -66,21 +66,6 @@ class Scene:
 # Maps, CVPR 2021)
 
 
-class Attribution(NamedTuple):
-    """map: [C,H,W] float64, what each value of the input adds to the detector; before, after: the
-    detector's answers to the blurred input and to the input."""
-
-    map: Tensor
-    before: float
-    after: float
-
-    @property
-    def diffusion_index(self) -> float | None:
-        """100 (1 − gini), higher where more pixels take part; None for a flat window."""
-        share = gini(self.map)
-        return None if share is None else 100 * (1 - share)
-
-
 def detail(pictures: Tensor, window: tuple[int, int, int]) -> Tensor:
     """The detector D: Σ √(∂y² + ∂x²) over a window (y, x, side) of pictures [B,C,H,W], where ∂ is
     the difference to the next pixel below and to the right, 0 where the picture ends."""
@@ -100,52 +85,47 @@ def blurred(picture: Tensor, sigma: float) -> Tensor:
 
 def local_attribution(
     model: Backbone, picture: Tensor, window: tuple[int, int, int], steps: int = 50
-) -> Attribution:
-    """The local attribution map of a picture [C,H,W] for a window (y, x, side) of what is restored.
+) -> Tensor:
+    """The local attribution map [C,H,W], float64, of a picture [C,H,W] for a window (y, x, side) of
+    what is restored: what each value of the input adds to the detector D.
 
     The path γ(α) = G_{(1−α)σ} ∗ picture leads from the blurred input (α = 0) to the input (α = 1).
-    The gradient of the detector D behind the network F is integrated along it, by midpoints:
+    The gradient of D behind the network F is integrated along it, by midpoints:
 
         a = Σ_{k=1..m} ∇D(F(γ((k−½)/m))) · (γ(k/m) − γ((k−1)/m))
 
-    so that for many steps m the values of a add up to after − before, but for the jumps of masks
-    that switch on the way.
+    so that for many steps m the values of a add up to D(F(γ(1))) − D(F(γ(0))), but for the jumps of
+    masks that switch on the way.
     """
     picture = picture.detach().double()
-
-    def path(alpha: float) -> Tensor:
-        return blurred(picture, (1 - alpha) * SIGMA)
-
-    def answer(x: Tensor) -> Tensor:
-        restored, _ = model.forward_with_counts(x.float().unsqueeze(0), temperature=FIXED_MASKS)
-        return detail(restored.double(), window)
-
-    total, here = torch.zeros_like(picture), path(0)
-    with torch.no_grad():
-        before, after = answer(here).item(), answer(picture).item()
+    total = torch.zeros_like(picture)
     for step in progress(range(steps), desc="attribution", unit="step", leave=False):
-        following = path((step + 1) / steps)
-        middle = path((step + 0.5) / steps).requires_grad_()
+        here, middle, following = (
+            blurred(picture, (1 - (step + part) / steps) * SIGMA) for part in (0, 0.5, 1)
+        )
+        middle.requires_grad_()
         with torch.enable_grad():
-            (slope,) = torch.autograd.grad(answer(middle), middle)
+            restored, _ = model.forward_with_counts(
+                middle.float().unsqueeze(0), temperature=FIXED_MASKS
+            )
+            (slope,) = torch.autograd.grad(detail(restored.double(), window), middle)
         total += slope * (following - here)
-        here = following
-    return Attribution(total, before, after)
+    return total
 
 
-def gini(attribution: Tensor) -> float | None:
-    """The Gini coefficient of an attribution [C,H,W] over pixels, each with Σ_c |a_c|: 0 where all
-    are equal, near 1 where one has all; None where all are 0.
+def diffusion_index(attribution: Tensor) -> float | None:
+    """100 (1 − Gini coefficient) of an attribution [C,H,W] over pixels, each with Σ_c |a_c|: 100
+    where all are equal, near 0 where one has all; None where all are 0, for a flat window.
 
-    Half the mean absolute difference of two pixels, over their mean; from sorted values
-    x_1 ≤ … ≤ x_n it is Σ (2i − n − 1) x_i / (n Σ x_i).
+    The coefficient is half the mean absolute difference of two pixels, over their mean; from sorted
+    values x_1 ≤ … ≤ x_n it is Σ (2i − n − 1) x_i / (n Σ x_i).
     """
     x = attribution.abs().sum(0).flatten().double().sort().values
     n, total = len(x), x.sum()
     if total == 0:
         return None
     rank = torch.arange(1, n + 1, dtype=x.dtype, device=x.device)
-    return (((2 * rank - n - 1) * x).sum() / (n * total)).item()
+    return 100 * (1 - (((2 * rank - n - 1) * x).sum() / (n * total)).item())
 
 
 # The attention modules

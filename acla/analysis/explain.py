@@ -13,7 +13,13 @@ from torch.nn import functional as F
 
 from acla import cli, console
 from acla.analysis import plots
-from acla.analysis.attribution import Attribution, Observed, Scene, local_attribution, observe
+from acla.analysis.attribution import (
+    Observed,
+    Scene,
+    diffusion_index,
+    local_attribution,
+    observe,
+)
 from acla.analysis.figures import FIGURES, write_figures
 from acla.config import Task
 from acla.data.degradations import draw_setting, generator_for, pair
@@ -104,7 +110,7 @@ def span(start: int, side: int, scale: int, length: int, crop: int) -> tuple[int
 
 
 def as_json(
-    args: argparse.Namespace, scene: Scene, attribution: Attribution, observed: Observed
+    args: argparse.Namespace, scene: Scene, attribution: Tensor, observed: Observed
 ) -> dict[str, Any]:
     """The result as JSON holds it. Windows and queries are in restored pixels, keys and the part of
     the picture in low-quality pixels, of the whole picture."""
@@ -127,12 +133,8 @@ def as_json(
         "window": scene.window,
         "query": scene.query,
         "part": [scene.top, scene.left, *scene.low.shape[1:]],
-        "attribution": {
-            "diffusion_index": attribution.diffusion_index,
-            "steps": args.steps,
-            "sum": attribution.map.sum().item(),
-            "detector": [attribution.before, attribution.after],
-        },
+        "diffusion_index": diffusion_index(attribution),
+        "steps": args.steps,
         "kept": observed.kept,
         "keys": keys,
         "branches": observed.branches,
@@ -142,7 +144,7 @@ def as_json(
 def summary(result: dict[str, Any]) -> str:
     """The result as text."""
     y, x, side = result["window"]
-    index = result["attribution"]["diffusion_index"]
+    index = result["diffusion_index"]
     lines = [
         console.printable(f"{result['picture']}: {result['task']}, {result['checkpoint']}"),
         f"window ({y}, {x}), {side} restored pixels a side",
