@@ -13,7 +13,6 @@ import functools
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from acla import cli, config, console
 from acla.config import SearchConfig, Task
@@ -66,36 +65,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     cli.add_run_flags(parser, OUT, "search")
-    group = parser.add_argument_group("Choosing λ, and several searches")
-    grid = ",".join(map(str, lambda_selection.GRID))
-    group.add_argument(
-        "--lambda",
-        dest="lam",
-        metavar="X|auto",
-        type=parse_lambda,
-        default=argparse.SUPPRESS,
-        help="λ of Eq. 14, the weight of log cost, 0 or more; auto: by cross-validation on 20 %% "
-        "of the training pictures (default: by --preset; paper: Table 9's)",
-    )
-    group.add_argument(
-        "--grid",
-        metavar="X,X…",
-        type=parse_grid,
-        help=f"values that --lambda auto tries (default: {grid})",
-    )
-    group.add_argument(
-        "--budget",
-        metavar="X",
-        type=float,
-        help="most multiply-adds of the attention for a 48×48 picture, with every key open; λ by "
-        "bisection",
-    )
-    group.add_argument(
-        "--seeds",
-        metavar="N",
-        type=int,
-        help="searches, from --seed on, and their agreement (default: 1)",
-    )
+    add = parser.add_argument_group("Choosing λ, and several searches").add_argument
+    text = "λ of Eq. 14, the weight of log cost, 0 or more; auto: by cross-validation on 20 %% of "
+    text += "the training pictures (default: by --preset; paper: Table 9's)"
+    options = {"dest": "lam", "type": parse_lambda, "default": argparse.SUPPRESS}
+    add("--lambda", metavar="X|auto", help=text, **options)
+    text = f"values that --lambda auto tries (default: {','.join(map(str, lambda_selection.GRID))})"
+    add("--grid", metavar="X,X…", type=parse_grid, help=text)
+    text = "most multiply-adds of the attention for a 48×48 picture, with every key open; λ by "
+    add("--budget", metavar="X", type=float, help=text + "bisection")
+    text = "searches, from --seed on, and their agreement (default: 1)"
+    add("--seeds", metavar="N", type=int, help=text)
     cli.add_flags(parser, SearchConfig, skip=("lam",))
     cli.add_flags(parser, config.ModelConfig, skip=("attention", "positions"))
     args = parser.parse_args(argv)
@@ -186,43 +166,29 @@ def search(
     """Choose λ by cross-validation if asked to, then search with one seed or with several."""
     out, notes = args.out, {}
     if selection.auto:
-        grid = selection.grid or lambda_selection.GRID
-        lam, rows = lambda_selection.cross_validate(
-            plan, args.data, out / "trials", grid, processes
-        )
+        grid, trials = selection.grid or lambda_selection.GRID, out / "trials"
+        lam, rows = lambda_selection.cross_validate(plan, args.data, trials, grid, processes)
         plan, notes = plan.change(lam=lam), {"cross_validation": rows}
         console.say(lambda_selection.validation_table(rows))
     console.notice("λ by bisection" if selection.budget else f"λ {plan.search.lam:g}")
+
+    def once(plan: SearchPlan, out: Path) -> SearchResult:
+        if selection.budget is None:
+            return loop.run(plan, sets, out, processes, notes=notes)
+        return lambda_selection.within_budget(plan, sets, out, selection.budget, processes, notes)
+
     if selection.seeds == 1:
-        return search_once(plan, selection, sets, out, processes, notes)
+        return once(plan, out)
     results = {}
     for seed in range(plan.search.seed, plan.search.seed + selection.seeds):
         console.notice(f"seed {seed}")
-        one, folder = plan.change(seed=seed), out / f"seed-{seed}"
-        results[seed] = search_once(one, selection, sets, folder, processes, notes)
+        results[seed] = once(plan.change(seed=seed), out / f"seed-{seed}")
     agreed = lambda_selection.agreement(list(results.values()))
     console.say(lambda_selection.agreement_table(agreed))
     best = max(results, key=lambda seed: results[seed].mean_psnr)
     console.say(f"the best by PSNR, seed {best}:")
-    return lambda_selection.adopt(
-        results[best], out / f"seed-{best}", out, processes, {"agreement": agreed}
-    )
-
-
-def search_once(
-    plan: SearchPlan,
-    selection: Selection,
-    sets: Sets,
-    out: Path,
-    processes: Processes,
-    notes: dict[str, Any],
-) -> SearchResult:
-    """One search, or the best one within the budget."""
-    if selection.budget is None:
-        return loop.run(plan, sets, out, processes, notes=notes)
-    return lambda_selection.within_budget(
-        plan, sets, out / "trials", selection.budget, processes, notes
-    )
+    folder = out / f"seed-{best}"
+    return lambda_selection.adopt(results[best], folder, out, processes, {"agreement": agreed})
 
 
 def report(result: SearchResult, out: Path) -> None:

@@ -109,7 +109,7 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
     except (MemoryError, RuntimeError) as cause:
         if not out_of_memory(cause):
             raise
-        error("out of memory; a smaller --batch-size, --patch-size or --tile needs less")
+        error("out of memory; a smaller --batch-size, --patch-size, --tile or --crop needs less")
         sys.exit(1)
     except Stopped as stopped:
         notice(str(stopped))

@@ -43,12 +43,12 @@ def progress(steps: Iterable, **options: object) -> tqdm:
     return tqdm(steps, mininterval=seconds, file=sys.stderr, **options)
 
 
-def check_json(where: str | None, made: Path | None = None) -> None:
-    """Refuse a --json that cannot be written, before any work; - is standard output, and `made` a
-    folder that the command makes. Raises UsageError."""
+def check_json(where: str | None) -> None:
+    """Refuse a --json that cannot be written, before any work; - is standard output. Raises
+    UsageError."""
     if where in (None, "-"):
         return
-    if not (Path(where).parent.is_dir() or Path(where).parent == made):
+    if not Path(where).parent.is_dir():
         raise UsageError(f"--json {where}: there is no folder {Path(where).parent}")
     if Path(where).is_dir():
         raise UsageError(f"--json {where}: that is a folder; name a file in it")

@@ -8,7 +8,6 @@ import torch
 import kernels
 from acla.analysis import benchmark
 from acla.config import ModelConfig
-from acla.errors import UsageError
 from acla.models.attention import CrossLayerAttention
 from acla.models.backbones import Backbone
 from kernels import bench, timing
@@ -68,15 +67,10 @@ def test_the_loader_beside_training(monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "BATCHES", 3)
     monkeypatch.setattr(benchmark, "WORKERS", (0,))
     monkeypatch.setattr(benchmark.Trainer, "step", lambda self, step, *_: calls.append(step))
-    benchmark.main(["--only", "loader", "--q", "20"])
+    benchmark.main(["--only", "loader"])
     out = capsys.readouterr().out
     assert calls == list(range(benchmark.STEPS + 1))
     assert "loader, 0 workers: " in out
-
-
-def test_impossible_calls_are_refused():
-    with pytest.raises(UsageError, match="--sigma belongs"):
-        benchmark.main(["--only", "loader", "--task", "car", "--sigma", "30"])
 
 
 def attending_network():

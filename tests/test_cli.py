@@ -25,7 +25,7 @@ def fails(error):
         (
             MemoryError(),
             1,
-            "error: out of memory; a smaller --batch-size, --patch-size or --tile needs",
+            "error: out of memory; a smaller --batch-size, --patch-size, --tile or --crop needs",
         ),
         (torch.OutOfMemoryError("CUDA"), 1, "error: out of memory; a smaller --batch-size"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "error: out of memory;"),

@@ -123,7 +123,7 @@ def test_a_budget_is_met_as_closely_as_modules_allow(monkeypatch):
     processes = search.join(search.cli.pick_device("cpu"))
     for budget, count in ((two, 2), (two * 1.2, 2), (two - 1, 1), (1, 0), (1e12, 4)):
         asked.clear()
-        best = lambda_selection.within_budget(plan, None, Path("trials"), budget, processes, {})
+        best = lambda_selection.within_budget(plan, None, Path(), budget, processes, {})
         assert len(best.architecture.model.positions) == count
         rows = best.architecture.evidence["budget"]["trials"]
         assert [row["lambda"] for row in rows] == asked
@@ -136,7 +136,7 @@ def test_a_budget_that_no_lambda_meets_says_what_was_tried(monkeypatch):
     plan = search.plan_from_flags(search.parse([*SMALL, *SHORT]), "tiny")
     processes = search.join(search.cli.pick_device("cpu"))
     with pytest.raises(AclaError, match=r"no λ up to .* raise --budget"):
-        lambda_selection.within_budget(plan, None, Path("trials"), 1, processes, {})
+        lambda_selection.within_budget(plan, None, Path(), 1, processes, {})
     assert asked == sorted(asked)
 
 

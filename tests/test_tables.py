@@ -4,7 +4,7 @@ import csv
 import itertools
 import json
 import re
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,8 +12,7 @@ import torch
 from evaluating import results, write_network
 
 from acla.analysis import tables
-from acla.cli import run
-from acla.config import ModelConfig, Task, from_dict, model_preset
+from acla.config import Task, model_preset
 
 DOUBLE = Task("sr", 2)
 TINY = replace(model_preset("tiny", DOUBLE), attention="none", keys=0)
@@ -220,11 +219,13 @@ def test_times_are_medians_over_turns(monkeypatch):
     rows = tables.make_rows(12, "tiny")
     timed = []
 
-    def turns(networks, device):
-        timed.append([config.backbone for config in networks])
-        return {config: [(i + 1) * t for t in (10, 20, 90)] for i, config in enumerate(networks)}
+    def turns(calls, device, seconds, rounds):
+        timed.append(len(calls))
+        for call in calls:
+            assert call().shape == (1, 3, 96, 96)
+        return [[(i + 1) * t for t in (10, 20, 90)] for i in range(len(calls))]
 
-    monkeypatch.setattr(tables, "time_in_turns", turns)
+    monkeypatch.setattr(tables, "paired", turns)
     tables.add_times(rows, torch.device("cpu"))
     assert {row.method: (row.ours.get("ms"), row.ours.get("ratio")) for row in rows} == {
         "RCAN": (20, 1),
@@ -234,19 +235,15 @@ def test_times_are_medians_over_turns(monkeypatch):
         "EDSR": (20, 1),
         "EDSR+ACLA": (40, 2),
     }
-    assert timed == [["rcan", "han", "rcan"], ["edsr", "edsr"]]
+    assert timed == [3, 2]
     assert rows[3].paper["ratio"] == pytest.approx(36.9 / 32.7)
 
 
-def test_networks_are_timed(capsys, monkeypatch):
-    monkeypatch.setattr(tables, "ROUNDS", 2)
-    monkeypatch.setattr(tables, "SECONDS", 0)
-    rows = [row for row in tables.printed_rows() if row["method"] in ("EDSR", "EDSR + ACLA")]
-    monkeypatch.setattr(tables, "printed_rows", lambda: rows)
+def test_times_are_two_columns_more(capsys, monkeypatch):
+    monkeypatch.setattr(tables, "paired", lambda calls, *_: [[20.0, 30.0, 40.0]] * len(calls))
     head, _, *lines = cells(capsys, 11, "--preset", "tiny", "--time")
     assert head[-2:] == ["ms (on a V100)", "time over backbone's"]
-    assert lines[0][-1] == "1.00 (–)"
-    assert all(float(cell.split()[0]) > 0 for line in lines for cell in line[-2:])
+    assert lines[0][-2:] == ["30.00 (–)", "1.00 (–)"]
 
 
 @pytest.fixture
@@ -299,40 +296,16 @@ def test_other_networks_are_not(capsys, scores, fields):
     assert all(line[3].startswith("–") for line in lines)
 
 
-def test_networks_left_out_are_named(capsys, scores, tmp_path):
-    first, _ = scores("a")
+def test_of_two_networks_alike_the_first_counts(capsys, scores):
+    first, psnr = scores("a")
     second, _ = scores("b", keys=16, offset_radius=3.0)
-    tables.main(["11", "--preset", "tiny", "--json", "-", "--scores", str(first), str(second)])
+    tables.main(["11", "--preset", "tiny", "--scores", str(first), str(second)])
     out, err = capsys.readouterr()
-    assert json.loads(out)["rows"][0]["checkpoint"] == str(tmp_path / "a.safetensors")
-    assert "b.safetensors has the configuration of " in err
+    assert f"{psnr:.2f} (38.11)" in out
+    assert "left out: Set5 x2 of ours: b: the second of its kind" in err
 
 
-def test_json_has_the_rows(capsys, tmp_path):
-    file = tmp_path / "rows.json"
-    tables.main(["12", "4", "12", "--preset", "tiny", "--device", "cpu", "--json", str(file)])
-    assert capsys.readouterr().out.count("Table 12, ×2") == 1
-    tables.main(["12", "4", "--preset", "tiny", "--device", "cpu", "--json", "-"])
-    alone = json.loads(capsys.readouterr().out)
-    read = json.loads(file.read_text(encoding="utf-8"))
-    assert read == alone
-    rows = [*tables.make_rows(12, "tiny"), *tables.make_rows(4, "tiny")]
-    assert read["rows"] == json.loads(json.dumps([asdict(row) for row in rows]))
-    assert (read["preset"], read["side"]) == ("tiny", 48)
-    assert {"commit", "device", "threads"} <= read["provenance"].keys()
-    assert from_dict(ModelConfig, read["rows"][3]["network"]) == rows[3].network
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["9"], "choose from 4, 5, 6, 7, 8, 11, 12"),
-        (["4", "--json", "nowhere/rows.json"], "there is no folder nowhere"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_wrong_calls_are_refused(capsys, flags, message):
-    with pytest.raises(SystemExit) as stop:
-        run(tables.main, flags)
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+def test_unknown_tables_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        tables.main(["9"])
+    assert "choose from 4, 5, 6, 7, 8, 11, 12" in capsys.readouterr().err

@@ -5,14 +5,14 @@ offsets are (dy, dx) in pixels, y first
 """
 
 import functools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
+from skimage import filters
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,9 +21,9 @@ from acla.console import progress
 from acla.models.a2n import BranchWeights
 from acla.models.attention import CrossLayerAttention, pointwise
 from acla.models.backbones import Backbone
+from kernels import reference
 
 SIGMA = 1.2  # pixels, of the blur at the start of the path, as Gu and Dong have it
-REACH = math.ceil(3 * SIGMA)
 FLAT = 1e-20  # so that the gradient of a slope of 0 is 0
 # A temperature at which masks have no gradient of their own: the network as it restores has masks
 # that are steps; the slope of a sigmoid serves training alone.
@@ -66,21 +66,6 @@ class Scene:
 # Maps, CVPR 2021)
 
 
-class Attribution(NamedTuple):
-    """map: [C,H,W] float64, what each value of the input adds to the detector; before, after: the
-    detector's answers to the blurred input and to the input."""
-
-    map: Tensor
-    before: float
-    after: float
-
-    @property
-    def diffusion_index(self) -> float | None:
-        """100 (1 − gini), higher where more pixels take part; None for a flat window."""
-        share = gini(self.map)
-        return None if share is None else 100 * (1 - share)
-
-
 def detail(pictures: Tensor, window: tuple[int, int, int]) -> Tensor:
     """The detector D: Σ √(∂y² + ∂x²) over a window (y, x, side) of pictures [B,C,H,W], where ∂ is
     the difference to the next pixel below and to the right, 0 where the picture ends."""
@@ -92,68 +77,55 @@ def detail(pictures: Tensor, window: tuple[int, int, int]) -> Tensor:
 
 
 def blurred(picture: Tensor, sigma: float) -> Tensor:
-    """picture [C,H,W] under a Gaussian of sigma pixels, cut at REACH, edges repeated; 0 changes
-    nothing."""
-    if sigma == 0:
-        return picture
-    at = torch.arange(-REACH, REACH + 1, dtype=picture.dtype, device=picture.device)
-    weight = (-(at**2) / (2 * sigma**2)).exp()
-    weight = weight / weight.sum()
-    padded = F.pad(picture.unsqueeze(1), [REACH] * 4, mode="replicate")
-    rows = F.conv2d(padded, weight.view(1, 1, -1, 1))
-    return F.conv2d(rows, weight.view(1, 1, 1, -1)).squeeze(1)
+    """picture [C,H,W] under a Gaussian of sigma pixels, edges repeated."""
+    plain = picture.cpu().numpy()
+    soft = filters.gaussian(plain, sigma, mode="nearest", channel_axis=0)
+    return torch.from_numpy(soft).to(picture)
 
 
 def local_attribution(
-    network: Callable[[Tensor], Tensor],
-    picture: Tensor,
-    window: tuple[int, int, int],
-    steps: int = 50,
-) -> Attribution:
-    """The local attribution map of a picture [C,H,W] for a window (y, x, side) of what is restored.
+    model: Backbone, picture: Tensor, window: tuple[int, int, int], steps: int = 50
+) -> Tensor:
+    """The local attribution map [C,H,W], float64, of a picture [C,H,W] for a window (y, x, side) of
+    what is restored: what each value of the input adds to the detector D.
 
     The path γ(α) = G_{(1−α)σ} ∗ picture leads from the blurred input (α = 0) to the input (α = 1).
-    The gradient of the detector D behind the network F is integrated along it, by midpoints:
+    The gradient of D behind the network F is integrated along it, by midpoints:
 
         a = Σ_{k=1..m} ∇D(F(γ((k−½)/m))) · (γ(k/m) − γ((k−1)/m))
 
-    so that for many steps m the values of a add up to after − before, but for the jumps of masks
-    that switch on the way. network: pictures [B,C,H,W] → restored pictures.
+    so that for many steps m the values of a add up to D(F(γ(1))) − D(F(γ(0))), but for the jumps of
+    masks that switch on the way.
     """
     picture = picture.detach().double()
-
-    def path(alpha: float) -> Tensor:
-        return blurred(picture, (1 - alpha) * SIGMA)
-
-    def answer(x: Tensor) -> Tensor:
-        return detail(network(x.float().unsqueeze(0)).double(), window)
-
-    total, here = torch.zeros_like(picture), path(0)
-    with torch.no_grad():
-        before, after = answer(here).item(), answer(picture).item()
+    total = torch.zeros_like(picture)
     for step in progress(range(steps), desc="attribution", unit="step", leave=False):
-        following = path((step + 1) / steps)
-        middle = path((step + 0.5) / steps).requires_grad_()
+        here, middle, following = (
+            blurred(picture, (1 - (step + part) / steps) * SIGMA) for part in (0, 0.5, 1)
+        )
+        middle.requires_grad_()
         with torch.enable_grad():
-            (slope,) = torch.autograd.grad(answer(middle), middle)
+            restored, _ = model.forward_with_counts(
+                middle.float().unsqueeze(0), temperature=FIXED_MASKS
+            )
+            (slope,) = torch.autograd.grad(detail(restored.double(), window), middle)
         total += slope * (following - here)
-        here = following
-    return Attribution(total, before, after)
+    return total
 
 
-def gini(attribution: Tensor) -> float | None:
-    """The Gini coefficient of an attribution [C,H,W] over pixels, each with Σ_c |a_c|: 0 where all
-    are equal, near 1 where one has all; None where all are 0.
+def diffusion_index(attribution: Tensor) -> float | None:
+    """100 (1 − Gini coefficient) of an attribution [C,H,W] over pixels, each with Σ_c |a_c|: 100
+    where all are equal, near 0 where one has all; None where all are 0, for a flat window.
 
-    Half the mean absolute difference of two pixels, over their mean; from sorted values
-    x_1 ≤ … ≤ x_n it is Σ (2i − n − 1) x_i / (n Σ x_i).
+    The coefficient is half the mean absolute difference of two pixels, over their mean; from sorted
+    values x_1 ≤ … ≤ x_n it is Σ (2i − n − 1) x_i / (n Σ x_i).
     """
     x = attribution.abs().sum(0).flatten().double().sort().values
     n, total = len(x), x.sum()
     if total == 0:
         return None
     rank = torch.arange(1, n + 1, dtype=x.dtype, device=x.device)
-    return (((2 * rank - n - 1) * x).sum() / (n * total)).item()
+    return 100 * (1 - (((2 * rank - n - 1) * x).sum() / (n * total)).item())
 
 
 # The attention modules
@@ -179,23 +151,10 @@ def keys_of(
     kept = torch.ones_like(logit, dtype=torch.bool)
     if module.mask is not None:
         for l, row in enumerate(rows):
-            mask_map = pointwise(row, module.mask[l], module.mask_bias[l])[0]
-            kept[l] = sample_channels(mask_map, position[l]) > 0
+            mask_map = pointwise(row, module.mask[l], module.mask_bias[l])
+            sampled = reference.sample(mask_map, position[l][None, None])  # key k in channel k
+            kept[l] = sampled[0, 0].diagonal() > 0
     return Keys(position, logit.softmax(-1), kept)
-
-
-def sample_channels(mask_map: Tensor, position: Tensor) -> Tensor:
-    """Channel k of a map [H+2,W+2,K], border included, at position k of [K,2] on the grid inside
-    the border, bilinear → [K]. A position a pixel or more outside, or NaN, reads the border."""
-    H, W = mask_map.shape[0] - 2, mask_map.shape[1] - 2
-    y = position[:, 0].nan_to_num(-1.0, H, -1.0).clamp(-1, H) + 1
-    x = position[:, 1].nan_to_num(-1.0, W, -1.0).clamp(-1, W) + 1
-    top, left = y.floor().clamp(max=H), x.floor().clamp(max=W)
-    down, right = y - top, x - left
-    k, i, j = torch.arange(len(y), device=y.device), top.long(), left.long()
-    upper = (1 - right) * mask_map[i, j, k] + right * mask_map[i, j + 1, k]
-    lower = (1 - right) * mask_map[i + 1, j, k] + right * mask_map[i + 1, j + 1, k]
-    return (1 - down) * upper + down * lower
 
 
 class Observed(NamedTuple):

@@ -16,9 +16,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from acla.cli import add_task_flags, run, task_from_flags
+from acla.cli import run
 from acla.config import PAPER_POSITIONS, ModelConfig, Task, model_preset, train_preset
-from acla.data.datasets import Loader, PatchSampler, Pictures, find_set
+from acla.data.datasets import Loader, PatchSampler, Pictures, sample
 from acla.distributed import Processes
 from acla.kernels.baselines import Case, Implementation, by_grid_sample, make_case
 from acla.kernels.bench import (
@@ -128,23 +128,20 @@ def loader_rows(args: argparse.Namespace) -> Iterator[Row]:
     """Patches per second of the built-in pictures: of the loader for each number of workers, and of
     training steps on one batch."""
     device = torch.device(args.device)
-    task = task_from_flags(args) or Task()
+    task = Task()
     config = train_preset("small")
-    pictures = Pictures(find_set("sample", None, "train"))
-    sampler = PatchSampler(pictures, task, config.patch_size, config.batch_size)
+    sampler = PatchSampler(Pictures(sample("train")), task, config.patch_size, config.batch_size)
     positions = PAPER_POSITIONS[task.name, "edsr"]
     model = replace(model_preset("small", task), positions=positions)
     trainer = Trainer(model, config, Processes(device))
     batch = Loader(sampler, device, 0).batch(0)
     row = {"device": device_name(args.device), "threads": torch.get_num_threads()}
     row |= {"task": str(task), "batch_size": config.batch_size, "patch_size": config.patch_size}
-    for workers in WORKERS:
-        rate = per_second(Loader(sampler, device, workers).batch, BATCHES, device)
-        rate = round(rate * config.batch_size, 1)
-        yield row | {"backend": f"loader, {workers} workers", "patches_per_second": rate}
-    rate = per_second(lambda step: trainer.step(step, sampler.indices, *batch), STEPS, device)
-    rate = round(rate * config.batch_size, 1)
-    yield row | {"backend": "training", "patches_per_second": rate}
+    calls = {f"loader, {n} workers": (Loader(sampler, device, n).batch, BATCHES) for n in WORKERS}
+    calls["training"] = (lambda step: trainer.step(step, sampler.indices, *batch), STEPS)
+    for name, (call, times) in calls.items():
+        rate = round(per_second(call, times, device) * config.batch_size, 1)
+        yield row | {"backend": name, "patches_per_second": rate}
 
 
 def per_second(call: Callable[[int], object], times: int, device: torch.device) -> float:
@@ -192,7 +189,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add_flags(parser)
     parser.add_argument("--only", choices=PARTS, help="one part (default: all three)")
-    add_task_flags(parser)
     return parser.parse_args(argv)
 
 

@@ -8,19 +8,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from acla import cli, console, errors
+from acla import cli, console
 from acla.analysis import plots
 from acla.analysis.attribution import (
-    FIXED_MASKS,
-    SIGMA,
-    Attribution,
     Observed,
     Scene,
-    gini,
+    diffusion_index,
     local_attribution,
     observe,
 )
@@ -28,7 +24,7 @@ from acla.analysis.figures import FIGURES, write_figures
 from acla.config import Task
 from acla.data.degradations import draw_setting, generator_for, pair
 from acla.data.image import load
-from acla.errors import AclaError, CheckpointError, DataError, PictureError, UsageError
+from acla.errors import UsageError
 from acla.models.serialization import Checkpoint, load_model
 from acla.restore import photo
 from acla.restore.colour import check_mosaic, network_input
@@ -59,47 +55,35 @@ def read_input(path: Path, network: Checkpoint, as_is: bool) -> tuple[Tensor, Te
     """(the network's input, the picture in which details are looked for, the task) of a clean
     picture, which is degraded, or of one that is degraded already. Raises AclaError."""
     task, channels = network.task, network.config.channels
-    if task.until and not as_is:  # a range: the setting that the file's name draws
+    if as_is:
+        source = photo.read(path, ycc=channels == 1)
+        check_mosaic(source, task)
+        low = network_input(source, task, channels)
+        return low, low, task
+    if task.until:  # a range: the setting that the file's name draws
         task = Task(task.name, draw_setting(task, generator_for(path.stem)))
-    try:
-        if as_is:
-            source = photo.read(path, ycc=channels == 1)
-            check_mosaic(source, task)
-            low = network_input(source, task, channels)
-            return low, low, task
-        return *pair(load(path), task, generator_for(path.stem), channels), task
-    except (DataError, PictureError) as error:
-        prefix = "" if str(error).startswith(str(path)) else f"{path}: "
-        raise type(error)(f"{prefix}{error}") from error
+    return *pair(load(path), task, generator_for(path.stem), channels), task
 
 
 def place(
     args: argparse.Namespace, low: Tensor, target: Tensor, scale: int
 ) -> tuple[tuple[int, int, int], tuple[int, int]]:
     """(window, query) of the flags, or the window with the most varied detail of `target` and its
-    centre, in restored pixels. Raises AclaError."""
+    centre, in restored pixels. Raises UsageError."""
     H, W = (scale * length for length in low.shape[1:])
     side = min(SIDE, H, W)
-    if side < 2:
-        raise DataError(f"{args.picture}: {H}×{W} pixels restored; a window needs 2 a side")
-    if args.at:
-        y, x = args.at
-        if not (0 <= y < H and 0 <= x < W):
-            raise UsageError(f"--at {y} {x}: outside the restored picture, {H}×{W} pixels")
-        top, left = (min(max(p - side // 2, 0), n - side) for p, n in ((y, H), (x, W)))
-        return (top, left, side), (y, x)
     if args.window:
         y, x, side = args.window
-        if not (2 <= side <= args.crop and 0 <= y <= H - side and 0 <= x <= W - side):
-            raise UsageError(
-                f"--window {y} {x} {side}: wants 2 to {args.crop} pixels a side (--crop) inside "
-                f"the restored picture, {H}×{W} pixels"
-            )
     else:
         unit = H // target.shape[1]  # restored pixels in one of the target
-        corner = most_varied(target, side // unit)
-        y, x = (min(unit * p, n - side) for p, n in zip(corner, (H, W), strict=True))
-    return (y, x, side), (y + side // 2, x + side // 2)
+        corner = [unit * p for p in most_varied(target, side // unit)]
+        corner = [p - side // 2 for p in args.at] if args.at else corner
+        y, x = (min(max(p, 0), n - side) for p, n in zip(corner, (H, W), strict=True))
+    query = tuple(args.at or (y + side // 2, x + side // 2))
+    inside = min(y, x, *query) >= 0 and max(y + side, query[0] + 1) <= H
+    if not (inside and side > 0 and max(x + side, query[1] + 1) <= W):
+        raise UsageError(f"--at, --window: outside the restored picture, {H}×{W} pixels")
+    return (y, x, side), query
 
 
 def most_varied(picture: Tensor, side: int) -> tuple[int, int]:
@@ -126,7 +110,7 @@ def span(start: int, side: int, scale: int, length: int, crop: int) -> tuple[int
 
 
 def as_json(
-    args: argparse.Namespace, scene: Scene, attribution: Attribution, observed: Observed
+    args: argparse.Namespace, scene: Scene, attribution: Tensor, observed: Observed
 ) -> dict[str, Any]:
     """The result as JSON holds it. Windows and queries are in restored pixels, keys and the part of
     the picture in low-quality pixels, of the whole picture."""
@@ -145,39 +129,28 @@ def as_json(
     return {
         "checkpoint": str(args.checkpoint),
         "picture": str(args.picture),
-        "as_is": args.as_is,
         "task": str(scene.task),
-        "window": list(scene.window),
-        "query": list(scene.query),
+        "window": scene.window,
+        "query": scene.query,
         "part": [scene.top, scene.left, *scene.low.shape[1:]],
-        "attribution": {
-            "diffusion_index": attribution.diffusion_index,
-            "gini": gini(attribution.map),
-            "steps": args.steps,
-            "sigma": SIGMA,
-            "sum": attribution.map.sum().item(),
-            "detector": [attribution.before, attribution.after],
-        },
+        "diffusion_index": diffusion_index(attribution),
+        "steps": args.steps,
         "kept": observed.kept,
         "keys": keys,
-        "branches": [
-            {"block": block, "attention": weight}
-            for block, weight in enumerate(observed.branches, 1)
-        ],
+        "branches": observed.branches,
     }
 
 
 def summary(result: dict[str, Any]) -> str:
     """The result as text."""
     y, x, side = result["window"]
-    index = result["attribution"]["diffusion_index"]
+    index = result["diffusion_index"]
     lines = [
         console.printable(f"{result['picture']}: {result['task']}, {result['checkpoint']}"),
         f"window ({y}, {x}), {side} restored pixels a side",
         "diffusion index " + ("none: the window is flat" if index is None else f"{index:.2f}"),
     ]
-    if result["kept"]:
-        shares = {(row["position"], row["layer"]): row["share"] for row in result["kept"]}
+    if shares := {(row["position"], row["layer"]): row["share"] for row in result["kept"]}:
         positions = sorted({position for position, _ in shares})
         rows = [
             [str(p), *(f"{100 * shares[p, l]:.1f}" if l <= p else "" for l in positions)]
@@ -185,7 +158,7 @@ def summary(result: dict[str, Any]) -> str:
         ]
         lines += ["", console.markdown(["keys kept, % of layer", *map(str, positions)], rows)]
     if result["branches"]:
-        weights = " ".join(f"{row['attention']:.3f}" for row in result["branches"])
+        weights = " ".join(f"{weight:.3f}" for weight in result["branches"])
         lines.append(f"weight of the branch with attention, block by block: {weights}")
     return "\n".join(lines)
 
@@ -195,111 +168,55 @@ def summary(result: dict[str, Any]) -> str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m acla.analysis.explain", description=__doc__)
-    parser.add_argument("picture", type=Path, metavar="PICTURE", help="a clean picture")
-    parser.add_argument(
-        "--checkpoint", type=Path, required=True, metavar="FILE", help="the network, with its task"
-    )
-    parser.add_argument(
-        "--as-is",
-        action="store_true",
-        help="the picture is degraded already; else it is degraded as evaluate.py does it, for "
-        "the network's task",
-    )
+    add = parser.add_argument
+    add("picture", type=Path, metavar="PICTURE", help="a clean picture")
+    text = "the network, with its task"
+    add("--checkpoint", type=Path, required=True, metavar="FILE", help=text)
+    text = "the picture is degraded already; else it is degraded as evaluate.py does it, for the "
+    add("--as-is", action="store_true", help=text + "network's task")
     where = parser.add_mutually_exclusive_group()
-    where.add_argument(
-        "--window",
-        type=int,
-        nargs=3,
-        metavar=("Y", "X", "SIDE"),
-        help="the window to explain, and its centre to show the keys of, in restored pixels "
-        f"(default: {SIDE} a side, where detail varies most)",
-    )
-    where.add_argument(
-        "--at", type=int, nargs=2, metavar=("Y", "X"), help="the window around this pixel instead"
-    )
-    parser.add_argument(
-        "--steps",
-        type=int,
-        default=50,
-        metavar="N",
-        help="points on the attribution's path (default: 50)",
-    )
-    parser.add_argument(
-        "--crop",
-        type=int,
-        default=256,
-        metavar="N",
-        help="of larger pictures N restored pixels a side are looked at (default: 256)",
-    )
-    parser.add_argument("--out", type=Path, metavar="DIR", help=f"write {', '.join(FIGURES)} there")
-    parser.add_argument(
-        "--json", metavar="FILE|-", help="write the numbers there; - is standard output"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
-    parser.add_argument(
-        "--device", choices=cli.DEVICES, default="auto", help="where to compute (default: auto)"
-    )
-    return parser.parse_args(argv)
-
-
-def check(args: argparse.Namespace) -> None:
-    """Refuse impossible flags before any work is done. Raises UsageError."""
+    text = "the window to explain, and its centre to show the keys of, in restored pixels "
+    text += f"(default: {SIDE} a side, where detail varies most)"
+    where.add_argument("--window", type=int, nargs=3, metavar=("Y", "X", "SIDE"), help=text)
+    text = "the window around this pixel instead"
+    where.add_argument("--at", type=int, nargs=2, metavar=("Y", "X"), help=text)
+    text = "points on the attribution's path (default: 50)"
+    add("--steps", type=int, default=50, metavar="N", help=text)
+    text = "of larger pictures N restored pixels a side are looked at (default: 256)"
+    add("--crop", type=int, default=256, metavar="N", help=text)
+    add("--out", type=Path, metavar="DIR", help=f"write {', '.join(FIGURES)} there")
+    text = "write the numbers there; - is standard output"
+    add("--json", metavar="FILE|-", help=text)
+    add("--overwrite", action="store_true", help="replace figures that are there")
+    text = "where to compute (default: auto)"
+    add("--device", choices=cli.DEVICES, default="auto", help=text)
+    args = parser.parse_args(argv)
     if args.steps < 1:
         raise UsageError(f"--steps must be above 0, not {args.steps}")
-    if args.crop < SIDE:
-        raise UsageError(f"--crop must be {SIDE} or more, not {args.crop}")
-    if args.out and args.out.exists() and not args.out.is_dir():
-        raise UsageError(f"--out {args.out}: a file; name a folder")
-    console.check_json(args.json, args.out)
-    written = [args.out / name for name in FIGURES] if args.out else []
-    written += [] if args.json in (None, "-") else [Path(args.json)]
-    for path in written:
-        if path.resolve() in (args.picture.resolve(), args.checkpoint.resolve()):
-            raise UsageError(f"{path}: an input of this call; name another place")
-        if path.exists() and not args.overwrite:
-            raise UsageError(f"{path} exists; --overwrite replaces it")
+    if args.out and (args.out / FIGURES[0]).exists() and not args.overwrite:
+        raise UsageError(f"{args.out / FIGURES[0]} exists; --overwrite replaces the figures there")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    check(args)
     pyplot = plots.require_pyplot() if args.out else None
     device = cli.pick_device(args.device)
     network = load_model(args.checkpoint)
     scene = find_scene(args, network)
-    observed, attribution = explain(network, scene, args, device)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+    console.check_json(args.json)
+    model, low = network.model.to(device).requires_grad_(False), scene.low.to(device)
+    observed = observe(model, low, *scene.inner_query)
     if not observed.keys:
         attention = network.config.attention if network.config.positions else "none"
         console.notice(f"attention {attention}: samples no keys, so that there are none to show")
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
+    attribution = local_attribution(model, low, scene.inner_window, args.steps)
     result = as_json(args, scene, attribution, observed)
     console.publish(summary(result), result, args.json)
     if args.out:
         write_figures(pyplot, args.out, scene, attribution, observed)
-
-
-def explain(
-    network: Checkpoint, scene: Scene, args: argparse.Namespace, device: torch.device
-) -> tuple[Observed, Attribution]:
-    """The network's attention on the scene, and the attribution of the window. Raises
-    CheckpointError for an output that is not finite, AclaError where memory runs out."""
-    model, low = network.model.to(device).requires_grad_(False), scene.low.to(device)
-    try:
-        observed = observe(model, low, *scene.inner_query)
-        if not torch.isfinite(observed.restored).all():
-            raise CheckpointError(
-                f"{args.checkpoint}: the network's output for {args.picture.name} is not finite"
-            )
-
-        def as_used(pictures: Tensor) -> Tensor:
-            return model.forward_with_counts(pictures, temperature=FIXED_MASKS)[0]
-
-        return observed, local_attribution(as_used, low, scene.inner_window, args.steps)
-    except (MemoryError, RuntimeError) as error:
-        if not errors.out_of_memory(error):
-            raise
-        raise AclaError(f"out of memory; a --crop below {args.crop} needs less") from error
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from acla import console
-from acla.analysis.attribution import Attribution, Keys, Observed, Scene
+from acla.analysis.attribution import Keys, Observed, Scene, diffusion_index
 
 FIGURES = ("attribution.png", "kept.png", "keys.png", "branches.png")
 DRAWN = 6  # insert positions in keys.png; more would be too small to read
@@ -19,7 +19,7 @@ def as_image(picture: Tensor) -> np.ndarray:
     return picture.float().clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()
 
 
-def draw_attribution(pyplot: Any, scene: Scene, restored: Tensor, attribution: Attribution) -> Any:
+def draw_attribution(pyplot: Any, scene: Scene, restored: Tensor, attribution: Tensor) -> Any:
     """The input and the restored picture with the window, and over the input the share that each of
     its pixels has in the window, relative to the largest."""
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 5.4), layout="constrained")
@@ -32,12 +32,12 @@ def draw_attribution(pyplot: Any, scene: Scene, restored: Tensor, attribution: A
         corner, length = (x / factor - 0.5, y / factor - 0.5), side / factor
         axis.add_patch(pyplot.Rectangle(corner, length, length, fill=False, ec="cyan", lw=1.5))
         axis.set(title=title, xticks=[], yticks=[])
-    strength = attribution.map.abs().sum(0).cpu().numpy()
+    strength = attribution.abs().sum(0).cpu().numpy()
     strength = strength / (strength.max() or 1)
     # A square root, because a few pixels have most of it
     heat = axes[2].imshow(strength**0.5, cmap="hot", alpha=strength**0.25, vmin=0, vmax=1)
     figure.colorbar(heat, ax=axes[2], shrink=0.8, label="√ of the share of the largest")
-    index = attribution.diffusion_index
+    index = diffusion_index(attribution)
     shown = "none, the window is flat" if index is None else f"{index:.2f}"
     figure.suptitle(f"Sources of the window (cyan): diffusion index {shown}")
     return figure
@@ -113,7 +113,7 @@ def draw_branches(pyplot: Any, branches: list[float]) -> Any:
 
 
 def write_figures(
-    pyplot: Any, folder: Path, scene: Scene, attribution: Attribution, observed: Observed
+    pyplot: Any, folder: Path, scene: Scene, attribution: Tensor, observed: Observed
 ) -> None:
     """The figures that apply, into a folder."""
     figures = [draw_attribution(pyplot, scene, observed.restored, attribution)]

@@ -7,10 +7,8 @@ anything else becomes a PNG of 8 bits."""
 import argparse
 import base64
 import io
-import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,61 +26,45 @@ LIMIT = 256 << 20  # bytes of all pictures as the page holds them; making it tak
 MIME = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}  # every browser's
 
 
-@dataclass
-class Picture:
-    """A picture of the page: its name there, its size in pixels, a data URI; notices: how what is
-    shown differs from the file."""
+class Picture(NamedTuple):
+    """A picture of the page: its name there, its size in pixels, a data URI."""
 
     name: str
     width: int
     height: int
     uri: str
-    notices: list[str]
-
-
-# Pairs of photos
 
 
 def find_pairs(before: Path, after: Path) -> Jobs:
     """The pairs (before, after) of two photos, or of two trees by relative path without suffix.
 
-    notices: also what has no partner. Raises UsageError for an impossible pair of paths, DataError
-    where there is more than one way to make a pair.
+    notices: also what has no partner. Raises UsageError for a folder and a file, DataError where
+    there is more than one way to make a pair.
     """
-    for path in (before, after):
-        if not (path.is_file() or path.is_dir()):
-            raise UsageError(f"{path}: there is no such file or folder")
-    if os.path.realpath(before) == os.path.realpath(after):
-        raise UsageError(f"{before} and {after} are the same; name the restored one second")
     if before.is_dir() != after.is_dir():
-        raise UsageError(f"{before} and {after}: one is a folder; give two photos or two folders")
-    if before.is_file():
+        raise UsageError(f"{before} and {after}: give two photos or two folders")
+    if not before.is_dir():
         return Jobs([(before, after)])
     jobs = Jobs()
     old, new = by_stem(before, after, jobs), by_stem(after, before, jobs)
     for stem in sorted(old.keys() | new.keys()):
         ours, theirs = old.get(stem, []), new.get(stem, [])
         if not (ours and theirs):
-            jobs.notices += [f"{before / name}: no partner in {after}" for name in ours]
-            jobs.notices += [f"{after / name}: no partner in {before}" for name in theirs]
-        elif ours == theirs or len(ours) == len(theirs) == 1:
-            pairs = zip(ours, theirs, strict=True)
-            jobs.pairs += [(before / name, after / other) for name, other in pairs]
+            jobs.notices += [f"{path}: no partner" for path in (*ours, *theirs)]
+        elif len(ours) == len(theirs) == 1 or [p.name for p in ours] == [p.name for p in theirs]:
+            jobs.pairs += zip(ours, theirs, strict=True)
         else:
-            names = ", ".join(str(before / name) for name in ours)
-            others = ", ".join(str(after / name) for name in theirs)
-            raise DataError(f"{names} before, {others} after: one of each wanted; rename the rest")
+            names = ", ".join(map(str, (*ours, *theirs)))
+            raise DataError(f"{names}: one of each wanted; rename the rest")
     return jobs
 
 
 def by_stem(folder: Path, other: Path, jobs: Jobs) -> dict[Path, list[Path]]:
-    """The pictures of a tree without the folder `other`: relative paths by what they are without
-    suffix."""
-    names: dict[Path, list[Path]] = {}
+    """The pictures of a tree without the folder `other`, by relative path without suffix."""
+    paths: dict[Path, list[Path]] = {}
     for path in walk(folder, other, jobs):
-        name = path.relative_to(folder)
-        names.setdefault(name.with_suffix(""), []).append(name)
-    return names
+        paths.setdefault(path.relative_to(folder).with_suffix(""), []).append(path)
+    return paths
 
 
 # Pictures of the page
@@ -101,8 +83,9 @@ def embedded(path: Path, root: Path) -> Picture:
     kind, data = ("PNG", to_png(seen)) if odd else (kind, path.read_bytes())
     uri = f"data:{MIME[kind]};base64,{base64.b64encode(data).decode()}"
     height, width = seen.levels.shape[:2]
-    notices = [f"{path}: {text}" for text in seen.notices]
-    return Picture(str(path.relative_to(root)), width, height, uri, notices)
+    for text in seen.notices:
+        console.notice(printable(f"{path}: {text}"))
+    return Picture(str(path.relative_to(root)), width, height, uri)
 
 
 def to_png(seen: Photo) -> bytes:
@@ -136,22 +119,6 @@ def embed(jobs: Jobs, before: Path, after: Path) -> list[tuple[Picture, Picture]
     return shown
 
 
-def require_jinja2() -> Any:
-    """The module jinja2. Raises UsageError without it."""
-    try:
-        import jinja2
-    except ImportError as error:
-        raise UsageError("pages need jinja2: pip install '.[report]'") from error
-    return jinja2
-
-
-def render(jinja2: Any, shown: list[tuple[Picture, Picture]]) -> bytes:
-    """The page. Names of files may hold anything: markup is escaped, what is no text becomes ?."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(pairs=shown).encode("utf-8", "replace")
-
-
 # The command
 
 
@@ -161,23 +128,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("after", type=Path, metavar="AFTER", help="the same, restored")
     parser.add_argument("out", type=Path, metavar="OUT.html", help="the page to write")
     parser.add_argument("--overwrite", action="store_true", help="replace a page that is there")
-    return parser.parse_args(argv)
-
-
-def check_out(out: Path, overwrite: bool) -> None:
-    """Refuse a page that cannot be written, before any work is done. Raises UsageError."""
-    if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
-        raise UsageError(f"{out}: the page is a file, and its name must end in .html")
-    if not out.parent.is_dir():
-        raise UsageError(f"{out}: there is no folder {out.parent}")
-    if os.path.lexists(out) and not overwrite:
-        raise UsageError(f"{out} is there already; --overwrite replaces it")
+    args = parser.parse_args(argv)
+    if args.out.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"{args.out}: the name of the page must end in .html")
+    if not args.out.parent.is_dir():
+        raise UsageError(f"{args.out}: there is no folder {args.out.parent}")
+    if args.out.exists() and not args.overwrite:
+        raise UsageError(f"{args.out} is there already; --overwrite replaces it")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    check_out(args.out, args.overwrite)
-    jinja2 = require_jinja2()
+    try:
+        import jinja2
+    except ImportError as error:
+        raise UsageError("pages need jinja2: pip install '.[report]'") from error
     jobs = find_pairs(args.before, args.after)
     for text in [*jobs.failures, *jobs.notices]:
         console.notice(printable(text))
@@ -187,9 +153,10 @@ def main(argv: list[str] | None = None) -> None:
             "path, but for the suffix, as python -m acla.restore writes it"
         )
     shown = embed(jobs, args.before, args.after)
-    for text in [text for pair in shown for picture in pair for text in picture.notices]:
-        console.notice(printable(text))
-    page = render(jinja2, shown)
+    # Names of files may hold anything: markup is escaped, what is no text becomes ?
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    page = template.render(pairs=shown).encode("utf-8", "replace")
     write_atomically(args.out, page)
     console.say(printable(f"written: {args.out}: pairs {len(shown)}, {len(page) / 2**20:.1f} MiB"))
 

@@ -5,77 +5,68 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from acla import cli, console
 from acla.errors import NOT_VALID, AclaError, UsageError
 
+COST = "expected cost (M multiply-adds of a patch)"
 
-def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a folder's search.jsonl. Raises AclaError."""
+
+def read_log(folder: Path) -> dict[str, np.ndarray]:
+    """The columns of a folder's search.jsonl, a row for each epoch. Raises AclaError."""
     path = folder / "search.jsonl"
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError as error:
-        raise AclaError(f"{path}: there is no such file; search.py writes one") from error
+        names = ("step", "alpha", "tau", "cost", "kept", "val_psnr")
+        log = {name: np.array([row[name] for row in rows]) for name in names}
     except NOT_VALID as error:
-        raise AclaError(f"{path}: not a log of search.py: {error}") from error
-    for row in rows or [{}]:
-        there = row.keys() if isinstance(row, dict) else set()
-        if lacking := {"step", "alpha", "tau", "cost", "kept", "val_psnr"} - there:
-            names = ", ".join(sorted(lacking))
-            raise AclaError(f"{path}: not a log of search.py: no {names} in it")
-    return rows
+        raise AclaError(f"{path}: not a log of search.py: {error!r}") from error
+    return log | {"cost": log["cost"] / 2e6}
 
 
 def draw(folders: list[Path], out: Path) -> None:
     """A column for each search: α over steps, a line a position; expected cost, keys kept and τ
-    over steps. In a last column, validation PSNR over cost, a curve for each search."""
+    over steps. In a last column, validation PSNR over cost, a curve for each search that ends in a
+    dot."""
     pyplot = require_pyplot()
     logs = [read_log(folder) for folder in folders]
     figure, axes = pyplot.subplots(
         2, len(logs) + 1, figsize=(5 * len(logs) + 5, 8), squeeze=False, layout="constrained"
     )
-    for folder, rows, (top, bottom) in zip(folders, logs, axes.T, strict=False):
-        draw_alpha(top, rows, folder.name)
-        draw_cost(bottom, rows)
-    draw_trade(axes[0, -1], folders, logs)
     axes[1, -1].axis("off")
+    trade = axes[0, -1]
+    for folder, log, (top, bottom) in zip(folders, logs, axes.T, strict=False):
+        draw_alpha(top, log)
+        draw_cost(bottom, log)
+        top.set_title(folder.name)
+        trade.plot("cost", "val_psnr", "o-", data=log, lw=0.8, markevery=[-1], label=folder.name)
+    trade.set(xlabel=COST, ylabel="validation PSNR (dB)")
+    trade.legend()
     figure.savefig(out, dpi=110)
     pyplot.close(figure)
 
 
-def draw_alpha(axis: Any, rows: list[dict[str, Any]], title: str) -> None:
+def draw_alpha(axis: Any, log: dict[str, np.ndarray]) -> None:
     """α of every position; those that end open are named."""
-    steps = [row["step"] for row in rows]
-    for j in range(len(rows[0]["alpha"])):
-        values = [row["alpha"][j] for row in rows]
+    for j, values in enumerate(log["alpha"].T, 1):
         is_open = values[-1] > 0
-        axis.plot(steps, values, lw=2 if is_open else 0.8, alpha=1 if is_open else 0.5)
+        axis.plot(log["step"], values, lw=2 if is_open else 0.8, alpha=1 if is_open else 0.5)
         if is_open:
-            axis.annotate(str(j + 1), (steps[-1], values[-1]), fontsize=9)
+            axis.annotate(str(j), (log["step"][-1], values[-1]), fontsize=9)
     axis.axhline(0, color="black", lw=0.5)
-    axis.set(title=title, xlabel="step", ylabel="α (numbers: positions open at the end)")
+    axis.set(xlabel="step", ylabel="α (numbers: positions open at the end)")
 
 
-def draw_cost(axis: Any, rows: list[dict[str, Any]]) -> None:
+def draw_cost(axis: Any, log: dict[str, np.ndarray]) -> None:
     """Expected cost, and on the right the share of keys kept and τ."""
-    steps = [row["step"] for row in rows]
-    axis.plot(steps, [row["cost"] / 2e6 for row in rows], color="C0")
-    axis.set(xlabel="step", ylabel="expected cost (M multiply-adds of a patch)", ylim=(0, None))
+    axis.plot("step", "cost", data=log, color="C0")
+    axis.set(xlabel="step", ylabel=COST, ylim=(0, None))
     right = axis.twinx()
-    right.plot(steps, [row["kept"] for row in rows], color="C1", label="keys kept")
-    right.plot(steps, [row["tau"] for row in rows], color="C2", ls="--", label="τ")
+    right.plot("step", "kept", data=log, color="C1", label="keys kept")
+    right.plot("step", "tau", data=log, color="C2", ls="--", label="τ")
     right.set(ylim=(0, None))
     right.legend(loc="lower left")
-
-
-def draw_trade(axis: Any, folders: list[Path], logs: list[list[dict[str, Any]]]) -> None:
-    """PSNR of the network derived after each epoch over the expected cost; a dot where it ended."""
-    for folder, rows in zip(folders, logs, strict=True):
-        costs, scores = [r["cost"] / 2e6 for r in rows], [r["val_psnr"] for r in rows]
-        (line,) = axis.plot(costs, scores, lw=0.8, label=folder.name)
-        axis.plot(costs[-1], scores[-1], "o", color=line.get_color())
-    axis.set(xlabel="expected cost (M multiply-adds of a patch)", ylabel="validation PSNR (dB)")
-    axis.legend()
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

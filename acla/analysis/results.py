@@ -15,10 +15,10 @@ import itertools
 import json
 import operator
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from acla import cli, console
 from acla.config import MASKED, RENAMED, ModelConfig, Task, TrainConfig, from_dict
@@ -36,79 +36,87 @@ OF_MASKS = {"mask_bias", "mask_temperature", "mask_noise"}
 # Files of evaluate.py
 
 
+class Score(NamedTuple):
+    """A network, the predictions of a folder or the untouched input, scored on a set. model: what
+    evaluate.py writes of it; pictures: {file name: dB}; published: {method: mean}."""
+
+    dataset: str
+    task: Task
+    model: dict[str, Any]
+    mean: dict[str, float | None]
+    pictures: dict[str, float]
+    published: dict[str, dict[str, float]]
+    protocol: str
+
+    @property
+    def column(self) -> str:
+        """The set and the setting: LIVE1 q10."""
+        return f"{self.dataset} {self.task.label}".strip()
+
+    @property
+    def source(self) -> str:
+        """The checkpoint or the folder of predictions; of the untouched input nothing."""
+        return self.model.get("checkpoint") or self.model.get("folder") or ""
+
+    @property
+    def label(self) -> str:
+        """The checkpoint's file name, with its folder where that is a run's, the folder of
+        predictions, or the untouched input."""
+        path = Path(self.source)
+        match self.model["kind"]:
+            case "predictions":
+                return f"predictions: {path.name}"
+            case "baseline":
+                return "untouched input"
+        of_run = path.name in (MODEL, "best.safetensors")
+        name = f"{path.parent.name}/{path.stem}" if of_run else path.stem
+        return f"ours: {name}" + (", ensemble of 8" if self.model["ensemble"] else "")
+
+
 def read_json(path: Path, key: str, command: str, parse: Callable[[Any], Any]) -> list[Any]:
     """The parsed items of a list that a command wrote under `key`. Raises AclaError."""
     try:
         return [parse(item) for item in json.loads(path.read_text(encoding="utf-8"))[key]]
-    except FileNotFoundError as error:
-        raise AclaError(f"{path}: there is no such file; {command} writes one") from error
     except (UsageError, AttributeError, *NOT_VALID) as error:
         raise AclaError(f"{path}: not a file of {command}: {error!r}") from error
 
 
-def read_results(path: Path) -> list[dict[str, Any]]:
+def read_scores(path: Path) -> list[Score]:
     """The results in a file of evaluate.py --json. Raises AclaError."""
 
-    def checked(result: dict[str, Any]) -> dict[str, Any]:
-        row_label(result), column_label(result), dict(result["published"])
-        result["mean"]["psnr"], result["mean"]["ssim"], result["protocol"]
-        [(image["name"], image["psnr"]) for image in result["images"]]
-        return result
+    def parse(result: dict[str, Any]) -> Score:
+        pictures = {image["name"]: image["psnr"] for image in result["images"]}
+        task = Task(result["task"], result["setting"], result.get("until", 0))
+        rest = (result[name] for name in ("published", "protocol"))
+        return Score(result["dataset"], task, result["model"], result["mean"], pictures, *rest)
 
-    return read_json(path, "results", "evaluate.py --json", checked)
-
-
-def row_label(result: dict[str, Any]) -> str:
-    """What was scored: the checkpoint's file name, with its folder where that is a run's, the
-    folder of predictions, or the untouched input."""
-    model = result["model"]
-    if model["kind"] == "predictions":
-        return f"predictions: {Path(model['folder']).name}"
-    if model["kind"] == "baseline":
-        return "untouched input"
-    path = Path(model["checkpoint"])
-    of_run = path.name in (MODEL, "best.safetensors")
-    name = f"{path.parent.name}/{path.stem}" if of_run else path.stem
-    return f"ours: {name}" + (", ensemble of 8" if model["ensemble"] else "")
+    return read_json(path, "results", "evaluate.py --json", parse)
 
 
-def column_label(result: dict[str, Any]) -> str:
-    """The set and the setting: LIVE1 q10."""
-    task = Task(result["task"], result["setting"], result.get("until", 0))
-    return f"{result['dataset']} {task.label}".strip()
-
-
-def scores_table(results: list[dict[str, Any]], metric: str) -> str:
+def scores_table(scores: list[Score], metric: str) -> str:
     """A row for each published method and each scored network, a column for each set and setting.
     Raises AclaError where two results belong in one cell."""
-    rows: dict[str, dict[str, float | None]] = {}
-    for result in results:
-        for method, figures in result["published"].items():
-            rows.setdefault(method, {})[column_label(result)] = figures.get(metric)
-    sources: dict[str, str] = {}
-    for result in results:
-        row, column = row_label(result), column_label(result)
-        source = result["model"].get("checkpoint") or result["model"].get("folder")
-        if sources.setdefault(row, source) != source:
-            raise AclaError(
-                f"{row} is two, {sources[row]} and {source}: leave out one, or give the files "
-                "names that differ"
-            )
-        if column in rows.setdefault(row, {}):
-            raise AclaError(f"{column} of {row} is there twice: leave out one file")
-        rows[row][column] = result["mean"][metric]
+    rows: dict[tuple[str, str], dict[str, float | None]] = {}
+    for score in scores:
+        for method, figures in score.published.items():
+            rows.setdefault((method, ""), {})[score.column] = figures.get(metric)
+    for score in scores:
+        row = rows.setdefault((score.label, score.source), {})
+        if score.column in row:
+            raise AclaError(f"{score.column} of {score.label} is there twice: leave out one file")
+        row[score.column] = score.mean[metric]
 
     def cell(figure: float | None) -> str:
         return "–" if figure is None else f"{figure:{METRICS[metric]}}"
 
-    columns = list(dict.fromkeys(map(column_label, results)))
-    lines = [[name, *(cell(row.get(column)) for column in columns)] for name, row in rows.items()]
+    columns = list(dict.fromkeys(score.column for score in scores))
+    lines = [[name, *(cell(row.get(c)) for c in columns)] for (name, _), row in rows.items()]
     return console.markdown(["", *columns], lines)
 
 
-def protocol_lines(results: list[dict[str, Any]]) -> str:
+def protocol_lines(scores: list[Score]) -> str:
     """The protocols of the figures, a line for each."""
-    return "\n".join(dict.fromkeys(f"- {result['protocol']}" for result in results))
+    return "\n".join(dict.fromkeys(f"- {score.protocol}" for score in scores))
 
 
 # Runs of train.py
@@ -134,13 +142,13 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """A folder of train.py in which evaluate.py --json wrote scores.json. Raises AclaError."""
-    file = folder / MODEL
-    if not (folder / SCORES).is_file():
+    file, scored = folder / MODEL, folder / SCORES
+    if not scored.is_file():
         raise AclaError(
             f"{folder} holds no {SCORES}: python evaluate.py --dataset NAME --checkpoint {file} "
-            f"--json {folder / SCORES}"
+            f"--json {scored}"
         )
-    network = load_model(file)
+    network, scores = load_model(file), read_scores(scored)
     try:
         training = from_dict(TrainConfig, network.info["train"])
         begun = network.info.get("begun_with")
@@ -151,51 +159,36 @@ def read_run(folder: Path) -> Run:
         seconds = network.info["seconds"] / network.info["step"]
     except (UsageError, *NOT_VALID) as error:
         raise AclaError(f"{file}: train.py did not write it: no {error}") from error
-    results = read_results(folder / SCORES)
-    check_scores(results, file)
-    for result in results:
-        config |= {name: result["model"].get(name) for name in ("tile", "ensemble")}
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    for score in scores:
+        if score.model.get("sha256") != digest:
+            raise AclaError(f"{scored}: not the scores of {file} as it is: score it again")
+        config |= {name: score.model.get(name) for name in ("tile", "ensemble")}
     return Run(
         folder=folder.resolve().name,
         model=network.config,
         config={name: value for name, value in config.items() if name not in NOT_COMPARED},
         seed=training.seed,
         seconds=seconds,
-        psnr={column_label(r): r["mean"]["psnr"] for r in results},
-        pictures={column_label(r): {i["name"]: i["psnr"] for i in r["images"]} for r in results},
-        protocol=protocol_lines(results),
+        psnr={score.column: score.mean["psnr"] for score in scores},
+        pictures={score.column: score.pictures for score in scores},
+        protocol=protocol_lines(scores),
         commit=network.info.get("commit"),
     )
 
 
-def check_scores(results: list[dict[str, Any]], file: Path) -> None:
-    """Raises AclaError if results are not those of a run's network, or have no finite PSNR."""
-    scores, digest = file.with_name(SCORES), hashlib.sha256(file.read_bytes()).hexdigest()
-    for result in results:
-        scored = Path(result["model"].get("checkpoint", ""))
-        if (scored.parent.name, scored.name) != (file.parent.resolve().name, file.name):
-            raise AclaError(f"{scores}: the scores of {scored}, not of {file}")
-        if result["model"].get("sha256", digest) != digest:
-            raise AclaError(f"{scores}: {file} was written anew since: score it again")
-        if None in (result["mean"]["psnr"], *(image["psnr"] for image in result["images"])):
-            raise AclaError(f"{scores}: a picture is restored exactly, PSNR has no mean")
-
-
 def read_runs(path: Path) -> list[Run]:
-    """The run in a folder, or the runs in a file of `compare --json`. Raises AclaError."""
-    if not path.is_file():
+    """The run in a folder, or the runs in a file of `compare --json`, perhaps of an earlier commit
+    with other field names. Raises AclaError."""
+
+    def parse(run: dict[str, Any]) -> Run:
+        fields = {"config" if name == "how" else name: value for name, value in run.items()}
+        config = {RENAMED.get(name, name): value for name, value in fields["config"].items()}
+        return Run(**fields | {"model": from_dict(ModelConfig, run["model"]), "config": config})
+
+    if path.is_dir():
         return [read_run(path)]
-    return read_json(path, "runs", "acla.analysis.results compare --json", run_from_json)
-
-
-def run_from_json(run: dict[str, Any]) -> Run:
-    """A run that was stored, perhaps under the field names of an earlier commit."""
-    fields = {"config" if name == "how" else name: value for name, value in run.items()}
-    fields |= {
-        "model": from_dict(ModelConfig, run["model"]),
-        "config": {RENAMED.get(name, name): value for name, value in fields["config"].items()},
-    }
-    return Run(**fields)
+    return read_json(path, "runs", "acla.analysis.results compare --json", parse)
 
 
 # Runs side by side
@@ -240,20 +233,19 @@ def show(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def gains(
-    group: list[Run], base: list[Run], column: str, picture: str | None = None
-) -> list[float]:
-    """Differences in dB, on a set or on one picture of it, to the runs of the first row with the
-    same seeds; none of that row."""
-
-    def psnr(run: Run) -> float:
-        return run.pictures[column][picture] if picture else run.psnr[column]
-
-    of_seed = {} if group is base else {run.seed: psnr(run) for run in base}
-    return [psnr(run) - of_seed[run.seed] for run in group if run.seed in of_seed]
+def by_seed(group: list[Run], column: str, picture: str | None = None) -> dict[int, float]:
+    """{seed: dB} on a set, or on one picture of it."""
+    if picture:
+        return {run.seed: run.pictures[column][picture] for run in group}
+    return {run.seed: run.psnr[column] for run in group}
 
 
-def mean_and_deviation(values: list[float], sign: str = "", of_mean: bool = False) -> str:
+def gains(ours: dict[int, float], base: dict[int, float]) -> list[float]:
+    """Differences in dB to the runs of the base with the same seeds."""
+    return [psnr - base[seed] for seed, psnr in ours.items() if seed in base]
+
+
+def mean_and_deviation(values: Collection[float], sign: str = "", of_mean: bool = False) -> str:
     """The mean, and where there are several values their standard deviation, or their mean's."""
     if not values:
         return "–"
@@ -277,8 +269,9 @@ def comparison_table(groups: list[list[Run]]) -> str:
         line = [label, str(len(group)), f"{size['params']:,}", f"{size['macs_48x48'] / 1e9:.3f} G"]
         line.append(f"{statistics.median(run.seconds for run in group):.3f}")
         for column in columns:
-            gained = gains(group, groups[0], column)
-            line.append(mean_and_deviation([run.psnr[column] for run in group]))
+            ours = by_seed(group, column)
+            gained = gains(ours, {} if group is groups[0] else by_seed(groups[0], column))
+            line.append(mean_and_deviation(ours.values()))
             line.append(mean_and_deviation(gained, "+", of_mean=True))
         lines.append(line)
     return console.markdown(head, lines)
@@ -288,12 +281,11 @@ def pictures_table(groups: list[list[Run]]) -> str:
     """The gain of every picture over the first row, as above, the highest of the last row first."""
     base, *others = groups
     rows = []
-    for column, pictures in base[0].pictures.items():
-        for name in pictures:
-            gained = [gains(group, base, column, name) for group in others]
-            key = statistics.mean(gained[-1]) if gained and gained[-1] else 0.0
-            cells = [mean_and_deviation(values, "+", of_mean=True) for values in gained]
-            rows.append((key, [column, name, *cells]))
+    for column, name in ((c, name) for c, names in base[0].pictures.items() for name in names):
+        gained = [gains(*(by_seed(g, column, name) for g in (group, base))) for group in others]
+        last = statistics.mean(gained[-1]) if gained and gained[-1] else 0.0
+        cells = [mean_and_deviation(values, "+", of_mean=True) for values in gained]
+        rows.append((last, [column, name, *cells]))
     rows.sort(key=operator.itemgetter(0), reverse=True)
     return console.markdown(["", "picture", *group_labels(groups)[1:]], [line for _, line in rows])
 
@@ -308,36 +300,26 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="compare|scores")
-    compared = commands.add_parser("compare", help="runs of train.py, seeds together")
-    compared.add_argument(
-        "paths",
-        nargs="+",
-        type=Path,
-        metavar="RUN_OR_FILE",
-        help=f"a folder of train.py, with evaluate.py's --json RUN/{SCORES}, or a file of --json; "
-        "gains are over the first one's row",
-    )
-    compared.add_argument(
-        "--pictures",
-        action="store_true",
-        help="a second table: the gain of every picture, the highest of the last row first",
-    )
-    compared.add_argument(
-        "--json", metavar="FILE|-", help="store the runs' figures there; - is standard output"
-    )
-    scored = commands.add_parser("scores", help="scores beside the published ones")
-    scored.add_argument("paths", nargs="+", type=Path, metavar="FILE", help="of evaluate.py --json")
-    scored.add_argument(
-        "--metric", choices=METRICS, default="psnr", help="PSNR in dB or SSIM (default: psnr)"
-    )
+    add = commands.add_parser("compare", help="runs of train.py, seeds together").add_argument
+    text = f"a folder of train.py, with evaluate.py's --json RUN/{SCORES}, or a file of --json; "
+    text += "gains are over the first one's row"
+    add("paths", nargs="+", type=Path, metavar="RUN_OR_FILE", help=text)
+    text = "a second table: the gain of every picture, the highest of the last row first"
+    add("--pictures", action="store_true", help=text)
+    text = "store the runs' figures there; - is standard output"
+    add("--json", metavar="FILE|-", help=text)
+    add = commands.add_parser("scores", help="scores beside the published ones").add_argument
+    add("paths", nargs="+", type=Path, metavar="FILE", help="of evaluate.py --json")
+    text = "PSNR in dB or SSIM (default: psnr)"
+    add("--metric", choices=METRICS, default="psnr", help=text)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.command == "scores":
-        results = [result for path in args.paths for result in read_results(path)]
-        console.say(f"{scores_table(results, args.metric)}\n\n{protocol_lines(results)}")
+        scores = [score for path in args.paths for score in read_scores(path)]
+        console.say(f"{scores_table(scores, args.metric)}\n\n{protocol_lines(scores)}")
         return
     console.check_json(args.json)
     runs = [run for path in args.paths for run in read_runs(path)]

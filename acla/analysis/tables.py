@@ -13,22 +13,13 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from acla import cli, console
-from acla.analysis.results import read_results
-from acla.config import (
-    ATTENTIONS,
-    PRESETS,
-    RENAMED,
-    ModelConfig,
-    Task,
-    from_dict,
-    model_preset,
-)
-from acla.files import provenance
+from acla.analysis.results import read_scores
+from acla.config import ATTENTIONS, PRESETS, RENAMED, ModelConfig, Task, from_dict, model_preset
+from acla.kernels.bench import device_name
 from acla.kernels.timing import paired
 from acla.models.factory import build_network, describe
 from acla.search.architecture import default_positions
@@ -48,8 +39,7 @@ FIELDS = {field.name for field in dataclasses.fields(ModelConfig)}
 class Row:
     """A row of a table. network: None where we have none; ours, paper: {"params", "macs" of a
     SIDE×SIDE input, set: PSNR in dB, "ms": median of one picture, "ratio": median of its time over
-    the backbone's}, as far as they are known; notes: why params or macs differ; checkpoint: of the
-    PSNR."""
+    the backbone's}, as far as they are known; notes: why params or macs differ."""
 
     table: int
     method: str
@@ -58,7 +48,6 @@ class Row:
     ours: dict[str, float]
     paper: dict[str, float]
     notes: dict[str, str]
-    checkpoint: str | None = None
 
 
 # The paper's figures, and the sizes of our networks
@@ -69,10 +58,8 @@ def printed_rows() -> list[dict[str, str]]:
     """The figures of the tables as they are printed, with their networks: backbone (`base`, or a
     network of another name), attention, keys (default: its own), after every how many blocks
     (default: where the paper inserts it), and notes on figures that ours differ from."""
-    with open(
-        Path(__file__).with_name("published_ablations.csv"), encoding="utf-8", newline=""
-    ) as file:
-        return list(csv.DictReader(file))
+    text = Path(__file__).with_name("published_ablations.csv").read_text(encoding="utf-8")
+    return list(csv.DictReader(text.splitlines()))
 
 
 def network_of(row: dict[str, str], preset: str) -> ModelConfig:
@@ -127,59 +114,40 @@ def comparable(config: ModelConfig) -> ModelConfig:
     return replace(config, attention=attention, keys=keys, **starts)
 
 
-def read_scores(paths: Sequence[Path]) -> dict[ModelConfig, dict[str, Any]]:
-    """{configuration: {"checkpoint", set: mean PSNR in dB}} of the networks for the tables' task in
-    files of evaluate.py; of several alike the first. Raises AclaError."""
-    scores: dict[ModelConfig, dict[str, Any]] = {}
-    for result in (result for path in paths for result in read_results(path)):
-        model, name = result["model"], result["dataset"]
-        task = Task(result["task"], result["setting"], result.get("until", 0))
-        if model["kind"] != "network" or task != TASK or model["ensemble"]:
-            console.notice(f"left out: {name} of {model['kind']}: not one network for {TASK}")
+def add_scores(rows: Sequence[Row], paths: Sequence[Path]) -> None:
+    """Our PSNR, from files of evaluate.py, on the sets of a table in every row whose network was
+    scored; of several networks of one configuration that of the first. Raises AclaError."""
+    scored: dict[tuple[ModelConfig, str], float | None] = {}
+    for score in (score for path in paths for score in read_scores(path)):
+        model = {RENAMED.get(name, name): value for name, value in score.model.items()}
+        if model["kind"] != "network" or score.task != TASK or model["ensemble"]:
+            console.notice(f"left out: {score.column} of {score.label}: not a network for {TASK}")
             continue
-        fields = {RENAMED.get(field, field): value for field, value in model.items()}
-        config = from_dict(ModelConfig, {f: v for f, v in fields.items() if f in FIELDS})
-        own = scores.setdefault(comparable(config), {"checkpoint": model["checkpoint"]})
-        if own["checkpoint"] == model["checkpoint"]:
-            own[name] = result["mean"]["psnr"]
-        else:
-            console.notice(
-                f"left out: {model['checkpoint']} has the configuration of {own['checkpoint']}"
-            )
-    return scores
-
-
-def add_scores(rows: Sequence[Row], scores: dict[ModelConfig, dict[str, Any]]) -> None:
-    """Our PSNR in every row whose network was scored, on the sets of its table."""
-    for row in rows:
-        own = scores.get(comparable(row.network)) if row.network else None
-        if own:
-            row.checkpoint = own["checkpoint"]
-            row.ours |= {name: own[name] for name in SETS if name in own and name in row.paper}
+        config = from_dict(ModelConfig, {f: v for f, v in model.items() if f in FIELDS})
+        key = comparable(config), score.dataset
+        if key in scored:
+            console.notice(f"left out: {score.column} of {score.label}: the second of its kind")
+        scored.setdefault(key, score.mean["psnr"])
+    for row in (row for row in rows if row.network):
+        own = ((name, scored.get((comparable(row.network), name))) for name in SETS)
+        row.ours |= {name: psnr for name, psnr in own if psnr is not None and name in row.paper}
 
 
 def add_times(rows: Sequence[Row], device: torch.device) -> None:
-    """Time every network beside its backbone; those of one backbone take turns, so that a change of
-    the machine's speed reaches all of them. Initial weights: every key is kept."""
+    """Time every network beside its backbone, once a round; those of one backbone take turns, so
+    that a change of the machine's speed reaches all of them. Initial weights: every key is kept."""
+    picture = torch.rand(1, TASK.channels, SIDE, SIDE, device=device)
     for base in dict.fromkeys(row.backbone for row in rows):
         own = [row for row in rows if row.backbone == base and row.network]
-        times = time_in_turns(list(dict.fromkeys([base, *(row.network for row in own)])), device)
+        networks = list(dict.fromkeys([base, *(row.network for row in own)]))
+        models = [build_network(config).eval().to(device) for config in networks]
+        with torch.no_grad():
+            calls = [functools.partial(model, picture) for model in models]
+            times = dict(zip(networks, paired(calls, device.type, SECONDS, ROUNDS), strict=True))
         for row in own:
             pairs = zip(times[row.network], times[base], strict=True)
             row.ours["ms"] = statistics.median(times[row.network])
             row.ours["ratio"] = statistics.median(ours / plain for ours, plain in pairs)
-
-
-def time_in_turns(
-    networks: Sequence[ModelConfig], device: torch.device
-) -> dict[ModelConfig, list[float]]:
-    """Milliseconds of each network on one picture, once a round."""
-    picture = torch.rand(1, TASK.channels, SIDE, SIDE, device=device)
-    models = [build_network(config).eval().to(device) for config in networks]
-    calls = [functools.partial(model, picture) for model in models]
-    with torch.no_grad():
-        times = paired(calls, device.type, SECONDS, ROUNDS)
-    return dict(zip(networks, times, strict=True))
 
 
 # The report
@@ -201,22 +169,22 @@ def remarks(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def text(table: int, rows: Sequence[Row], preset: str, timed_on: str | None) -> str:
+def text(rows: Sequence[Row], preset: str, timed_on: str | None) -> str:
     """A table as Markdown, in every cell ours and the paper's in brackets; at the paper's size with
     remarks. timed_on: the machine of the times, if they were taken."""
-    first = rows[0].paper
+    first = rows[0]
     columns = {kind: (f"{name}, {unit}", factor) for kind, (name, unit, factor, _) in SIZES.items()}
-    columns |= {name: (f"{name}, dB", 1) for name in SETS if name in first}
-    columns |= {name: (head, 1) for name, head in TIMES.items() if timed_on or name in first}
+    columns |= {name: (f"{name}, dB", 1) for name in SETS if name in first.paper}
+    columns |= {name: (head, 1) for name, head in TIMES.items() if timed_on or name in first.paper}
 
     def cell(row: Row, name: str, factor: float) -> str:
         pair = (figures.get(name) for figures in (row.ours, row.paper))
         return "{} ({})".format(*("–" if v is None else f"{v / factor:.2f}" for v in pair))
 
     lines = [[r.method, *(cell(r, name, c[1]) for name, c in columns.items())] for r in rows]
-    counted = "multiply-adds and ms" if timed_on else "multiply-adds"
-    title = f"Table {table}, ×{TASK.scale}: ours (the paper's); {counted} for {SIDE}×{SIDE} pixels,"
-    title += " every key kept" + (f"; ms: median, {timed_on}" if timed_on else "")
+    title = f"Table {first.table}, ×{TASK.scale}: ours (the paper's); multiply-adds"
+    title += f"{' and ms' if timed_on else ''} for {SIDE}×{SIDE} pixels, every key kept"
+    title += f"; ms: median, {timed_on}" if timed_on else ""
     below = remarks(rows) if preset == "paper" else []
     if preset != "paper":
         title += f"; preset {preset}, narrower than the paper's networks"
@@ -230,54 +198,30 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    known = ", ".join(map(str, TABLES))
-    parser.add_argument(
-        "tables", nargs="+", type=int, choices=TABLES, metavar="N", help=f"one or more of {known}"
-    )
-    parser.add_argument(
-        "--preset", choices=PRESETS, default="paper", help="size of the networks (default: paper)"
-    )
-    parser.add_argument(
-        "--scores",
-        nargs="+",
-        type=Path,
-        default=[],
-        metavar="FILE",
-        help="of evaluate.py --json: PSNR of trained networks, beside the paper's",
-    )
-    parser.add_argument(
-        "--time",
-        action="store_true",
-        help="also time one picture through every network and its backbone, in turns; at the "
-        "paper's size about a minute a table on a CPU, and up to 2 GB",
-    )
-    parser.add_argument(
-        "--json", metavar="FILE|-", help="write the rows there; - is standard output"
-    )
-    parser.add_argument(
-        "--device", choices=cli.DEVICES, default="auto", help="where to time (default: auto)"
-    )
+    add = parser.add_argument
+    text = f"one or more of {', '.join(map(str, TABLES))}"
+    add("tables", nargs="+", type=int, choices=TABLES, metavar="N", help=text)
+    text = "size of the networks (default: paper)"
+    add("--preset", choices=PRESETS, default="paper", help=text)
+    text = "of evaluate.py --json: PSNR of trained networks, beside the paper's"
+    add("--scores", nargs="+", type=Path, default=[], metavar="FILE", help=text)
+    text = "also time one picture through every network and its backbone, in turns; at the "
+    text += "paper's size about a minute a table on a CPU, and up to 2 GB"
+    add("--time", action="store_true", help=text)
+    add("--device", choices=cli.DEVICES, default="auto", help="where to time (default: auto)")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    console.check_json(args.json)
     device = cli.pick_device(args.device)
-    scores = read_scores(args.scores)
-    made_on = provenance(device)
-    timed_on = f"{made_on['device']}, {made_on['threads']} CPU thread(s)" if args.time else None
-    done: list[Row] = []
-    for table in dict.fromkeys(args.tables):
-        rows = make_rows(table, args.preset)
-        add_scores(rows, scores)
+    machine = f"{device_name(device.type)}, {torch.get_num_threads()} CPU thread(s)"
+    tables = [make_rows(table, args.preset) for table in dict.fromkeys(args.tables)]
+    add_scores([row for rows in tables for row in rows], args.scores)
+    for rows in tables:
         if args.time:
             add_times(rows, device)
-        if args.json != "-":
-            console.say(text(table, rows, args.preset, timed_on))
-        done += rows
-    result = {"preset": args.preset, "rows": [dataclasses.asdict(row) for row in done]}
-    console.publish(None, result | {"side": SIDE, "provenance": made_on}, args.json)
+        console.say(text(rows, args.preset, machine if args.time else None))
 
 
 if __name__ == "__main__":

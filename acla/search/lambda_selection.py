@@ -113,20 +113,23 @@ def within_budget(
     most = max(m for m in range(plan.model.blocks + 1) if macs_of(plan.model, m) <= budget)
     lam, too_high, too_low = plan.search.lam or 0.01, None, None
     rows: list[dict[str, Any]] = []
-    best, best_count, source = None, -1, out
-    while len(rows) < BUDGET_TRIALS and best_count < most:
+    fitting: dict[int, tuple[SearchResult, Path]] = {}  # by number of modules
+    while len(rows) < BUDGET_TRIALS and most not in fitting:
         console.notice(f"budget: λ {lam:.4g}, at most {most} modules fit")
-        folder = out / f"lambda-{lam:.6g}"
-        first_stage = out / "first-stage.safetensors"
+        folder = out / "trials" / f"lambda-{lam:.6g}"
+        first_stage = folder.with_name("first-stage.safetensors")
         result = run(plan.change(lam=lam), sets, folder, processes, first_stage)
         model = result.architecture.model
         rows.append({"lambda": lam, "positions": list(model.positions), "macs": macs(model)})
-        count = len(model.positions)
-        if best_count < count <= most:
-            best, best_count, source = result, count, folder
-        too_high, too_low = (lam, too_low) if count <= most else (too_high, lam)
-        lam = between(too_low, too_high)
-    if best is None:
+        if len(model.positions) <= most:
+            too_high = lam
+            fitting.setdefault(len(model.positions), (result, folder))
+        else:
+            too_low = lam
+        # The geometric mean of the bounds, or a factor of 4 beyond the only one
+        low, high = too_low or too_high / 16, too_high or too_low * 16
+        lam = math.sqrt(low * high)
+    if not fitting:
         tried = ", ".join(format_positions(row["positions"]) for row in rows)
         raise AclaError(
             f"--budget {budget:g}: no λ up to {rows[-1]['lambda']:g} has a network within it "
@@ -134,14 +137,8 @@ def within_budget(
         )
     # The masks' gradient has λ from the start, and the first stage is the first trial's
     trials = {"macs_48x48": budget, "first_stage_lambda": rows[0]["lambda"], "trials": rows}
-    return adopt(best, source, out.parent, processes, {**notes, "budget": trials})
-
-
-def between(low: float | None, high: float | None) -> float:
-    """The next λ: the geometric mean of the bounds, or a factor of 4 beyond the only one."""
-    if low is None:
-        return high / 4
-    return low * 4 if high is None else math.sqrt(low * high)
+    best, folder = fitting[max(fitting)]
+    return adopt(best, folder, out, processes, {**notes, "budget": trials})
 
 
 # Several seeds
