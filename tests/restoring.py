@@ -36,14 +36,17 @@ def write_network(path: Path, task: Task, shift: float = 0.0, **fields: object) 
     return path
 
 
+EXACT = ("--device", "cpu", "--precision", "fp32")  # the same bits on every machine
+
+
 def call(*argv: object) -> None:
-    restore.main([*map(str, argv), "--device", "cpu"])
+    restore.main([*EXACT, *map(str, argv)])
 
 
 def failure(capsys: pytest.CaptureFixture, *argv: object) -> tuple[int, str]:
     """The exit status and the message of a call that must fail."""
     with pytest.raises(SystemExit) as stop:
-        run(restore.main, [*map(str, argv), "--device", "cpu"])
+        run(restore.main, [*EXACT, *map(str, argv)])
     return stop.value.code, capsys.readouterr().err
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from restoring import CAR, DOUBLE, MOSAIC, NOISE, call, failure, stored, write_network
+from restoring import CAR, DOUBLE, EXACT, MOSAIC, NOISE, call, failure, stored, write_network
 
 from acla.data.degradations import mosaic
 from acla.data.image import from_levels, luma
@@ -284,11 +284,24 @@ def test_the_readme_commands_are_understood():
         command.parse(shlex.split(line, comments=True)[3:])
 
 
+def test_a_short_format_is_near_and_named(tmp_path, capsys, jpeg):
+    file = write_network(
+        tmp_path / "car.safetensors", CAR, attention="acla", keys=2, positions=(1,)
+    )
+    call(jpeg, tmp_path / "long.png", "--checkpoint", file, "--no-project")
+    capsys.readouterr()
+    short = ["--checkpoint", file, "--no-project", "--precision", "bf16"]
+    call(jpeg, tmp_path / "short.png", *short)
+    assert capsys.readouterr().out.endswith("car.safetensors, bf16\n")
+    apart = stored(tmp_path / "long.png").astype(int) - stored(tmp_path / "short.png")
+    assert np.abs(apart).max() <= 1
+
+
 def test_it_is_a_module_to_run(tmp_path, jpeg):
     file = write_network(tmp_path / "car.safetensors", CAR)
     command = [sys.executable, "-m", "acla.restore", jpeg, tmp_path / "o.png", "--checkpoint", file]
     done = subprocess.run(
-        [*map(str, command), "--device", "cpu"],
+        [*map(str, command), *EXACT],
         cwd=ROOT,
         capture_output=True,
         text=True,

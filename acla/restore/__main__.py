@@ -16,7 +16,15 @@ from acla.errors import AclaError, UsageError, out_of_memory
 from acla.models.serialization import Checkpoint
 from acla.restore import photo
 from acla.restore.colour import check_mosaic, restore_photo
-from acla.restore.inference import TILE, check_ensemble, check_tile, default_tile
+from acla.restore.inference import (
+    PRECISIONS,
+    TILE,
+    check_ensemble,
+    check_tile,
+    computing_in,
+    default_tile,
+    pick_precision,
+)
 from acla.restore.jobs import find_jobs
 from acla.restore.photo import Photo
 from acla.restore.pretrained import PretrainedModels
@@ -58,6 +66,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=True,
         help="keep a JPEG's answer within what the file says of its photo (default: yes, unless "
         "--q names another quality than the file's)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="auto",
+        help="number format of the network (default: auto, the device's fastest)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
     parser.add_argument(
@@ -125,15 +139,18 @@ def run_job(
     jpeg = FORMATS[target.suffix.lower()] == "JPEG"
     projects = args.project and network.task.name == "car" and own and quality == own
     cells = photo.read_cells(path, own) if projects else None
-    restored = restore_photo(source, network, tile, args.ensemble, jpeg, label, cells=cells)
+    precision = pick_precision(args.precision, models.device)
+    with computing_in(precision, models.device):
+        restored = restore_photo(source, network, tile, args.ensemble, jpeg, label, cells=cells)
     photo.save(restored, target)
     show(path, [*([outside] if outside else []), *restored.notices])
-    result = f"{target}: {network.task}, {file}"
+    result = f"{target}: {network.task}, {file}" + f", {precision}" * (precision != "fp32")
     if not args.compare:
         return result
     if tile is None:
         return f"{result}, taken whole"
-    return f"{result}, {difference(restored, source, network, args.ensemble, jpeg, cells)}"
+    with computing_in(precision, models.device):
+        return f"{result}, {difference(restored, source, network, args.ensemble, jpeg, cells)}"
 
 
 def show(path: Path, notices: list[str]) -> None:
