@@ -19,7 +19,7 @@ FLOORS = (
     {"config", "files", "distributed"},
     {"console"},
     {"cli", "data", "models"},
-    {"restore", "training", "checkpoint"},
+    {"restore", "training", "checkpoint", "export"},
     {"search"},
     {"analysis"},
 )
