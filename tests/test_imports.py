@@ -19,7 +19,7 @@ FLOORS = (
     {"config", "files", "distributed"},
     {"console"},
     {"cli", "data", "models"},
-    {"restore", "training", "checkpoint"},
+    {"restore", "training", "checkpoint", "export"},
     {"search"},
     {"analysis"},
 )
@@ -49,6 +49,8 @@ def imported(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level <= (path.parent.name == "kernels"), f"{path.name}: relative import"
             module = ".".join(["kernels"] * node.level + [node.module] * bool(node.module))
+            bare = not node.level and module.split(".")[0] == "kernels"
+            assert not bare, f"{path.name}: a wheel has acla.kernels alone"
             if module.startswith("acla.kernels"):
                 module = module.removeprefix("acla.")
             whole = {f"{module}.{alias.name}" for alias in node.names}

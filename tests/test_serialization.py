@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import save_file
 
 from acla import files
-from acla.config import ATTENTIONS, BACKBONES, DEFAULT_KEYS, ModelConfig, Task
+from acla.config import ATTENTIONS, BACKBONES, DEFAULT_KEYS, ModelConfig, Task, from_dict
 from acla.errors import CheckpointError
 from acla.models import serialization
 from acla.models.backbones import Backbone
 from acla.models.factory import build_network
-from acla.models.serialization import load_model, load_state, save_model, save_state
+from acla.models.serialization import Checkpoint, load_model, load_state, save_model, save_state
 
 RUN = {"step": 3, "seconds": 0.5, "plan": {}, "data": {}}  # the progress of a search
 SMALL = ModelConfig(blocks=3, width=8, group_blocks=1, reduction=2, keys=3, positions=(1, 3))
@@ -52,6 +52,28 @@ def test_a_network_comes_back_to_the_bit(tmp_path, backbone, attention, scale):
     pictures = torch.rand(1, 3, 7, 4)
     with torch.no_grad():
         assert torch.equal(result.model(pictures), net(pictures))
+
+
+def test_a_folder_in_the_form_of_the_hub_comes_back(tmp_path):
+    net, task, folder = random_network(), Task("car", 5, 60), tmp_path / "new" / "car"
+    Checkpoint(net, net.config, task, {"step": 7}).save_pretrained(str(folder))
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert written["model_type"] == "acla"
+    assert from_dict(ModelConfig, written["model"]) == net.config
+    assert from_dict(Task, written["task"]) == task
+    result = Checkpoint.from_pretrained(str(folder))
+    assert (result.config, result.task, result.info) == (net.config, task, {"step": 7})
+    pictures = torch.rand(1, 3, 7, 4)
+    with torch.no_grad():
+        assert torch.equal(result.model(pictures), net(pictures))
+
+
+def test_what_is_no_folder_of_a_network_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"somebody/net: .*snapshot_download"):
+        Checkpoint.from_pretrained("somebody/net")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: there is no such file"):
+        Checkpoint.from_pretrained(tmp_path)
 
 
 def test_a_state_comes_back_to_the_bit(tmp_path):

@@ -18,10 +18,10 @@ from torch.nn import functional as F
 
 from acla.config import Task
 from acla.console import progress
+from acla.kernels import reference
 from acla.models.a2n import BranchWeights
 from acla.models.attention import CrossLayerAttention, pointwise
 from acla.models.backbones import Backbone
-from kernels import reference
 
 SIGMA = 1.2  # pixels, of the blur at the start of the path, as Gu and Dong have it
 FLAT = 1e-20  # so that the gradient of a slope of 0 is 0

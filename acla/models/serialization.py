@@ -47,6 +47,28 @@ class Checkpoint:
     task: Task
     info: dict[str, Any]
 
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the network as a folder in the Hub's form: model.safetensors, a model file, and
+        config.json, which repeats its header for other readers. Replaces these two files."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(folder / FILES["model"], self.model, self.config, self.task, self.info)
+        parts = {"model": self.config, "task": self.task}
+        header = {name: dataclasses.asdict(part) for name, part in parts.items()}
+        header = {"model_type": "acla", **header, "info": self.info}
+        write_atomically(folder / "config.json", (json.dumps(header, indent=1) + "\n").encode())
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "Checkpoint":
+        """The network of a folder in the Hub's form, as `load_model` reads it. Raises
+        CheckpointError."""
+        if not Path(folder).is_dir():
+            raise CheckpointError(
+                f"{folder}: there is no such folder; for a network on the Hub give the one that "
+                "huggingface_hub.snapshot_download returns"
+            )
+        return load_model(Path(folder) / FILES["model"])
+
 
 def save_model(path: Path, model: nn.Module, config: ModelConfig, task: Task, info: dict) -> None:
     """Write a model file, from which alone `load_model` rebuilds the network. info: notes, JSON
