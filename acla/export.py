@@ -42,6 +42,7 @@ def attend(
     seeds: None,
     temperature: float,
     backend: str,
+    counts: bool,
 ) -> tuple[Value, Value, Value]:
     """`acla.kernels.attend` in operators of ONNX, without gates and noise. Keys are not counted:
     no network's output depends on that."""
