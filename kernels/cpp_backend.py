@@ -8,6 +8,7 @@ Environment: CXX names the compiler, ACLA_CACHE the directory that keeps what it
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import shlex
 import shutil
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor
 
 from .cache import cache_directory, is_writable
+
+logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 HEADERS = [SOURCE.with_name(name) for name in ("plan.h", "vectors.h")]
@@ -230,6 +233,8 @@ def cached(command: list[str], key: str) -> ctypes.CDLL:
     keep = is_writable(directory)
     with tempfile.TemporaryDirectory(prefix="compile-", dir=directory if keep else None) as scratch:
         path = Path(scratch, "cpu.so")
+        often = "once" if keep else f"for this process alone: {directory} cannot be written"
+        logger.warning("compiling the C++ kernel, %s; it takes about half a minute", often)
         run([*command, str(SOURCE), "-o", str(path)])
         if keep:
             path = path.rename(directory / f"cpu-{key}-{digest(path)}.so")

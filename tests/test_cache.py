@@ -10,7 +10,7 @@ import pytest
 import torch
 from operator_cases import make
 
-from kernels import attend, available_backends, cache, cpp_backend, dispatch, torch_backend
+from kernels import attend, available_backends, build, cache, cpp_backend, dispatch, torch_backend
 
 ROOT = Path(__file__).parents[1]
 POINTS = torch.zeros(1, 1, 1, 1, 3, 1)
@@ -31,8 +31,9 @@ def test_auto_takes_the_compiled_kernel_and_says_so_once(fresh_choice, caplog):
     if reason:
         pytest.skip(reason)
     assert [dispatch.choose_backend("auto", POINTS) for _ in range(3)] == ["cpp"] * 3
-    assert [r.levelname for r in caplog.records] == ["INFO"]
-    assert "'cpp'" in caplog.text
+    (record,) = (r for r in caplog.records if r.name == dispatch.__name__)
+    assert record.levelname == "INFO"
+    assert "'cpp'" in record.message
 
 
 def test_the_environment_presets_auto_and_nothing_else(fresh_choice, monkeypatch):
@@ -106,12 +107,24 @@ def runs_in_cpp() -> bool:
     return make((1, 2, 2, 1, 1, 1)).attend("cpp").aggregate.isfinite().all().item()
 
 
-def test_compiled_once_and_then_taken_from_the_cache(compiler):
-    for _ in range(3):
+def test_compiled_once_and_then_taken_from_the_cache(compiler, caplog, capsys):
+    compiler()
+    assert build.main([]) == 0
+    (path,) = compiler.cache.iterdir()
+    assert capsys.readouterr().out == f"{path}\n"
+    for _ in range(2):
         compiler()
         assert runs_in_cpp()
     assert compiler.runs() == 1
-    assert [path.suffix for path in compiler.cache.iterdir()] == [".so"]
+    assert [*compiler.cache.iterdir()] == [path]
+    assert caplog.text.count("compiling the C++ kernel, once") == 1
+
+
+def test_building_fails_with_the_reason(compiler, monkeypatch, capsys):
+    compiler()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert build.main([]) == 1
+    assert "error: no-such-compiler failed" in capsys.readouterr().err
 
 
 def test_a_half_written_library_is_made_again(compiler):
