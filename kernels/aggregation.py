@@ -20,8 +20,10 @@ from .primitives import (
     fill_up,
     gate_of,
     gather,
-    layer_of,
+    image_of,
     layers,
+    narrow,
+    offset_of,
     pointer_of,
     reach,
     share_of,
@@ -48,6 +50,7 @@ def _aggregate(
     K: tl.constexpr,
     C: tl.constexpr,
     UNIT: tl.constexpr,
+    NARROW: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -57,7 +60,7 @@ def _aggregate(
     l = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) // CHUNKS * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     c = tl.program_id(0) % CHUNKS * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]  # [1,BLOCK_C]
-    pointer, image, row_stride, column_stride = layer_of(features, strides, l)
+    pointer, row_stride, column_stride = image_of(features, strides, b, l, UNIT, NARROW)
     gate = gate_of(gates_ptr, l)
     query = (b * L + l) * N + n
     count = tl.load(count_ptr + query, mask=n < tl.where(gate != 0, N, 0), other=0)
@@ -65,12 +68,12 @@ def _aggregate(
     for slot in range(tl.max(count, 0)):
         open = slot < count  # [BLOCK_N]
         entry = query * K + slot
-        row, column = unpack(tl.load(corner_ptr + entry, mask=open, other=0))
+        corner = tl.load(corner_ptr + entry, mask=open, other=0)
         f = tl.load(weight_ptr + entry, mask=open, other=0.0)
         dy = tl.load(dy_ptr + entry, mask=open, other=0.0)
         dx = tl.load(dx_ptr + entry, mask=open, other=0.0)
         s0, s1, s2, s3 = shares(dy, dx)
-        offset = (b * image + row * row_stride + column * column_stride)[:, None]
+        offset = offset_of(corner, row_stride, column_stride)[:, None]
         mask = open[:, None] & (c < C)
         v0, v1, v2, v3 = gather(pointer, offset, c, row_stride, column_stride, mask, [1, UNIT])
         total += (f * s0)[:, None] * v0 + (f * s1)[:, None] * v1
@@ -93,7 +96,8 @@ def aggregate(
         "gates_ptr": gates,
         "out_ptr": out,
         "strides": strides,
-        **{"N": N, "L": L, "K": K, "C": C, "UNIT": unit_of(tensors)},
+        **{"N": N, "L": L, "K": K, "C": C},
+        **{"UNIT": unit_of(tensors), "NARROW": narrow(tensors)},
     }
     launch(Call(_aggregate, arguments, (N, L, B)))
     return out
@@ -115,6 +119,7 @@ def _dots(
     CLOSED: tl.constexpr,
     SHUT: tl.constexpr,
     UNIT: tl.constexpr,
+    NARROW: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -123,7 +128,7 @@ def _dots(
     b = tl.program_id(2).to(tl.int64)
     l = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    pointer, image, row_stride, column_stride = layer_of(features, strides, l)
+    pointer, row_stride, column_stride = image_of(features, strides, b, l, UNIT, NARROW)
     gate = gate_of(gates_ptr, l)
     query = (b * L + l) * N + n
     count = tl.load(count_ptr + query, mask=n < N, other=0)
@@ -132,8 +137,8 @@ def _dots(
     for slot in range(tl.max(limit, 0)):
         valid = slot < limit  # [BLOCK_N]
         entry = query * K + slot
-        row, column = unpack(tl.load(corner_ptr + entry, mask=valid, other=0))
-        offset = (b * image + row * row_stride + column * column_stride)[:, None]
+        corner = tl.load(corner_ptr + entry, mask=valid, other=0)
+        offset = offset_of(corner, row_stride, column_stride)[:, None]
         d0 = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
         d1, d2, d3 = d0, d0, d0
         for begin in range(0, C, BLOCK_C):
@@ -145,11 +150,12 @@ def _dots(
             d1 += grad * v1
             d2 += grad * v2
             d3 += grad * v3
-        out_at = out_ptr + entry * 4
-        tl.store(out_at, tl.sum(d0, 1), mask=valid)
-        tl.store(out_at + 1, tl.sum(d1, 1), mask=valid)
-        tl.store(out_at + 2, tl.sum(d2, 1), mask=valid)
-        tl.store(out_at + 3, tl.sum(d3, 1), mask=valid)
+        # [BLOCK_N,2,2], whose last two dimensions count in the order 0, 1, 2, 3
+        pairs = tl.join(
+            tl.join(tl.sum(d0, 1), tl.sum(d2, 1)), tl.join(tl.sum(d1, 1), tl.sum(d3, 1))
+        )
+        out_at = out_ptr + ((entry * 4)[:, None] + tl.arange(0, 4)[None, :])
+        tl.store(out_at, tl.reshape(pairs, [BLOCK_N, 4]), mask=valid[:, None])
 
 
 def dots(
@@ -175,7 +181,7 @@ def dots(
         "out_ptr": out,
         "strides": strides,
         **{"N": N, "L": L, "K": K, "C": grad.shape[-1], "CLOSED": closed, "SHUT": shut},
-        "UNIT": unit_of(tensors),
+        **{"UNIT": unit_of(tensors), "NARROW": narrow(tensors)},
     }
     launch(Call(_dots, arguments, (N, L, B)))
     return out

@@ -1,8 +1,10 @@
 """Compile every Triton kernel ahead of time, without a GPU: `python -m kernels.compile`.
 
 Every kernel, in every configuration of launch.py, for each named GPU: its registers, spills,
-shared memory and widest load. The exit status is 1 if a kernel spills, or if the gathers do not
-load 16 bytes at a time.
+shared memory and widest load, and what its machine code holds: instructions, how many of them a
+warp issues for one key against the least (`floor`; 0 where all is done once a key and none once a
+channel), barriers, loads of 16, 8 and fewer bytes, atomic additions. The exit status is 1 if a
+kernel spills, or if the gathers do not load 16 bytes at a time.
 """
 
 import argparse
@@ -22,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import autotune, launch
+from . import autotune, floor, launch
 
 # The name → Triton's backend and architecture, and the lanes of a warp.
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
@@ -37,6 +39,8 @@ TYPES = {
     torch.int64: "i64",
 }
 LAYERS, KEYS, CHANNELS = 2, 16, (64, 256)
+WIDE_LOAD = r"LDG\.E\S*\.128|(global|buffer)_load_dwordx4"
+BARRIER, ATOMIC = "BAR|s_barrier", "RED\\.|REDG|ATOM|global_atomic|buffer_atomic"
 NVIDIA_WIDTHS = {"128": 16, "64": 8, "": 4, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 AMD_WIDTHS = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2, "short": 2}
 
@@ -53,6 +57,9 @@ class Job(NamedTuple):
     constants: dict[tuple[int, ...], Any]
     attributes: dict[tuple[int, ...], list]
     wide_loads: int  # that a thread must do; 0 where the width does not matter
+    keys: float  # that a warp has done after a trip of its loop, or after its whole program
+    chunks: int  # trips of a loop within that loop; 0 without loops
+    floor: float  # instructions of a warp for one key, at least
 
 
 class Compiled(NamedTuple):
@@ -68,15 +75,54 @@ class Compiled(NamedTuple):
     spills: int  # bytes on NVIDIA, registers on AMD
     shared: int  # bytes
     load: int  # bytes of the widest load; of a gather's feature loads, all of them
+    instructions: int
+    per_key: float  # of them, in a warp
+    floor: float
+    barriers: int
+    loads: str  # of 16/8/fewer bytes
+    atomics: int
     problem: str
 
 
+class Code(NamedTuple):
+    """What a compiler made."""
+
+    registers: int
+    spills: int
+    operations: list[str]
+    loops: list[tuple[int, int]]  # the first and the last operation of each
+    widths: Counter[int]  # bytes → loads
+
+    def count(self, pattern: str, first: int = 0, last: int | None = None) -> int:
+        """Operations that begin like this, from the first to the last."""
+        part = self.operations[first : None if last is None else last + 1]
+        return sum(re.match(pattern, operation) is not None for operation in part)
+
+    def per_key(self, job: Job) -> float:
+        """Instructions of a warp for one key, 0 where the loop is not known. (Of several loops only
+        one is run, but for those over the four corners in `sum_rows` and `sum_maps`.)"""
+        if not job.chunks:
+            return len(self.operations) / job.keys
+        loops = self.loops
+        outer = [a for a in loops if not any(b[0] <= a[0] < a[1] < b[1] for b in loops)]
+        trips = []
+        for first, last in outer:
+            size = last - first + 1
+            for begin, end in loops:
+                if first <= begin < end < last:  # over chunks of channels, perhaps unrolled
+                    wide = max(1, self.count(WIDE_LOAD, begin, end))
+                    again = max(1, job.chunks * job.wide_loads // wide) - 1
+                    size += again * (end - begin + 1)
+            trips.append(size)
+        whole = sum(trips) if job.kernel.startswith("_sum") else max(trips, default=0)
+        return whole / job.keys
+
+
 def jobs(targets: Sequence[str], quick: bool) -> list[Job]:
-    """All compilations without repetition. Quick: only each kernel's default, at the most
-    channels."""
+    """All compilations without repetition. Quick: only each kernel's default."""
     jobs_by_key: dict[tuple, Job] = {}
     for dtype in (torch.float32, torch.bfloat16):
-        for C in CHANNELS[-1:] if quick else CHANNELS:
+        for C in CHANNELS:
             inputs = autotune.problem((1, 4, 4, C, LAYERS, KEYS), dtype, "cpu")
             for call in autotune.trace(inputs, run=False):
                 for target in targets:
@@ -121,7 +167,9 @@ def job_of(call: launch.Call, target: str, config: launch.Config) -> Job:
         else:
             signature[parameter.name] = type_of(value, (index,))
     variant = ""
-    wide_loads = 0
+    wide_loads, chunks, least = 0, 1, 0.0
+    rows = blocks.get("BLOCK_N", 0) or blocks["BLOCK_E"]
+    keys = rows / config.warps
     if "BLOCK_C" in blocks:
         C, dtype = values["C"], call.dtype
         variant = f"{TYPES[dtype]} C{C}"
@@ -129,13 +177,21 @@ def job_of(call: launch.Call, target: str, config: launch.Config) -> Job:
         whole = share // (lanes * config.warps * WIDE)  # wide loads of a tile to a thread
         if values.get("UNIT", 1) > 1:  # else rows start anywhere, and narrow loads are right
             wide_loads = GATHERS.get(call.name, 0) * whole
-    elif "key_ptr" in values:
+        chunks = -(-C // blocks["BLOCK_C"])
+        if call.name != "_dots":  # a program to each chunk
+            keys, chunks = keys / chunks, 1
+        adding = 1 + floor.REAL / floor.VECTOR
+        each = {"_scatter": adding, "_pad": 0}.get(call.name, floor.reading(dtype))
+        least = floor.CORNERS * C * each / lanes
+    elif "BLOCK_N" in blocks:
+        keys, chunks = keys * values["K"], 0
+    if "key_ptr" in values and "BLOCK_N" in blocks:
         variant = "forward" if values["key_ptr"] is None else "backward"
     if values.get("grad_mask_ptr") is not None:
         variant = "ordered"
     fn = call.kernel.fn
     name = (fn.__name__, fn.__module__, variant, target, config)
-    return Job(*name, signature, constants, attributes, wide_loads)
+    return Job(*name, signature, constants, attributes, wide_loads, keys, chunks, least)
 
 
 def compile_job(job: Job) -> Compiled:
@@ -148,24 +204,27 @@ def compile_job(job: Job) -> Compiled:
     source = ASTSource(kernel, job.signature, job.constants, job.attributes)
     options = {"num_warps": job.config.warps, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget(*TARGETS[job.target]), options=options)
-    if "cubin" in compiled.asm:
-        registers, spills, widths = read_nvidia(compiled.asm["cubin"])
-    else:
-        registers, spills, widths = read_amd(compiled.asm["amdgcn"])
+    asm = compiled.asm
+    code = read_nvidia(asm["cubin"]) if "cubin" in asm else read_amd(asm["amdgcn"])
+    widths = code.widths
     load = max(widths, default=0)
     if job.wide_loads and widths[WIDE] < job.wide_loads:
         load = max((width for width in widths if width < WIDE), default=0)
-    problems = [f"spills {spills}"] if spills else []
+    problems = [f"spills {code.spills}"] if code.spills else []
     if job.wide_loads and load < WIDE:
         problems.append(f"loads {load} bytes at a time")
+    narrow = widths.total() - widths[WIDE] - widths[WIDE // 2]
     return Compiled(
-        *(job.target, job.kernel.strip("_"), job.variant, *job.config, registers, spills),
-        *(compiled.metadata.shared, load, " and ".join(problems)),
+        *(job.target, job.kernel.strip("_"), job.variant, *job.config),
+        *(code.registers, code.spills, compiled.metadata.shared, load),
+        *(len(code.operations), round(code.per_key(job), 1), round(job.floor, 1)),
+        *(code.count(BARRIER), f"{widths[WIDE]}/{widths[WIDE // 2]}/{narrow}"),
+        *(code.count(ATOMIC), " and ".join(problems)),
     )
 
 
-def read_nvidia(cubin: bytes) -> tuple[int, int, Counter[int]]:
-    """Registers, spilled bytes, and how many loads there are of each width in bytes."""
+def read_nvidia(cubin: bytes) -> Code:
+    """From the disassembly; spills are in bytes."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -175,18 +234,30 @@ def read_nvidia(cubin: bytes) -> tuple[int, int, Counter[int]]:
         command = [str(tool), "--dump-resource-usage", "--dump-sass", file.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     usage = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
-    loads = re.findall(r"\bLDG\.E((?:\.\w+)*)", text)
-    widths = (set(load.split(".")) & NVIDIA_WIDTHS.keys() - {""} for load in loads)
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)([^;]*);", text)
+    lines = [line for line in lines if line[1] != "NOP"]  # they fill up the end
+    at = {int(address, 16): i for i, (address, _, _) in enumerate(lines)}
+    operations = [operation for _, operation, _ in lines]
+    jumps = [
+        (at[int(target[1], 16)], i)
+        for i, (_, operation, operands) in enumerate(lines)
+        if operation == "BRA" and (target := re.search(r"0x([0-9a-f]+)", operands))
+    ]
+    loads = (operation.split(".") for operation in operations if operation.startswith("LDG"))
+    widths = (set(load) & NVIDIA_WIDTHS.keys() - {""} for load in loads)
     counted = Counter(NVIDIA_WIDTHS[next(iter(width), "")] for width in widths)
-    return usage["REG"], usage["STACK"] + usage["LOCAL"], counted
+    loops = [(begin, end) for begin, end in jumps if begin < end]
+    return Code(usage["REG"], usage["STACK"] + usage["LOCAL"], operations, loops, counted)
 
 
-def read_amd(text: str) -> tuple[int, int, Counter[int]]:
-    """The same from the assembly; spills are in registers."""
+def read_amd(text: str) -> Code:
+    """From the assembly, without loops; spills are in registers."""
     numbers = {k: int(v) for k, v in re.findall(r"\.([a-z_]+_count):\s+(\d+)", text)}
+    operations = re.findall(r"^\t((?:s|v|ds|global|buffer|flat|scratch)_\w+)", text, re.M)
     loads = re.findall(r"\b(?:global|buffer|flat)_load_([a-z0-9]+)", text)
     spills = numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"]
-    return numbers["vgpr_count"], spills, Counter(AMD_WIDTHS.get(load, 1) for load in loads)
+    counted = Counter(AMD_WIDTHS.get(load, 1) for load in loads)
+    return Code(numbers["vgpr_count"], spills, operations, [], counted)
 
 
 def compile_all(todo: Sequence[Job], workers: int) -> list[Compiled]:
@@ -215,7 +286,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     known = ",".join(TARGETS)
     parser.add_argument("--target", default=known, help=f"GPUs, comma-separated (default: {known})")
     parser.add_argument(
-        "--quick", action="store_true", help="only each kernel's default configuration, C 256"
+        "--quick", action="store_true", help="only each kernel's default configuration"
     )
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count(), help="processes (default: one a processor)"

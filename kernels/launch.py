@@ -37,18 +37,19 @@ class Config(NamedTuple):
     warps: int
 
 
-# Eight values to a thread come first: they leave registers for many warps to wait side by side.
-GATHER = [(16, 64, 4), (32, 64, 8), (8, 128, 4), (32, 32, 4), (32, 64, 4), (16, 128, 4)]
-KEYS = [(32, 0, 8), (16, 0, 4), (32, 0, 4), (16, 0, 2)]
+# Tiles of one warp come first: it waits for no other warp, and for few rows' longest lists. Its
+# threads have eight values each; those of `_spread` and `_dots` four, for want of registers.
+GATHER = [(4, 64, 1), (2, 64, 1), (16, 64, 4), (32, 64, 8), (8, 128, 4), (32, 64, 4)]
+KEYS = [(32, 0, 8), (16, 0, 4), (16, 0, 2)]
 CONFIGS: dict[str, list[Config]] = {
     name: [Config(*values) for values in listed]
     for name, listed in {
         "_pad": [(16, 64, 4), (32, 64, 4), (8, 128, 4)],
-        "_plan": KEYS,
-        "_spread": KEYS,
-        "_count": KEYS,
+        "_plan": [(8, 0, 1), (4, 0, 1), *KEYS],
+        "_spread": [(4, 0, 1), (8, 0, 1), *KEYS],
+        "_count": [(8, 0, 1), (4, 0, 1), *KEYS],
         "_aggregate": GATHER,
-        "_dots": [(16, 32, 4), (16, 64, 4), (32, 32, 4), (32, 32, 8)],
+        "_dots": [(4, 32, 1), (4, 64, 1), (16, 32, 4), (16, 64, 4), (32, 32, 8)],
         "_scatter": GATHER,
         "_sum_rows": [(8, 64, 2), (8, 128, 4), (4, 64, 1)],
         "_sum_maps": [(16, 0, 2), (32, 0, 4)],
@@ -152,12 +153,14 @@ def key_of(kernel: str, dtype: torch.dtype, K: int, C: int, size_class: str) -> 
 
 @functools.cache
 def choose(gpu: str, kernel: str, key: str) -> Config:
-    """The saved choice for this GPU, the user's before the repository's; else the default."""
+    """The saved choice for this GPU, the user's before the repository's; else the default. For a
+    CPU, which interprets, the tile of most rows: every program costs it the same."""
     for path in (user_copy(), REPOSITORY_COPY):
         saved = read_choices(path).get(gpu, {}).get(key)
         if saved is not None:
             return Config(*saved)
-    return CONFIGS[kernel][0]
+    listed = CONFIGS[kernel]
+    return max(listed) if gpu == "cpu" else listed[0]
 
 
 def read_choices(path: Path) -> dict[str, dict[str, list[int]]]:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-VECTOR = 16  # bytes that one thread loads at once
+from .launch import VECTOR, power_of_two
 
 
 def layers(tensors: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[tuple[int, ...], ...]]:
@@ -32,7 +32,7 @@ def layers(tensors: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[tuple[i
 def fill_up(items: Sequence) -> tuple:
     """A tuple of a power of two: the last item is repeated. So a supernet of 32 modules compiles
     six kernels, not 32."""
-    return (*items, *[items[-1]] * (triton.next_power_of_2(len(items)) - len(items)))
+    return (*items, *[items[-1]] * (power_of_two(len(items)) - len(items)))
 
 
 def unit_of(tensors: Sequence[Tensor]) -> int:
@@ -44,6 +44,12 @@ def unit_of(tensors: Sequence[Tensor]) -> int:
         if any(stride % width for stride, size in strides if size > 1):
             return 1
     return width
+
+
+def narrow(tensors: Sequence[Tensor]) -> bool:
+    """Whether 32 bits count the elements of an image of [B,H+2,W+2,·], which the steps along both
+    its sides reach."""
+    return all(max(t.shape[i] * t.stride(i) for i in (1, 2)) < 1 << 30 for t in tensors)
 
 
 @triton.jit
@@ -75,6 +81,17 @@ def layer_of(tensors, strides, l):
         row = tl.where(l == i, wide(strides[i][1]), row)
         column = tl.where(l == i, wide(strides[i][2]), column)
     return pointer_of(tensors, l), image, row, column
+
+
+@triton.jit
+def image_of(tensors, strides, b, l, UNIT: tl.constexpr, NARROW: tl.constexpr):
+    """Address of image b of layer l, where rows start at multiples of UNIT, and the strides (row,
+    column): of 32 bits if NARROW, which takes fewer registers and instructions."""
+    pointer, image, row, column = layer_of(tensors, strides, l)
+    if NARROW:
+        row = row.to(tl.int32)
+        column = column.to(tl.int32)
+    return pointer + tl.multiple_of(b * image, UNIT), row, column
 
 
 @triton.jit
@@ -134,6 +151,13 @@ def pack(row, column):
 def unpack(corner):
     """Row and column of a packed corner, int64."""
     return corner >> 32, corner.to(tl.int32).to(tl.int64)
+
+
+@triton.jit
+def offset_of(corner, row_stride, column_stride):
+    """Where a packed corner lies in an image, in elements, of the strides' type."""
+    row, column = unpack(corner)
+    return row.to(row_stride.dtype) * row_stride + column.to(row_stride.dtype) * column_stride
 
 
 @triton.jit

@@ -1,6 +1,7 @@
 """Ahead-of-time compilation, which needs no GPU."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -10,11 +11,11 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from kernels import autotune, compile, launch
 
 
-def gather_job(target="sm_80", dtype=torch.float32, config=None):
-    """The compilation of the gather's default, or of another configuration."""
-    calls = autotune.trace(autotune.problem((1, 4, 4, 64, 2, 16), dtype, "cpu"), run=False)
-    call = next(call for call in calls if call.name == "_aggregate")
-    return compile.job_of(call, target, config or launch.CONFIGS["_aggregate"][0])
+def job_of(kernel, target="sm_80", dtype=torch.float32, config=None, C=64):
+    """The compilation of a kernel's default, or of another configuration."""
+    calls = autotune.trace(autotune.problem((1, 4, 4, C, 2, 16), dtype, "cpu"), run=False)
+    call = next(call for call in calls if call.name == kernel)
+    return compile.job_of(call, target, config or launch.CONFIGS[kernel][0])
 
 
 @pytest.mark.slow
@@ -47,7 +48,7 @@ def test_the_full_list_holds_every_configuration():
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_narrow_loads_are_found(target):
-    job = gather_job(target)
+    job = job_of("_aggregate", target)
     assert compile.compile_job(job).problem == ""
     addresses = {path: a for path, a in job.attributes.items() if len(path) == 1}
     row = compile.compile_job(job._replace(attributes=addresses))  # features may start anywhere
@@ -56,13 +57,43 @@ def test_narrow_loads_are_found(target):
 
 
 def test_spills_are_found():
-    row = compile.compile_job(gather_job(config=launch.Config(128, 64, 1)))
+    row = compile.compile_job(job_of("_aggregate", config=launch.Config(128, 64, 1)))
     assert row.spills > 0
     assert "spills" in row.problem
 
 
+def test_a_gather_loads_rows_whole_without_barriers_or_atomics():
+    row = compile.compile_job(job_of("_aggregate", "sm_90"))
+    assert row.loads.startswith("8/")  # four corners of two rows to a thread
+    assert (row.barriers, row.atomics) == (0, 0)
+    assert row.floor == 10  # 64 channels of 4 corners: 8 multiply-adds and 2 loads of a warp
+    assert row.floor < row.per_key < row.instructions / 4
+
+
+def test_atomics_are_counted():
+    row = compile.compile_job(job_of("_scatter", "sm_90"))
+    assert row.atomics == 8
+
+
+def test_instructions_of_a_key_are_those_of_the_loop():
+    config = launch.Config(16, 32, 4)
+    gather = job_of("_aggregate", config=config)  # of two chunks of channels, each by a program
+    code = compile.Code(40, 0, ["IADD3"] * 100, [(10, 49)], Counter())
+    assert code.per_key(gather) == 2 * 40 / 4
+    dots = job_of("_dots", config=config, C=256)  # eight chunks in a loop, five wide loads each
+    wide = ["IADD3"] * 20 + ["LDG.E.128"] * 5 + ["FFMA"] * 75
+    assert code._replace(operations=wide, loops=[(15, 34), (10, 49)]).per_key(dots) == 45
+    wide[25:30] = ["LDG.E.128"] * 5  # unrolled once: four trips
+    assert code._replace(operations=wide, loops=[(15, 34), (10, 49)]).per_key(dots) == 25
+    plan = job_of("_plan", config=launch.Config(32, 0, 8))
+    assert code._replace(loops=[]).per_key(plan) == 100 * 8 / (32 * 16)
+    spread = job_of("_sum_rows", config=launch.Config(8, 64, 2))  # a loop to each corner
+    assert code._replace(loops=[(0, 9), (20, 29), (40, 49), (60, 69)]).per_key(spread) == 10
+
+
 def test_a_problem_is_named_and_fails(monkeypatch, capsys):
-    good = compile.Compiled("sm_80", "aggregate", "fp32 C64", 16, 64, 4, 72, 0, 0, 16, "")
+    name, tile, counts = ("sm_80", "aggregate", "fp32 C64"), (16, 64, 4), (350, 47.0, 10.0, 0)
+    good = compile.Compiled(*name, *tile, 72, 0, 0, 16, *counts, "8/2/10", 0, "")
     bad = good._replace(target="gfx942", spills=3, problem="spills 3")
     monkeypatch.setattr(compile, "jobs", lambda targets, quick: [])
     monkeypatch.setattr(compile, "compile_all", lambda todo, workers: [good, bad])
