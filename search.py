@@ -8,7 +8,6 @@ block; writes arch.json.
 """
 
 import argparse
-import dataclasses
 import functools
 import json
 from dataclasses import asdict, dataclass
@@ -17,7 +16,7 @@ from pathlib import Path
 from acla import cli, config, console
 from acla.config import SearchConfig, Task
 from acla.distributed import Processes, join
-from acla.errors import CheckpointError, UsageError
+from acla.errors import UsageError
 from acla.files import write_atomically
 from acla.search import lambda_selection, loop
 from acla.search.architecture import for_task
@@ -44,7 +43,9 @@ def main(argv: list[str] | None = None) -> None:
     processes = join(cli.pick_device(args.device))
     begun = run_dir.open_run(args.out, PLAN, args.resume)
     if begun:
-        plan, selection = read_plan(begun, args)
+        values = json.loads(begun.read_text(encoding="utf-8"))
+        plan = run_dir.resumed_plan(SearchPlan, values, args, begun)
+        selection = Selection(**values["flags"])
     else:
         plan = plan_from_flags(args, cli.pick_preset(args.preset, processes.device))
         selection = Selection(args.auto, args.grid, args.budget, args.seeds or 1)
@@ -53,7 +54,9 @@ def main(argv: list[str] | None = None) -> None:
     sets = loop.search_sets(plan.search.train_set, args.data)
     processes.wait()  # every process has looked for the plan
     if processes.first and not begun:
-        write_plan(args.out, plan, selection)
+        args.out.mkdir(parents=True, exist_ok=True)
+        values = {"plan": asdict(plan), "flags": asdict(selection)}
+        write_atomically(args.out / PLAN, json.dumps(values, indent=2).encode())
     log_plan(plan, sets, processes)
     result = search(plan, selection, sets, args, processes)
     report(result, args.out)
@@ -122,23 +125,6 @@ def plan_from_flags(args: argparse.Namespace, preset: str) -> SearchPlan:
     cli.refuse_unused(args, model)
     length = cli.override_length(config.search_preset(preset, task, backbone), args)
     return SearchPlan(task, model, length)
-
-
-def write_plan(out: Path, plan: SearchPlan, selection: Selection) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    values = {"plan": asdict(plan), "flags": asdict(selection)}
-    write_atomically(out / PLAN, json.dumps(values, indent=2).encode())
-
-
-def read_plan(path: Path, args: argparse.Namespace) -> tuple[SearchPlan, Selection]:
-    """The search to resume. Raises CheckpointError, UsageError."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        names = [item.name for item in dataclasses.fields(Selection)]
-        selection = Selection(**{name: values["flags"][name] for name in names})
-        return run_dir.resumed_plan(SearchPlan, values, args, path), selection
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not a plan of search.py: {error!r}") from error
 
 
 def log_plan(plan: SearchPlan, sets: Sets, processes: Processes) -> None:

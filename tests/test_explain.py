@@ -177,7 +177,7 @@ def test_figures_are_those_that_apply(tmp_path, capsys, picture):
         assert np.unique(np.asarray(figure)).size > 50
     status, err = failure(capsys, *argv, file)
     assert status == 2
-    assert "attribution.png exists; --overwrite " in err
+    assert "holds attribution.png; --overwrite " in err
     config = ModelConfig("a2n", blocks=2, width=8, attention="none", keys=0, channels=1)
     file = tmp_path / "a2n.safetensors"
     save_model(file, build_network(config), config, CAR, {})

@@ -119,7 +119,7 @@ def test_a_budget_is_met_as_closely_as_modules_allow(monkeypatch):
 
     asked = answers(monkeypatch, by_lambda)
     plan = search.plan_from_flags(search.parse([*SMALL, *SHORT, "--blocks", "4"]), "tiny")
-    two = lambda_selection.macs_of(plan.model, 2)
+    two = lambda_selection.macs(plan.model, 2)
     processes = search.join(search.cli.pick_device("cpu"))
     for budget, count in ((two, 2), (two * 1.2, 2), (two - 1, 1), (1, 0), (1e12, 4)):
         asked.clear()

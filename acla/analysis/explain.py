@@ -20,7 +20,7 @@ from acla.analysis.attribution import (
     local_attribution,
     observe,
 )
-from acla.analysis.figures import FIGURES, write_figures
+from acla.analysis.figures import write_figures
 from acla.config import Task
 from acla.data.degradations import draw_setting, generator_for, pair
 from acla.data.image import load
@@ -184,7 +184,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=50, metavar="N", help=text)
     text = "of larger pictures N restored pixels a side are looked at (default: 256)"
     add("--crop", type=int, default=256, metavar="N", help=text)
-    add("--out", type=Path, metavar="DIR", help=f"write {', '.join(FIGURES)} there")
+    add("--out", type=Path, metavar="DIR", help="write figures there")
     text = "write the numbers there; - is standard output"
     add("--json", metavar="FILE|-", help=text)
     add("--overwrite", action="store_true", help="replace figures that are there")
@@ -193,8 +193,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.steps < 1:
         raise UsageError(f"--steps must be above 0, not {args.steps}")
-    if args.out and (args.out / FIGURES[0]).exists() and not args.overwrite:
-        raise UsageError(f"{args.out / FIGURES[0]} exists; --overwrite replaces the figures there")
+    if args.out and (args.out / "attribution.png").exists() and not args.overwrite:
+        raise UsageError(f"{args.out} holds attribution.png; --overwrite replaces the figures")
     return args
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from acla import console
 from acla.analysis.attribution import Keys, Observed, Scene, diffusion_index
 
-FIGURES = ("attribution.png", "kept.png", "keys.png", "branches.png")
 DRAWN = 6  # insert positions in keys.png; more would be too small to read
 
 
@@ -33,7 +32,7 @@ def draw_attribution(pyplot: Any, scene: Scene, restored: Tensor, attribution: T
         axis.add_patch(pyplot.Rectangle(corner, length, length, fill=False, ec="cyan", lw=1.5))
         axis.set(title=title, xticks=[], yticks=[])
     strength = attribution.abs().sum(0).cpu().numpy()
-    strength = strength / (strength.max() or 1)
+    strength /= strength.max() or 1
     # A square root, because a few pixels have most of it
     heat = axes[2].imshow(strength**0.5, cmap="hot", alpha=strength**0.25, vmin=0, vmax=1)
     figure.colorbar(heat, ax=axes[2], shrink=0.8, label="√ of the share of the largest")
@@ -73,13 +72,8 @@ def draw_keys(pyplot: Any, scene: Scene, keys: dict[int, Keys]) -> Any:
     distance = (points - torch.tensor(scene.inner_query)).abs().amax(1).nan_to_num(0, 0, 0)
     reach = max(distance.quantile(0.98).item() + 2, 8)  # low-quality pixels
     (y, x), (height, width) = scene.inner_query, scene.low.shape[1:]
-    figure, axes = pyplot.subplots(
-        count,
-        count,
-        figsize=(2.6 * count + 2, 2.6 * count + 1),
-        squeeze=False,
-        layout="constrained",
-    )
+    size = (2.6 * count + 2, 2.6 * count + 1)
+    figure, axes = pyplot.subplots(count, count, figsize=size, squeeze=False, layout="constrained")
     top = max(one.weight.max().item() for one in keys.values())
     style = {"cmap": "cool", "vmin": 0, "vmax": top, "s": 42, "zorder": 3}
     for (i, j), axis in np.ndenumerate(axes):
@@ -97,8 +91,8 @@ def draw_keys(pyplot: Any, scene: Scene, keys: dict[int, Keys]) -> Any:
         axis.set(ylim=(min(y + reach, height), max(y - reach, -1)))
     label = "attention weight (circle: kept, ×: masked)"
     figure.colorbar(dots, ax=axes, label=label, shrink=0.7, aspect=30)
-    pixel = f"({scene.query[0]}, {scene.query[1]})"
-    figure.suptitle(f"keys of the pixel {pixel}, the green cross: query → referred position")
+    title = f"keys of the pixel {scene.query}, the green cross: query → referred position"
+    figure.suptitle(title)
     return figure
 
 
@@ -116,12 +110,13 @@ def write_figures(
     pyplot: Any, folder: Path, scene: Scene, attribution: Tensor, observed: Observed
 ) -> None:
     """The figures that apply, into a folder."""
-    figures = [draw_attribution(pyplot, scene, observed.restored, attribution)]
-    figures.append(draw_kept(pyplot, observed.kept) if observed.keys else None)
-    figures.append(draw_keys(pyplot, scene, observed.keys) if observed.keys else None)
-    figures.append(draw_branches(pyplot, observed.branches) if observed.branches else None)
-    for name, figure in zip(FIGURES, figures, strict=True):
-        if figure:
-            figure.savefig(folder / name, dpi=110)
-            pyplot.close(figure)
-            console.notice(console.printable(f"written: {folder / name}"))
+    figures = {"attribution": draw_attribution(pyplot, scene, observed.restored, attribution)}
+    if observed.keys:
+        figures["kept"] = draw_kept(pyplot, observed.kept)
+        figures["keys"] = draw_keys(pyplot, scene, observed.keys)
+    if observed.branches:
+        figures["branches"] = draw_branches(pyplot, observed.branches)
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name}.png", dpi=110)
+        pyplot.close(figure)
+        console.notice(console.printable(f"written: {folder / name}.png"))

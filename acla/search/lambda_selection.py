@@ -54,7 +54,9 @@ def cross_validate(
         rows.append(row)
     best = max(scores, key=np.mean)
     for row, score in zip(rows, scores, strict=True):
-        row["lost"], row["lost_error"] = mean_and_error(best - score)
+        lost = best - score
+        row["lost"] = float(lost.mean())
+        row["lost_error"] = float(lost.std(ddof=1)) / math.sqrt(len(lost))
     return max(row["lambda"] for row in rows if row["lost"] <= row["lost_error"]), rows
 
 
@@ -78,23 +80,13 @@ def fold_sets(name: str, root: Path | None) -> list[Sets]:
     return [Sets(*split_for_search([p for p in chosen if p not in fold]), fold) for fold in folds]
 
 
-def mean_and_error(values: np.ndarray) -> tuple[float, float]:
-    """The mean and its standard error."""
-    error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
-    return float(values.mean()), float(error)
-
-
 # λ by a budget
 
 
-def macs(model: ModelConfig) -> int:
+def macs(model: ModelConfig, modules: int | None = None) -> int:
     """Multiply-adds of a network's attention for one low-quality picture of 48 × 48 with every key
-    open, as train.py --describe prints them."""
-    return macs_of(model, len(model.positions))
-
-
-def macs_of(model: ModelConfig, modules: int) -> int:
-    """`macs` with that many modules, at any positions."""
+    open, as train.py --describe prints them; or with that many modules, at any positions."""
+    modules = len(model.positions) if modules is None else modules
     masked = model.kind.masked
     return full_attention_flops(modules, SIDE * SIDE, model.width, model.keys, masked) // 2
 
@@ -110,7 +102,7 @@ def within_budget(
     """The search whose derived network has the most attention within `budget` multiply-adds (see
     `macs`): λ by bisection over second stages, which share the first one. Writes arch.json with a
     row for each λ tried. Raises AclaError where none fits."""
-    most = max(m for m in range(plan.model.blocks + 1) if macs_of(plan.model, m) <= budget)
+    most = max(m for m in range(plan.model.blocks + 1) if macs(plan.model, m) <= budget)
     lam, too_high, too_low = plan.search.lam or 0.01, None, None
     rows: list[dict[str, Any]] = []
     fitting: dict[int, tuple[SearchResult, Path]] = {}  # by number of modules
@@ -150,19 +142,17 @@ def agreement(results: Sequence[SearchResult]) -> dict[str, Any]:
     and standard deviation of cost in FLOPs and of PSNR in dB."""
     opened = [set(result.architecture.model.positions) for result in results]
     counts = Counter(itertools.chain.from_iterable(opened))
-    overlaps = [
-        len(a & b) / len(a | b) if a | b else 1.0 for a, b in itertools.combinations(opened, 2)
-    ]
+    pairs = itertools.combinations(opened, 2)
+    overlaps = [len(a & b) / len(a | b) if a | b else 1.0 for a, b in pairs]
     report = {
         "seeds": [result.architecture.seed for result in results],
         "positions": [sorted(each) for each in opened],
         "runs_by_position": {str(j): counts[j] for j in sorted(counts)},
-        "overlap": float(np.mean(overlaps)) if overlaps else 1.0,
+        "overlap": float(np.mean(overlaps)),
     }
-    for name, values in (
-        ("cost", [result.architecture.cost for result in results]),
-        ("psnr", [result.mean_psnr for result in results]),
-    ):
+    figures = {"cost": [result.architecture.cost for result in results]}
+    figures["psnr"] = [result.mean_psnr for result in results]
+    for name, values in figures.items():
         report[f"{name}_mean"] = float(np.mean(values))
         report[f"{name}_std"] = float(np.std(values, ddof=1))
     return report

@@ -53,10 +53,6 @@ class Sets:
     alpha: Sequence[Path]
     score: Sequence[Path] = ()
 
-    def digests(self) -> dict[str, str]:
-        """A fingerprint of each set."""
-        return {name: datasets.digest(paths) for name, paths in vars(self).items() if paths}
-
 
 @dataclass(frozen=True)
 class SearchResult:
@@ -201,7 +197,7 @@ class SearchDir:
         self.log, self.state, self.writes = folder / LOG, folder / STATE, search.processes.first
         task, channels = search.plan.task, search.plan.model.channels
         self.scored = validation.validation_set(sets.score or sets.alpha, task, channels)
-        self.digests = sets.digests()
+        self.digests = {name: datasets.digest(paths) for name, paths in vars(sets).items() if paths}
         progress = {"step": 0, "seconds": 0.0, "seen": [0.0, 0.0], "count": 0}
         state = next((p for p in (self.state, first_stage) if p and p.is_file()), None)
         if state:
