@@ -9,7 +9,7 @@ from PIL import Image
 from restoring import CAR, call, write_network
 from scipy.fft import dctn
 
-from acla.data.jpeg import LumaCells, cell_width, project, projected
+from acla.data.jpeg import cell_width, decoded_levels, project, projected
 from acla.restore import photo
 
 ORIENTATION = 0x0112
@@ -88,10 +88,29 @@ def test_cells_narrow_with_quality():
     assert cell_width(1) == cell_width(50) == 0.7
     assert cell_width(75) < 0.5
     assert cell_width(100) == 0
-    flat = LumaCells(np.full((8, 16), 90, np.uint8), np.full((8, 8), 16.0), width=0)
-    moved = project(np.full((8, 16), 200, np.float32), flat)
-    assert np.ptp(moved) < 1e-4  # the decoded level itself
-    assert abs(moved[0, 0] - 90) <= 1
+
+
+def test_clipped_pixels_still_give_the_levels(tmp_path):
+    """Where decoding went beyond white or black, the levels are found behind the clipped pixels."""
+    clean = np.full((40, 56), 255, np.uint8)
+    clean[11:14, 4:50] = clean[:, 20:23] = 40
+    clean[19:22, 30:] = 120
+    cells = photo.read_cells(jpeg(tmp_path / "a.jpg", clean, quality=60), 60)
+    wanted = np.rint(blocks(clean.astype(float)) / cells.steps)
+    nearest = np.rint(blocks(cells.y.astype(float)) / cells.steps)
+    wrong = (decoded_levels(cells.y, cells.steps) != wanted).sum()
+    assert wrong < (nearest != wanted).sum() / 3
+
+
+@pytest.mark.parametrize("level", [0, 90, 255])
+def test_a_flat_area_stays_as_it_is(tmp_path, level):
+    file = write_network(tmp_path / "car.safetensors", CAR, shift=-3 / 255 if level else 3 / 255)
+    page = np.full((61, 70), level, np.uint8)
+    page[:20, :20] = np.random.default_rng(0).integers(0, 255, (20, 20))
+    path = jpeg(tmp_path / "a.jpg", page, quality=10)
+    call(path, tmp_path / "b.png", "--checkpoint", file)
+    assert (luma(tmp_path / "b.png")[32:, 32:] == luma(path)[32:, 32:]).all()
+    assert (luma(tmp_path / "b.png")[:16, :16] != luma(path)[:16, :16]).mean() > 0.3
 
 
 @pytest.mark.parametrize("quality", [10, 75, 95, 100])
