@@ -69,8 +69,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         means = [statistics.mean(row[kind].values()) for kind in ("jpeg", "restored")]
         own = gains(row)
-        cells = [*(f"{x:.2f}" for x in means), *(f"{x:+.2f}" for x in (means[1] - means[0],))]
-        lines.append([str(row["quality"]), *cells, f"{min(own):+.2f}", f"{max(own):+.2f}"])
+        cells = [f"{mean:.2f}" for mean in means]
+        cells += [f"{gain:+.2f}" for gain in (statistics.mean(own), min(own), max(own))]
+        lines.append([str(row["quality"]), *cells])
     return console.markdown(HEAD, lines)
 
 
@@ -89,7 +90,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m acla.analysis.qualities", description=__doc__)
     parser.add_argument("--dataset", required=True, metavar="NAME[,NAME...]", help="sets")
     parser.add_argument(
@@ -102,7 +103,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", metavar="FILE|-", help="write the PSNR of every picture there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write the figure there")
     cli.add_common_flags(parser)
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
     console.check_json(args.json)
     if args.plot:
         require_pyplot()

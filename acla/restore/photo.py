@@ -24,7 +24,7 @@ from acla.data.image import (
     to_array,
     write,
 )
-from acla.data.jpeg import END, LumaCells, cell_width, luma_steps, whole_blocks
+from acla.data.jpeg import END, LumaCells, luma_steps, whole_blocks
 from acla.errors import PictureError
 from acla.files import write_atomically
 from acla.restore.metadata import LONGEST, fitting, note_options, read_notes
@@ -143,8 +143,8 @@ def read_whole(path: Path, ycc: bool, data: bytes | None = None) -> Photo:
     return Photo(np.atleast_3d(levels), False, alpha, exif, icc, dpi, notices, notes)
 
 
-def read_cells(path: Path, quality: int) -> LumaCells | None:
-    """The cells of a JPEG's Y, turned as `read` turns it, as wide as its quality wants.
+def read_cells(path: Path) -> LumaCells | None:
+    """The cells of a JPEG's Y, turned as `read` turns it.
 
     None where they are not known: Y is not in the file, or not at full size. Raises PictureError.
     """
@@ -164,7 +164,7 @@ def read_cells(path: Path, quality: int) -> LumaCells | None:
     top = {3: down, 4: down, 7: across, 8: across}.get(orientation, 0)
     left = {2: across, 3: across, 6: down, 7: down}.get(orientation, 0)
     steps = steps.T if orientation > 4 else steps
-    return LumaCells(turned(y, orientation), steps, top, left, cell_width(quality))
+    return LumaCells(turned(y, orientation), steps, top, left)
 
 
 def stores_ycc(picture: Image.Image) -> bool:
