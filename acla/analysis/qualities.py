@@ -45,9 +45,9 @@ def measure(clean: dict[str, Tensor], quality: int, flags: list[str]) -> dict[st
 
 
 def score(path: Path, clean: Tensor) -> float:
-    """PSNR of Y, in dB, of a picture file."""
+    """PSNR of Y, in dB, of a picture file, to 0.001."""
     levels = [255 * luma(x.double())[0].numpy() for x in (load(path), clean)]
-    return psnr(*levels)
+    return round(psnr(*levels), 3)
 
 
 def middle(picture: Tensor, side: int | None) -> Tensor:
@@ -116,7 +116,8 @@ def main(argv: list[str] | None = None) -> None:
         for name in args.dataset.split(",")
         for path in find_set(name, args.data)
     }
-    flags = ["--device", args.device, *([] if args.project else ["--no-project"])]
+    flags = ["--device", args.device, "--precision", "fp32"]
+    flags += [] if args.project else ["--no-project"]
     rows = [measure(clean, q, flags) for q in console.progress(args.q, unit="quality")]
     if args.plot:
         draw(rows, args.plot)

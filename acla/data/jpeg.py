@@ -4,6 +4,7 @@ An encoder rounds each coefficient of Y to a multiple of a step, level · step. 
 lies within half a step of it, in a cell, and so must an answer that claims to be that photo.
 """
 
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -144,3 +145,10 @@ def projected(strips: Iterator[Tensor], cells: LumaCells, height: int) -> Iterat
         answer = project(held[:whole], cells, start)[inside, columns]
         yield torch.from_numpy(answer.copy() / 255)[None]
         held, start = held[whole:], start + whole
+
+
+def project_onto(y: Tensor, data: bytes) -> Tensor:
+    """Y [1, H, W] in 0..1, projected onto the cells of a grayscale JPEG's bytes."""
+    with Image.open(io.BytesIO(whole_blocks(data))) as picture:
+        cells = LumaCells(np.asarray(picture), luma_steps(picture))
+    return torch.cat(list(projected(iter([y]), cells, y.shape[1])), 1)
