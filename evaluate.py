@@ -16,8 +16,9 @@ from acla import cli
 from acla.config import SETTING_DEFAULT, SETTING_FLAG, Task
 from acla.console import check_json, notice, publish
 from acla.data.datasets import find_set, match_stems
-from acla.data.degradations import generator_for, pair, untouched
+from acla.data.degradations import generator_for, jpeg_file, pair, untouched
 from acla.data.image import fit_channels, load, save
+from acla.data.jpeg import project_onto
 from acla.data.metrics import (
     TASK_OF_SET,
     protocol_line,
@@ -107,6 +108,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default="fp32",
         help="number format of the network; auto: the device's fastest (default: fp32)",
     )
+    own = "car: project the answer onto the file's quantisation cells, as acla.restore does"
+    add("--project", action="store_true", help=f"{own}; another protocol than the papers'")
     cli.add_common_flags(parser)
     return parser.parse_args(argv)
 
@@ -122,6 +125,8 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError("--save has nothing to write with --predictions")
     if args.predictions and not args.predictions.is_dir():
         raise UsageError(f"--predictions {args.predictions}: there is no such folder")
+    if args.project and (args.baseline or args.predictions):
+        raise UsageError("--project needs a network: leave out --baseline and --predictions")
     check_json(args.json)
 
 
@@ -167,20 +172,28 @@ def network(file: Path, device: torch.device, args: argparse.Namespace) -> Metho
     """A network from a checkpoint, which also brings its task."""
     checkpoint = load_model(file)
     check_ensemble(args.ensemble, checkpoint.task)
+    if args.project and checkpoint.task.name != "car":
+        raise UsageError(f"--project is for JPEG artifacts, and {file} for {checkpoint.task}")
     checkpoint.model.to(device)
     precision = pick_precision(args.precision, device)
 
     def restored(clean: Tensor, path: Path, task: Task) -> tuple[Tensor, Tensor]:
         generator = generator_for(path.stem, args.seed)
         with computing_in(precision, device):
-            return restored_pair(checkpoint, clean, task, generator, args.tile, args.ensemble)
+            answer, target = restored_pair(
+                checkpoint, clean, task, generator, args.tile, args.ensemble
+            )
+        if args.project:
+            answer = project_onto(answer, jpeg_file(target, task.setting))
+        return answer, target
 
     config = checkpoint.config
     model = {"kind": "network", "checkpoint": str(file), **dataclasses.asdict(config)}
     model |= {"sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
     model |= {"trained_for": str(checkpoint.task), "ensemble": args.ensemble, "tile": args.tile}
-    model |= {"precision": precision}
+    model |= {"precision": precision, **({"projected": True} if args.project else {})}
     label = f"network {file}" + (", ensemble of 8" if args.ensemble else "")
+    label += ", projected" if args.project else ""
     return Method(label, model, restored, checkpoint.task, config.channels)
 
 
@@ -306,6 +319,8 @@ def report(name: str, task: Task, method: Method, images: list[dict[str, Any]]) 
     precision = method.model.get("precision", "fp32")
     if precision != "fp32":
         protocol += f"; network in {precision}"
+    if method.model.get("projected"):
+        protocol += "; projected onto the file's quantisation cells, unlike the papers'"
     return {
         "dataset": name,
         "task": task.name,

@@ -4,6 +4,7 @@ import hashlib
 import json
 
 import pytest
+import restoring
 import torch
 from evaluating import failure, results, write_network
 from PIL import Image
@@ -55,6 +56,24 @@ def test_short_formats_are_near_and_named(capsys, root, tmp_path, precision):
     assert max(map(abs, apart)) < 0.05
     code, err = failure(capsys, *flags[:2], *flags[4:], "--baseline", "--precision", precision)
     assert (code, "leave out --baseline" in err) == (2, True)
+
+
+def test_projection_is_a_protocol_of_its_own(capsys, root, tmp_path):
+    file = restoring.write_network(tmp_path / "m.safetensors", Task("car", 10), shift=0.05)
+    flags = ["--dataset", "Mine", "--data", root, "--task", "car", "--q", 90]
+    network = [*flags, "--checkpoint", file]
+    (row,), (own,) = (results(capsys, *network, *more) for more in ([], ["--project"]))
+    (file_alone,) = results(capsys, *flags, "--baseline")
+    assert own["protocol"].startswith(f"{row['protocol']}; projected onto the file's quantisation")
+    assert (own["model"].pop("projected"), own["model"]) == (True, row["model"])
+    for free, kept, jpeg in zip(row["images"], own["images"], file_alone["images"], strict=True):
+        assert kept["psnr"] > jpeg["psnr"] - 0.5
+        assert free["psnr"] < jpeg["psnr"] - 3
+    code, err = failure(capsys, *flags, "--baseline", "--project")
+    assert (code, "--project needs a network" in err) == (2, True)
+    file = write_network(tmp_path / "n.safetensors", Task("sr", 2))
+    code, err = failure(capsys, *flags[:4], "--checkpoint", file, "--project")
+    assert (code, "--project is for JPEG artifacts" in err) == (2, True)
 
 
 def test_ensemble_averages_eight_and_is_told(capsys, root, tmp_path):

@@ -1,5 +1,6 @@
 """Files in, files out: every mode, every way to be broken."""
 
+import io
 import struct
 import sys
 import zlib
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from acla.data.image import (
     fit_channels,
@@ -24,6 +26,7 @@ from acla.data.image import (
     ycc_to_rgb,
 )
 from acla.errors import PictureError
+from acla.restore.photo import copy
 
 
 def png_16bit(path: Path, colour: int, samples: int) -> None:
@@ -82,6 +85,30 @@ def test_16bit_gray_keeps_its_depth(tmp_path, suffix):
     image = load(tmp_path / f"a{suffix}")
     assert image.shape == (1, 2, 3)
     assert np.allclose(image[0].numpy() * 65535, levels, atol=0.01)
+
+
+def test_gray_of_12_bits_or_with_zero_as_white_is_read_as_it_looks(tmp_path):
+    levels = np.arange(0, 4096, 64, dtype=np.uint16).reshape(8, 8)
+    first, second = levels[:, ::2].ravel(), levels[:, 1::2].ravel()
+    packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 1)
+    for name, bits, zero_is_black, data in (
+        ("12", 12, 1, packed.astype(np.uint8).tobytes()),
+        ("16", 16, 0, (65535 - levels * 16).astype("<u2").tobytes()),
+    ):
+        tags = {256: 8, 257: 8, 258: bits, 259: 1, 262: zero_is_black, 273: 0, 277: 1, 278: 8}
+        table = ImageFileDirectory_v2()
+        for tag, value in (tags | {279: len(data)}).items():
+            table[tag] = value
+        file = io.BytesIO()
+        table.save(file)
+        path = tmp_path / f"{name}.tif"
+        path.write_bytes(file.getvalue() + data)
+        exact = levels / 4095 if bits == 12 else levels * 16 / 65535
+        assert np.allclose(load(path)[0].numpy(), exact, atol=1e-5)
+        for target in ("again.tif", "again.png"):
+            copy(path, tmp_path / target)
+            with Image.open(tmp_path / target) as picture:
+                assert np.allclose(np.asarray(picture) / 65535, exact, atol=1e-5)
 
 
 @pytest.mark.parametrize(("colour", "samples"), [(2, 3), (6, 4), (4, 2)], ids=["rgb", "rgba", "la"])

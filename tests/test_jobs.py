@@ -52,6 +52,24 @@ def test_nothing_is_overwritten_unasked(tmp_path, capsys, tree):
     assert np.array_equal(stored(tmp_path / "out/a.png"), stored(tree / "a.png"))
 
 
+def test_every_format_in_a_folder_is_restored_or_named(tmp_path, capsys, make_scene):
+    file = write_network(tmp_path / "net.safetensors", NOISE)
+    (tmp_path / "in").mkdir()
+    frames = [Image.fromarray(make_scene(10, 12, 1, seed)) for seed in (0, 1)]
+    frames[0].save(tmp_path / "in/a.gif", save_all=True, append_images=frames[1:])
+    for name in ("b.jfif", "c.webp", "d.jpe", "e.ppm", "f.WEBP"):
+        frames[0].save(tmp_path / "in" / name)
+    flags = [tmp_path / "in", tmp_path / "out", "--checkpoint", file]
+    call(*flags)
+    assert files(tmp_path / "out") == {"b.jfif", "d.jpe"}
+    told = capsys.readouterr().err
+    for name in ("a.gif", "c.webp", "e.ppm", "f.WEBP"):
+        assert f"in/{name}: left out, no {Path(name).suffix} is written: try --suffix .png" in told
+    call(*flags, "--suffix", ".png", "--overwrite")
+    assert {"a.png", "b.png", "c.png", "d.png", "e.png", "f.png"} < files(tmp_path / "out")
+    assert "a.gif: several frames: the first is restored" in capsys.readouterr().err
+
+
 def test_out_inside_in_is_no_input(tmp_path, tree):
     file = write_network(tmp_path / "net.safetensors", NOISE)
     (tree / "broken.png").unlink()

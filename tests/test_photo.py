@@ -333,10 +333,14 @@ def test_16bit_gray_with_alpha_becomes_rgb_in_a_tiff(tmp_path):
     assert np.array_equal(read, np.dstack([*[own.levels[:, :, 0]] * 3, own.alpha]))
 
 
-def test_a_16bit_cmyk_tiff_is_refused(tmp_path):
-    tifffile.imwrite(tmp_path / "a.tif", np.zeros((3, 4, 4), np.uint16), photometric="separated")
-    with pytest.raises(PictureError, match=r"a\.tif: .*SEPARATED.* 16 bits"):
+@pytest.mark.parametrize(("samples", "kind"), [(4, "separated"), (5, "separated"), (6, "rgb")])
+def test_a_16bit_tiff_of_other_channels_is_refused_in_one_line(tmp_path, capfd, samples, kind):
+    levels = np.zeros((9, 7, samples), np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", levels, photometric=kind, planarconfig="contig")
+    with pytest.raises(PictureError, match=r"a\.tif: ") as error:
         photo.read(tmp_path / "a.tif")
+    assert "\n" not in str(error.value)
+    assert capfd.readouterr().err == ""
 
 
 def test_what_no_tiff_holds_is_told_of(tmp_path):

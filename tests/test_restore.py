@@ -101,6 +101,15 @@ def test_what_is_no_jpeg_is_left_as_it_is(tmp_path, capsys, make_scene, source, 
     assert not (tmp_path / "no.png").exists()
 
 
+@pytest.mark.parametrize("mode", ["RGB", "CMYK"])
+def test_a_jpeg_without_y_is_left_as_it_is(tmp_path, capsys, make_scene, mode):
+    options = {"quality": 30, **({"keep_rgb": True} if mode == "RGB" else {})}
+    Image.fromarray(make_scene(20, 31)).convert(mode).save(tmp_path / "in.jpg", **options)
+    call(tmp_path / "in.jpg", tmp_path / "out.jpg")
+    assert (tmp_path / "out.jpg").read_bytes() == (tmp_path / "in.jpg").read_bytes()
+    assert "not a JPEG with Y" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("quality", "written"), [(12, 95), (85, 95), (88, 98), (96, 100)])
 def test_a_good_jpeg_is_written_as_a_better_one(tmp_path, make_scene, quality, written):
     file = write_network(tmp_path / "car.safetensors", CAR)

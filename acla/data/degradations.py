@@ -125,10 +125,15 @@ def add_noise(clean: Tensor, sigma: float, generator: torch.Generator) -> Tensor
 
 def jpeg(gray: Tensor, quality: int) -> Tensor:
     """gray [1, H, W], rounded to 8 bit, through Pillow's grayscale JPEG of a quality 1..100."""
+    with Image.open(io.BytesIO(jpeg_file(gray, quality))) as decoded:
+        return from_levels(np.asarray(decoded)[None])
+
+
+def jpeg_file(gray: Tensor, quality: int) -> bytes:
+    """The file that `jpeg` decodes."""
     file = io.BytesIO()
     Image.fromarray(to_levels(gray)).save(file, "JPEG", quality=int(quality))
-    with Image.open(file) as decoded:
-        return from_levels(np.asarray(decoded)[None])
+    return file.getvalue()
 
 
 def mosaic(clean: Tensor) -> Tensor:

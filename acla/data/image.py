@@ -4,23 +4,24 @@ A picture is float32 [C, H, W] in 0..1, unless a docstring says levels (0..255 o
 """
 
 import io
+import logging
 import os
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from acla.data.deep_colour import is_deep_colour, read_deep
 from acla.errors import PictureError
 
-SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".jpg", ".jpeg")
 FORMATS = {
     ".png": "PNG",
     ".bmp": "BMP",
@@ -28,7 +29,10 @@ FORMATS = {
     ".tiff": "TIFF",
     ".jpg": "JPEG",
     ".jpeg": "JPEG",
+    ".jpe": "JPEG",
+    ".jfif": "JPEG",
 }
+SUFFIXES = tuple(FORMATS)
 GRAY_MODES = ("1", "L", "LA", "La")
 BROKEN = (
     OSError,
@@ -45,6 +49,8 @@ BROKEN = (
     struct.error,
     zlib.error,
 )
+for library in ("PIL", "tifffile"):  # what they log of damaged files is said in one line
+    logging.getLogger(library).addHandler(logging.NullHandler())
 LUMA = (65.481, 128.553, 24.966)
 
 
@@ -93,11 +99,21 @@ def to_array(picture: Image.Image, path: str | Path) -> np.ndarray:
         levels = np.asarray(picture)
         if levels.min() < 0 or levels.max() > 65535:
             raise PictureError(f"{path}: gray values outside 16 bits (0..65535)")
-        return levels.astype(np.uint16)
+        return full_scale(levels, getattr(picture, "tag_v2", {}))
     if picture.mode == "F":
         raise PictureError(f"{path}: gray values in floating point; convert it to 8 or 16 bits")
     gray = picture.mode in GRAY_MODES
     return np.asarray(picture.convert("L" if gray else "RGB"))
+
+
+def full_scale(levels: np.ndarray, tags: Mapping[int, Any]) -> np.ndarray:
+    """Gray levels as uint16, 0 black and 65535 white. tags: of a TIFF, which may say that 0 is
+    white, or that there are 12 bits."""
+    bits = tags.get(ExifTags.Base.BitsPerSample, (16,))[0]
+    top = 4095 if bits == 12 else 65535
+    if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:
+        levels = top - levels
+    return np.rint(levels.astype(np.float64) * (65535 / top)).astype(np.uint16)
 
 
 def save(image: Tensor, path: str | Path) -> None:

@@ -126,8 +126,9 @@ def run_job(
     own = photo.jpeg_quality(path)
     quality = own if args.task_q is None else args.task_q[0]
     target.parent.mkdir(parents=True, exist_ok=True)
-    if quality is None and not args.asked:
-        told = "not a JPEG, so it is left as it is; --task, --q or --checkpoint restores it"
+    cells = photo.read_cells(path) if args.project and own and quality == own else None
+    if not args.asked and (own is None or (args.project and cells is None)):
+        told = "not a JPEG with Y, so it is left as it is; --task, --q or --checkpoint restores it"
         show(path, [told, *photo.copy(path, target).notices])
         return f"{target}: not restored"
     file, network, outside = models.pick(quality)
@@ -137,8 +138,7 @@ def run_job(
     check_mosaic(source, network.task)
     tile = args.tile or default_tile(network.config.scale, *source.levels.shape[:2])
     jpeg = FORMATS[target.suffix.lower()] == "JPEG"
-    projects = args.project and network.task.name == "car" and own and quality == own
-    cells = photo.read_cells(path, own) if projects else None
+    cells = cells if network.task.name == "car" else None
     precision = pick_precision(args.precision, models.device)
     with computing_in(precision, models.device):
         restored = restore_photo(source, network, tile, args.ensemble, jpeg, label, cells=cells)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from acla.data.image import FORMATS, SUFFIXES
 from acla.errors import DataError, UsageError
+from acla.restore.photo import READ_SUFFIXES
 
 
 @dataclass
@@ -46,7 +47,11 @@ def find_jobs(source: Path, goal: str, suffix: str | None, overwrite: bool) -> J
     taken = Counter(targets)
     read = {os.path.realpath(path) for path in pictures}
     for path, target in zip(pictures, targets, strict=True):
-        if taken[target] > 1:
+        if target.suffix.lower() not in FORMATS:
+            jobs.notices.append(
+                f"{path}: left out, no {target.suffix} is written: try --suffix .png"
+            )
+        elif taken[target] > 1:
             jobs.failures.append(f"{path}: another picture would be written to {target} as well")
         elif os.path.realpath(target) in read:
             jobs.failures.append(f"{path}: {target} is a picture that is read")
@@ -89,7 +94,7 @@ def walk(folder: Path, out: Path, jobs: Jobs) -> list[Path]:
             path.name for path in inner if not path.is_symlink() and os.path.realpath(path) != own
         ]
         for path in (Path(here) / name for name in sorted(files) if not name.startswith(".")):
-            if path.suffix.lower() not in SUFFIXES:
+            if path.suffix.lower() not in READ_SUFFIXES:
                 others += 1
             elif not Path(os.path.realpath(path)).is_relative_to(root):
                 jobs.notices.append(f"{path}: a link that leaves {folder}, not followed")

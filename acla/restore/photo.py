@@ -3,6 +3,7 @@
 Levels stay as they were decoded, uint8 or uint16 [H, W, C], upright.
 """
 
+import dataclasses
 import functools
 import io
 import math
@@ -23,20 +24,23 @@ from acla.data.image import (
     to_array,
     write,
 )
-from acla.data.jpeg import END, LumaCells, cell_width, luma_steps, whole_blocks
+from acla.data.jpeg import END, LumaCells, luma_steps, whole_blocks
 from acla.errors import PictureError
 from acla.files import write_atomically
+from acla.restore.metadata import LONGEST, fitting, note_options, read_notes
 
 ORIENTATION = ExifTags.Base.Orientation
+JPEG_BEGIN = b"\xff\xd8\xff"
 # Formats of photos; others of Pillow's readers start programs (EPS) or draw (WMF)
 READABLE = ("PNG", "BMP", "DIB", "TIFF", "JPEG", "GIF", "WEBP", "PPM")
+READ_SUFFIXES = {end for end, kind in Image.registered_extensions().items() if kind in READABLE}
 
 
 @dataclass
 class Photo:
     """levels: [H, W, 1] gray, or [H, W, 3] RGB or, where `ycc`, a JPEG's own Y, Cb, Cr; alpha
     [H, W] of the same type; exif and icc: bytes, empty without; notices: what did not survive;
-    quality: of the JPEG that it may become."""
+    notes: XMP, IPTC, comments and texts (`read_notes`); quality: of the JPEG it may become."""
 
     levels: np.ndarray
     ycc: bool = False
@@ -45,6 +49,7 @@ class Photo:
     icc: bytes = b""
     dpi: tuple[float, float] | None = None
     notices: list[str] = field(default_factory=list)
+    notes: list[tuple[str, bytes]] = field(default_factory=list)
     quality: int = 95
 
 
@@ -82,10 +87,27 @@ def read(path: Path, ycc: bool = False) -> Photo:
     """Read a photo, turned as its EXIF orientation says; the EXIF then says that it is upright.
 
     ycc: keep the Y, Cb, Cr that a colour JPEG holds, chroma at full resolution. Palettes and CMYK
-    become RGB; of several frames the first is read. Raises PictureError, which names the file.
+    become RGB; of several frames the first is read. A JPEG that ends early is read as far as it
+    goes. Raises PictureError, which names the file.
     """
-    with opened(path, READABLE) as picture:
-        notices = []
+    try:
+        return read_whole(path, ycc)
+    except PictureError as error:
+        data = path.read_bytes() if path.is_file() else b""
+        if not data.startswith(JPEG_BEGIN):
+            raise
+        try:
+            own = read_whole(path, ycc, data + END)
+        except PictureError:
+            raise error from None
+        own.notices.append("the file ends early: what is missing is gray, or as decoded so far")
+        return own
+
+
+def read_whole(path: Path, ycc: bool, data: bytes | None = None) -> Photo:
+    """`read` of a file that is whole, or of its bytes, made whole."""
+    with opened(path, READABLE, data) as picture:
+        notices: list[str] = []
         if getattr(picture, "is_animated", False):
             notices.append("several frames: the first is restored")
         ycc = ycc and stores_ycc(picture)
@@ -99,15 +121,16 @@ def read(path: Path, ycc: bool = False) -> Photo:
             if orientation != 1:
                 levels = np.dstack([turned(p, orientation) for p in np.moveaxis(levels, 2, 0)])
                 alpha = None if alpha is None else turned(alpha, orientation)
-            return Photo(levels, False, alpha, exif, icc, dpi, notices)
+            return Photo(levels, False, alpha, exif, icc, dpi, notices, read_notes(picture))
         picture.load()  # a TIFF is turned here, and loses its orientation
+        notes = read_notes(picture)
         if orientation > 1 and picture.getexif().get(ORIENTATION) == orientation:
             picture = ImageOps.exif_transpose(picture)
         if picture.mode == "CMYK":
             notices.append("CMYK becomes RGB" + (", without its ICC profile" if icc else ""))
             icc = b""
         if ycc:
-            return Photo(np.asarray(picture), True, None, exif, icc, dpi, notices)
+            return Photo(np.asarray(picture), True, None, exif, icc, dpi, notices, notes)
         alpha = None
         if picture.has_transparency_data:
             if picture.mode.startswith("I"):
@@ -117,11 +140,11 @@ def read(path: Path, ycc: bool = False) -> Photo:
                 picture = picture.convert("LA" if gray else "RGBA")
                 alpha = np.asarray(picture.getchannel("A"))
         levels = to_array(picture, path)
-    return Photo(np.atleast_3d(levels), False, alpha, exif, icc, dpi, notices)
+    return Photo(np.atleast_3d(levels), False, alpha, exif, icc, dpi, notices, notes)
 
 
-def read_cells(path: Path, quality: int) -> LumaCells | None:
-    """The cells of a JPEG's Y, turned as `read` turns it, as wide as its quality wants.
+def read_cells(path: Path) -> LumaCells | None:
+    """The cells of a JPEG's Y, turned as `read` turns it.
 
     None where they are not known: Y is not in the file, or not at full size. Raises PictureError.
     """
@@ -141,7 +164,7 @@ def read_cells(path: Path, quality: int) -> LumaCells | None:
     top = {3: down, 4: down, 7: across, 8: across}.get(orientation, 0)
     left = {2: across, 3: across, 6: down, 7: down}.get(orientation, 0)
     steps = steps.T if orientation > 4 else steps
-    return LumaCells(turned(y, orientation), steps, top, left, cell_width(quality))
+    return LumaCells(turned(y, orientation), steps, top, left)
 
 
 def stores_ycc(picture: Image.Image) -> bool:
@@ -210,7 +233,7 @@ def resized(photo: Photo, scale: int) -> Photo:
     notices = [*photo.notices]
     levels = np.stack(planes, 2)
     exif = sized_exif(photo.exif, levels.shape[1], levels.shape[0], notices)
-    return Photo(levels, photo.ycc, alpha, exif, photo.icc, photo.dpi, notices)
+    return dataclasses.replace(photo, levels=levels, alpha=alpha, exif=exif, notices=notices)
 
 
 def enlarged(plane: np.ndarray, scale: int) -> np.ndarray:
@@ -253,6 +276,8 @@ def copy(source: Path, path: Path) -> Photo:
     own = read(source)
     with opened(source, READABLE) as picture:
         kind = "JPEG" if picture.format == "MPO" else picture.format
+        if kind == "TIFF" and picture.mode.startswith("I"):
+            kind = None  # 12 bits, or white as 0, which many programs misread
     if kind == FORMATS.get(path.suffix.lower()):
         own.notices.clear()
         write_atomically(path, source.read_bytes())
@@ -291,22 +316,40 @@ def save(photo: Photo, path: Path) -> None:
         if levels.dtype == np.uint16:
             photo.notices.append(f"{kind} holds 8 bits: the other 8 are rounded away")
             levels = in_8_bits(levels)
-    if levels.dtype == np.uint16 and (levels.shape[2] == 3 or alpha is not None):
+    deep = levels.dtype == np.uint16 and (levels.shape[2] == 3 or alpha is not None)
+    options, lost = note_options(photo.notes, "" if deep else kind)
+    if lost:
+        photo.notices.append(f"not kept in this {kind}: {', '.join(lost)}")
+    if deep:
         try:
             data = encode_deep(path, levels, alpha, photo.exif, photo.icc, photo.dpi)
             write_atomically(path, data)
         except BROKEN as error:
             raise PictureError(f"{path}: cannot be written ({one_line(error)})") from error
         return
-    options: dict[str, object] = {"dpi": photo.dpi} if photo.dpi else {}
+    options |= {"dpi": photo.dpi} if photo.dpi else {}
     if kind == "BMP" and (photo.exif or photo.icc):
         photo.notices.append("BMP is written without EXIF and ICC profile here")
     elif kind != "BMP":
-        options |= {"exif": photo.exif} if photo.exif else {}
+        exif = fitting_exif(photo) if kind == "JPEG" else photo.exif
+        options |= {"exif": exif} if exif else {}
         options |= {"icc_profile": photo.icc} if photo.icc else {}
     if kind == "JPEG":  # 4:4:4: no second loss of colour
         options |= {"quality": photo.quality, "subsampling": 0}
     write(to_pillow(levels, photo.ycc, alpha), path, **options)
+
+
+def fitting_exif(photo: Photo) -> bytes:
+    """A photo's EXIF, or as much of it as a JPEG holds, with a notice in the photo's list."""
+    if len(photo.exif) <= LONGEST:
+        return photo.exif
+    photo.notices.append(
+        f"{len(photo.exif)} bytes of EXIF are too long for a JPEG: what fits is kept"
+    )
+    try:
+        return fitting(photo.exif)
+    except BROKEN:
+        return b""
 
 
 def to_pillow(levels: np.ndarray, ycc: bool, alpha: np.ndarray | None) -> Image.Image:

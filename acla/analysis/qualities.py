@@ -1,0 +1,131 @@
+"""What `acla.restore` gains on JPEGs of every quality: a table, and a figure (extra `report`).
+
+Each picture, or the middle of it, becomes a JPEG in colour (4:2:0); the command restores it to PNG
+with the network that it takes by default. PSNR of Y in floating point, from RGB of 8 bits."""
+
+import argparse
+import contextlib
+import io
+import statistics
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from acla import cli, console
+from acla.analysis.plots import require_pyplot
+from acla.data.datasets import find_set
+from acla.data.image import load, luma, to_levels, to_rgb
+from acla.data.metrics import psnr
+from acla.files import provenance
+from acla.restore import __main__ as restore
+
+HEAD = ("quality", "JPEG, dB", "restored, dB", "gain, dB", "least", "most")
+
+
+def measure(clean: dict[str, Tensor], quality: int, flags: list[str]) -> dict[str, Any]:
+    """PSNR of JPEGs of a quality and of what is restored, by name. clean: RGB [3, H, W]."""
+    with TemporaryDirectory() as folder:
+        low, high = Path(folder, "low"), Path(folder, "high")
+        low.mkdir()
+        for name, picture in clean.items():
+            Image.fromarray(to_levels(picture)).save(low / f"{name}.jpg", quality=quality)
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            restore.main([str(low), str(high), "--suffix", ".png", *flags])
+        return {
+            "quality": quality,
+            "jpeg": {name: score(low / f"{name}.jpg", x) for name, x in clean.items()},
+            "restored": {name: score(high / f"{name}.png", x) for name, x in clean.items()},
+        }
+
+
+def score(path: Path, clean: Tensor) -> float:
+    """PSNR of Y, in dB, of a picture file, to 0.001."""
+    levels = [255 * luma(x.double())[0].numpy() for x in (load(path), clean)]
+    return round(psnr(*levels), 3)
+
+
+def middle(picture: Tensor, side: int | None) -> Tensor:
+    """RGB of the middle `side`×`side` pixels, at most, of a picture [1 or 3, H, W]."""
+    picture = to_rgb(picture)
+    if side is None:
+        return picture
+    top, left = (max(0, length - side) // 2 for length in picture.shape[1:])
+    return picture[:, top : top + side, left : left + side].contiguous()
+
+
+def gains(row: dict[str, Any]) -> list[float]:
+    return [row["restored"][name] - value for name, value in row["jpeg"].items()]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A line for each quality: means, and the gain of the pictures that gain least and most."""
+    lines = []
+    for row in rows:
+        means = [statistics.mean(row[kind].values()) for kind in ("jpeg", "restored")]
+        own = gains(row)
+        cells = [f"{mean:.2f}" for mean in means]
+        cells += [f"{gain:+.2f}" for gain in (statistics.mean(own), min(own), max(own))]
+        lines.append([str(row["quality"]), *cells])
+    return console.markdown(HEAD, lines)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Gain over quality: the mean, and the range of all pictures."""
+    pyplot = require_pyplot()
+    figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    at = [row["quality"] for row in rows]
+    own = [gains(row) for row in rows]
+    axis.fill_between(at, list(map(min, own)), list(map(max, own)), alpha=0.25, label="pictures")
+    axis.plot(at, list(map(statistics.mean, own)), marker="o", ms=3, label="mean")
+    axis.axhline(0, color="black", lw=0.8)
+    axis.set(xlabel="JPEG quality", ylabel="gain over the file (dB, Y)")
+    axis.legend()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m acla.analysis.qualities", description=__doc__)
+    parser.add_argument("--dataset", required=True, metavar="NAME[,NAME...]", help="sets")
+    parser.add_argument(
+        "--q", type=int, nargs="+", default=[*range(5, 100, 5)], help="(default: 5 10 … 95)"
+    )
+    parser.add_argument("--crop", type=int, metavar="N", help="of the middle alone (default: all)")
+    parser.add_argument(
+        "--project", action=argparse.BooleanOptionalAction, default=True, help="as of acla.restore"
+    )
+    parser.add_argument("--json", metavar="FILE|-", help="write the PSNR of every picture there")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write the figure there")
+    cli.add_common_flags(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    console.check_json(args.json)
+    if args.plot:
+        require_pyplot()
+    clean = {
+        f"{name}-{path.stem}": middle(load(path), args.crop)
+        for name in args.dataset.split(",")
+        for path in find_set(name, args.data)
+    }
+    flags = ["--device", args.device, "--precision", "fp32"]
+    flags += [] if args.project else ["--no-project"]
+    rows = [measure(clean, q, flags) for q in console.progress(args.q, unit="quality")]
+    if args.plot:
+        draw(rows, args.plot)
+    made_on = {"crop": args.crop, "project": args.project}
+    made_on |= {"provenance": provenance(cli.pick_device(args.device))}
+    text = f"{len(clean)} pictures of {args.dataset}\n\n{table(rows)}"
+    console.publish(text, {"rows": rows, **made_on}, args.json)
+
+
+if __name__ == "__main__":
+    cli.run(main)
