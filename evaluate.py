@@ -53,6 +53,8 @@ def main(argv: list[str] | None = None) -> None:
     # Every wrong call is refused here, before the first picture
     method = pick_method(args, processes.device, sets)
     tasks = {name: pick_task(args, flags, method, name) for name in sets}
+    if args.project and any(task.until for task in tasks.values()):
+        raise UsageError("--project wants one quality, not a range: give --q N")
     folders = {name: make_folders(args, name, sets) for name in sets}
 
     results = []

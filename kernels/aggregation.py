@@ -19,9 +19,9 @@ from .primitives import (
     entries_of,
     fill_up,
     gate_of,
-    gather,
     image_of,
     layers,
+    load_corners,
     narrow,
     offset_of,
     pointer_of,
@@ -60,7 +60,7 @@ def _aggregate(
     l = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) // CHUNKS * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     c = tl.program_id(0) % CHUNKS * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]  # [1,BLOCK_C]
-    pointer, row_stride, column_stride = image_of(features, strides, b, l, UNIT, NARROW)
+    pointer, down, right = image_of(features, strides, b, l, UNIT, NARROW)
     gate = gate_of(gates_ptr, l)
     query = (b * L + l) * N + n
     count = tl.load(count_ptr + query, mask=n < tl.where(gate != 0, N, 0), other=0)
@@ -73,9 +73,9 @@ def _aggregate(
         dy = tl.load(dy_ptr + entry, mask=open, other=0.0)
         dx = tl.load(dx_ptr + entry, mask=open, other=0.0)
         s0, s1, s2, s3 = shares(dy, dx)
-        offset = offset_of(corner, row_stride, column_stride)[:, None]
+        offset = offset_of(corner, down, right)[:, None]
         mask = open[:, None] & (c < C)
-        v0, v1, v2, v3 = gather(pointer, offset, c, row_stride, column_stride, mask, [1, UNIT])
+        v0, v1, v2, v3 = load_corners(pointer, offset, c, down, right, mask, [1, UNIT])
         total += (f * s0)[:, None] * v0 + (f * s1)[:, None] * v1
         total += (f * s2)[:, None] * v2 + (f * s3)[:, None] * v3
     at = out_ptr + ((((b * N + n) * L + l) * C)[:, None] + c)
@@ -128,7 +128,7 @@ def _dots(
     b = tl.program_id(2).to(tl.int64)
     l = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    pointer, row_stride, column_stride = image_of(features, strides, b, l, UNIT, NARROW)
+    pointer, down, right = image_of(features, strides, b, l, UNIT, NARROW)
     gate = gate_of(gates_ptr, l)
     query = (b * L + l) * N + n
     count = tl.load(count_ptr + query, mask=n < N, other=0)
@@ -138,14 +138,14 @@ def _dots(
         valid = slot < limit  # [BLOCK_N]
         entry = query * K + slot
         corner = tl.load(corner_ptr + entry, mask=valid, other=0)
-        offset = offset_of(corner, row_stride, column_stride)[:, None]
+        offset = offset_of(corner, down, right)[:, None]
         d0 = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
         d1, d2, d3 = d0, d0, d0
         for begin in range(0, C, BLOCK_C):
             c = begin + tl.arange(0, BLOCK_C)[None, :]  # [1,BLOCK_C]
             mask = valid[:, None] & (c < C)
             grad = tl.load(grad_at + c, mask=mask, other=0.0).to(tl.float32)
-            v0, v1, v2, v3 = gather(pointer, offset, c, row_stride, column_stride, mask, [1, UNIT])
+            v0, v1, v2, v3 = load_corners(pointer, offset, c, down, right, mask, [1, UNIT])
             d0 += grad * v0
             d1 += grad * v1
             d2 += grad * v2
@@ -242,7 +242,8 @@ def scatter(plan: Plan, gates: Tensor | None, grad: Tensor) -> list[Tensor]:
     run to run. grad [B,H,W,L,C], contiguous."""
     B, H, W, L, C = grad.shape
     size, device = (B, H + 2, W + 2, C), grad.device
-    outs = [torch.zeros(size, dtype=torch.float32, device=device) for _ in range(L)]
+    outs = [torch.empty(size, dtype=torch.float32, device=device) for _ in range(L)]
+    torch._foreach_zero_(outs)  # by one launch
     arguments = {
         **list_arguments(plan),
         "gates_ptr": gates,

@@ -63,7 +63,7 @@ def attend(
         mask_maps: L tensors [B,H+2,W+2,K], the mask unit's logits on each layer, border included
             (the unit applied to the zero border, which gives its bias); key k reads channel k at
             its position (Eq. 8). None keeps every key.
-        gates: [L], s_l of Eq. 11 as 0 or 1. A layer whose gate is 0 costs no gather unless the
+        gates: [L], s_l of Eq. 11 as 0 or 1. A layer whose gate is 0 is not read unless the
             gates need a gradient. None means 1.
         seeds: [B] int64, one an image, for the mask's Gumbel noise (`logistic_noise`, counter = the
             key's index in [H,W,L,K]). None means no noise: evaluation.

@@ -161,7 +161,7 @@ def offset_of(corner, row_stride, column_stride):
 
 
 @triton.jit
-def gather(pointer, offset, c, row, column, mask, UNIT: tl.constexpr):
+def load_corners(pointer, offset, c, row, column, mask, UNIT: tl.constexpr):
     """The values at the four corners, float32: of channels c of the pixels at an offset (corner 0),
     with the strides of rows and columns.
 
@@ -245,7 +245,7 @@ def mask_logit(maps, map_strides, seeds_ptr, b, l, n, key, row, column, dy, dx, 
     """
     pointer, image, row_stride, column_stride = layer_of(maps, map_strides, l)
     offset = b * image + row * row_stride + column * column_stride
-    v0, v1, v2, v3 = gather(pointer, offset, key, row_stride, column_stride, valid, [1, 1])
+    v0, v1, v2, v3 = load_corners(pointer, offset, key, row_stride, column_stride, valid, [1, 1])
     logit, slope_y, slope_x = blend(v0, v1, v2, v3, dy, dx)
     if seeds_ptr is not None:
         counter = (n.to(tl.int64) * L + l) * K + key  # in [H,W,L,K]

@@ -4,7 +4,7 @@ B batch · L referred layers · K sampled keys per layer and query · H,W grid, 
 offsets are (dy, dx) in pixels, y first
 
 Nothing here touches a feature: 1×1 convolutions and bilinear sampling are linear, so M(x(p)) is a
-sample of the map M(x) at p. What the gather needs of a key is its corner, its place (dy, dx) within
+sample of the map M(x) at p. What the sum needs of a key is its corner, its place (dy, dx) within
 the four corners, and its weight f.
 """
 
@@ -339,7 +339,8 @@ def spread(
     grad_maps = None
     if wanted.maps and not wanted.ordered:
         size, real, device = (B, H + 2, W + 2, K), torch.float32, points.device
-        grad_maps = [torch.zeros(size, dtype=real, device=device) for _ in range(L)]
+        grad_maps = [torch.empty(size, dtype=real, device=device) for _ in range(L)]
+        torch._foreach_zero_(grad_maps)  # by one launch
     grad_mask = empty(wanted.maps and wanted.ordered, B, L, H * W, K)
     grad_gates = empty(wanted.gates, B, L, H * W)
     arguments = {

@@ -2,7 +2,7 @@
 
 B batch · L referred layers · K sampled keys per layer and query · H,W grid · C channels
 
-Forward: plan (sampling.py) → gather (aggregation.py). Backward: plan → dots → offsets, logits,
+Forward: plan (sampling.py) → aggregate (aggregation.py). Backward: plan → dots → offsets, logits,
 masks and gates by arithmetic → scatter of the open keys. The plan is not kept between the passes
 but made again: it is larger than what it is made of.
 """

@@ -71,6 +71,8 @@ def test_projection_is_a_protocol_of_its_own(capsys, root, tmp_path):
         assert free["psnr"] < jpeg["psnr"] - 3
     code, err = failure(capsys, *flags, "--baseline", "--project")
     assert (code, "--project needs a network" in err) == (2, True)
+    code, err = failure(capsys, *network, "--project", "--q", "5-60")
+    assert (code, "--project wants one quality" in err) == (2, True)
     file = write_network(tmp_path / "n.safetensors", Task("sr", 2))
     code, err = failure(capsys, *flags[:4], "--checkpoint", file, "--project")
     assert (code, "--project is for JPEG artifacts" in err) == (2, True)
