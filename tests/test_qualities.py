@@ -1,6 +1,7 @@
 """The gain over JPEG quality, measured through the command."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from restoring import write_network
 from acla.analysis import qualities
 from acla.config import Task
 from acla.restore import pretrained
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -51,3 +54,10 @@ def test_projection_keeps_what_a_bad_network_would_lose(tmp_path, capsys, data):
         loss[flag] = min(qualities.gains(row))
     assert loss["--no-project"] < -10
     assert loss["--project"] > -1
+
+
+def test_the_table_of_the_document_is_the_measured_one():
+    text = (ROOT / "results/qualities.json").read_text(encoding="utf-8")
+    rows = json.loads(text)["rows"]
+    assert qualities.table(rows) in (ROOT / "docs/restoring.md").read_text(encoding="utf-8")
+    assert min(min(qualities.gains(row)) for row in rows) > -0.05
