@@ -248,7 +248,7 @@ def test_a_scaler_of_another_kind_is_refused(monkeypatch):
     monkeypatch.setattr(trainer, "require_amp", lambda config, device: None)
     one = Trainer(PLAIN, replace(CONFIG, amp=True, amp_dtype="fp16"), ALONE)
     tensors, values = one.state()
-    with pytest.raises(CheckpointError, match=r"^state: .* gradient scaler of another run; begin"):
+    with pytest.raises(CheckpointError, match=r"^state: .* gradient scaler of another run; start"):
         one.load_state(tensors, values | {"scaler": {}}, Path("state"))
 
 
