@@ -5,6 +5,7 @@ B batch · L referred layers · K sampled keys per layer and query · H,W grid �
 """
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import itertools
@@ -37,6 +38,7 @@ SIZES = [
     for C, L, K in ((256, 5, 16), (64, 4, 16), (128, 5, 16), (256, 5, 8), (64, 4, 8))
     for B, H, W in ((1, 48, 48), (16, 48, 48), (1, 256, 256))
 ]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def candidates(call: Call, lanes: int) -> list[Config]:
@@ -146,15 +148,43 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=user_copy(), help="where to save (default: %(default)s)"
     )
+    parser.add_argument(
+        "--sizes",
+        type=parse_sizes,
+        default=SIZES,
+        metavar="BxHxWxCxLxK[,...]",
+        help=f"sizes to tune for (default: {len(SIZES)} usual ones)",
+    )
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=DTYPES,
+        default=[*DTYPES],
+        help="types of the features (default: all three)",
+    )
     parser.add_argument("--show", action="store_true", help="print the choices and stop")
     return parser.parse_args(arguments)
+
+
+def parse_sizes(text: str) -> list[tuple[int, ...]]:
+    """'1x48x48x64x5x16,...' → [(1, 48, 48, 64, 5, 16), ...]"""
+    try:
+        sizes = [tuple(map(int, size.split("x"))) for size in text.split(",")]
+    except ValueError:
+        sizes = [()]
+    if any(len(size) != 6 or min(size) < 1 for size in sizes):
+        raise argparse.ArgumentTypeError(f"wants BxHxWxCxLxK, 1x48x48x64x5x16, not {text!r}")
+    return sizes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     options = parse(arguments)
     if options.show:
-        print(show())
+        with contextlib.suppress(BrokenPipeError):
+            print(show(), flush=True)
+            return 0
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush
         return 0
     if options.device.split(":")[0] not in ("cpu", "cuda"):
         print(f"--device {options.device}: known are cuda, cuda:0 and so on", file=sys.stderr)
@@ -178,8 +208,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gpu, lanes = hardware(device)
     timer = functools.partial(do_bench, warmup=5, rep=20, return_mode="median")
     with torch.cuda.device(device):
-        for size, dtype in itertools.product(SIZES, (torch.float32, torch.bfloat16, torch.float16)):
-            chosen = tune(trace(problem(size, dtype, device), run=True), lanes, timer)
+        for size, name in itertools.product(options.sizes, options.dtypes):
+            chosen = tune(trace(problem(size, DTYPES[name], device), run=True), lanes, timer)
             save_choices(options.out, gpu, chosen)
             for key, saved in chosen.items():
                 print(f"{gpu}: {key}: {tuple(saved)}")

@@ -1,6 +1,7 @@
 """Tile sizes and their choice, with a timer that needs no GPU."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -163,6 +164,25 @@ def test_where_nothing_can_be_saved_nothing_is_tuned(no_home, monkeypatch, capsy
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert autotune.main([]) == 2
     assert "cannot be written; name a file with --out" in capsys.readouterr().err
+
+
+def test_sizes_and_types_can_be_chosen(capsys):
+    options = autotune.parse(["--sizes", "1x2x3x4x5x6,2x8x8x16x1x8", "--dtypes", "bfloat16"])
+    assert options.sizes == [(1, 2, 3, 4, 5, 6), (2, 8, 8, 16, 1, 8)]
+    assert options.dtypes == ["bfloat16"]
+    for wrong in ("1x2x3", "1x2x3x4x5x0", "a"):
+        with pytest.raises(SystemExit):
+            autotune.parse(["--sizes", wrong])
+        assert f"wants BxHxWxCxLxK, 1x48x48x64x5x16, not '{wrong}'" in capsys.readouterr().err
+
+
+def test_a_reader_may_leave_early():
+    command = [sys.executable, "-m", "kernels.autotune", "--show"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_show_needs_no_gpu():
