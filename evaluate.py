@@ -321,7 +321,9 @@ def report(name: str, task: Task, method: Method, images: list[dict[str, Any]]) 
     precision = method.model.get("precision", "fp32")
     if precision != "fp32":
         protocol += f"; network in {precision}"
+    rows = published(name, task)
     if method.model.get("projected"):
+        rows = {}
         protocol += "; projected onto the file's quantisation cells, unlike the papers'"
     return {
         "dataset": name,
@@ -332,7 +334,7 @@ def report(name: str, task: Task, method: Method, images: list[dict[str, Any]]) 
         "model": method.model,
         "images": images,
         "mean": {key: mean([row[key] for row in images]) for key in ("psnr", "ssim")},
-        "published": published(name, task),
+        "published": rows,
     }
 
 

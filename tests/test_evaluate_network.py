@@ -58,7 +58,8 @@ def test_short_formats_are_near_and_named(capsys, root, tmp_path, precision):
     assert (code, "leave out --baseline" in err) == (2, True)
 
 
-def test_projection_is_a_protocol_of_its_own(capsys, root, tmp_path):
+def test_projection_is_a_protocol_of_its_own(capsys, root, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "published", lambda *_: {"Paper": {"psnr": 30.0, "ssim": 0.9}})
     file = restoring.write_network(tmp_path / "m.safetensors", Task("car", 10), shift=0.05)
     flags = ["--dataset", "Mine", "--data", root, "--task", "car", "--q", 90]
     network = [*flags, "--checkpoint", file]
@@ -66,6 +67,7 @@ def test_projection_is_a_protocol_of_its_own(capsys, root, tmp_path):
     (file_alone,) = results(capsys, *flags, "--baseline")
     assert own["protocol"].startswith(f"{row['protocol']}; projected onto the file's quantisation")
     assert (own["model"].pop("projected"), own["model"]) == (True, row["model"])
+    assert (list(row["published"]), own["published"]) == (["Paper"], {})
     for free, kept, jpeg in zip(row["images"], own["images"], file_alone["images"], strict=True):
         assert kept["psnr"] > jpeg["psnr"] - 0.5
         assert free["psnr"] < jpeg["psnr"] - 3
