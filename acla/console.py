@@ -58,6 +58,7 @@ def publish(shown: str | None, result: Any, where: str | None) -> None:
     """Print a result as text (None: printed already) and write it as JSON to a file, --json FILE;
     or print the JSON alone, --json -."""
     text = json.dumps(finite(result), indent=1, ensure_ascii=False, allow_nan=False)
+    text = text.encode(errors="backslashreplace").decode()  # file names may hold any bytes
     if where == "-":
         say(text)
         return

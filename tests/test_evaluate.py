@@ -238,3 +238,16 @@ def test_command_line_and_two_processes_agree(root):
         (row,) = json.loads(done.stdout)["results"]
         rows.append([(image["name"], image["psnr"], image["ssim"]) for image in row["images"]])
     assert rows[0] == rows[1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names of any bytes")
+def test_file_names_may_hold_any_bytes(capsys, tmp_path, make_scene):
+    (tmp_path / "Mine").mkdir()
+    path = tmp_path / "Mine" / os.fsdecode(b"caf\xe9.png")
+    Image.fromarray(make_scene(24, 31)).save(path)
+    flags = ["--dataset", "Mine", "--task", "denoise", "--baseline", "--data", tmp_path]
+    (row,) = results(capsys, *flags)
+    assert [image["name"] for image in row["images"]] == [path.name]
+    evaluate.main([*map(str, flags), "--device", "cpu", "--json", str(tmp_path / "scores.json")])
+    (again,) = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))["results"]
+    assert again["images"][0]["name"] == path.name

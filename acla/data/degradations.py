@@ -7,6 +7,7 @@ import functools
 import hashlib
 import io
 import math
+import os
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ SHRINK_REACH = 2
 
 def generator_for(name: str, seed: int = 0) -> torch.Generator:
     """A generator that a picture's name and a seed determine, on every machine, in any order."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    digest = hashlib.sha256(os.fsencode(f"{seed}/{name}")).digest()  # a name may be any bytes
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
