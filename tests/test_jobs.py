@@ -8,6 +8,8 @@ import pytest
 from PIL import Image
 from restoring import NOISE, call, failure, stored, write_network
 
+from acla.restore import photo
+
 
 @pytest.fixture
 def tree(tmp_path, make_scene):
@@ -50,6 +52,30 @@ def test_nothing_is_overwritten_unasked(tmp_path, capsys, tree):
     assert (tmp_path / "out/deep/c.tif").is_file()
     call(*flags, "--overwrite")
     assert np.array_equal(stored(tmp_path / "out/a.png"), stored(tree / "a.png"))
+
+
+def test_a_stopped_folder_goes_on_where_it_was(tmp_path, capsys, tree, monkeypatch):
+    file = write_network(tmp_path / "net.safetensors", NOISE)
+    (tree / "broken.png").unlink()
+    flags = [tree, tmp_path / "out", "--checkpoint", file]
+    with monkeypatch.context() as patch:
+        original = photo.save
+
+        def interrupted(restored: photo.Photo, target: Path) -> None:
+            if target.name == "c.tif":
+                raise KeyboardInterrupt
+            original(restored, target)
+
+        patch.setattr(photo, "save", interrupted)
+        status, err = failure(capsys, *flags)
+    assert status == 130
+    assert err.endswith("stopped, 1 of 3 done; --skip-existing goes on from there\n")
+    assert files(tmp_path / "out") == {"a.png"}
+    written = (tmp_path / "out/a.png").stat().st_mtime_ns
+    call(*flags, "--skip-existing")
+    assert f"{tmp_path}/out: skipped what is there already, 1 of 3" in capsys.readouterr().err
+    assert files(tmp_path / "out") == {"a.png", "deep/er/b.jpg", "deep/c.tif"}
+    assert (tmp_path / "out/a.png").stat().st_mtime_ns == written
 
 
 def test_every_format_in_a_folder_is_restored_or_named(tmp_path, capsys, make_scene):

@@ -3,6 +3,7 @@
 import argparse
 import functools
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from acla.config import SETTING_FLAG
 from acla.console import notice, printable, say
 from acla.data.image import FORMATS
 from acla.data.jpeg import LumaCells
-from acla.errors import AclaError, UsageError, out_of_memory
+from acla.errors import AclaError, Stopped, UsageError, out_of_memory
 from acla.models.serialization import Checkpoint
 from acla.restore import photo
 from acla.restore.colour import check_mosaic, restore_photo
@@ -73,7 +74,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default="auto",
         help="number format of the network (default: auto, the device's fastest)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    existing.add_argument(
+        "--skip-existing", action="store_true", help="leave out photos whose result is there"
+    )
     parser.add_argument(
         "--suffix", metavar=".png", help="of the files written (default: as the names say)"
     )
@@ -98,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     models = PretrainedModels(args.checkpoint, task, pick_device(args.device))
     for task in models.files:
         check_ensemble(args.ensemble, task)
-    jobs = find_jobs(args.source, args.out, args.suffix, args.overwrite)
+    jobs = find_jobs(args.source, args.out, args.suffix, args.overwrite, args.skip_existing)
     for text in jobs.notices:
         notice(printable(text))
     failures = jobs.failures
@@ -106,6 +111,10 @@ def main(argv: list[str] | None = None) -> None:
         label = printable(f"{number}/{len(jobs.pairs)} {path.name}")
         try:
             say(printable(run_job(path, target, models, args, label)))
+        except KeyboardInterrupt:
+            done = f"{number - 1} of {len(jobs.pairs)}"
+            text = f"stopped, {done} done; --skip-existing goes on from there"
+            raise Stopped(signal.SIGINT, text) from None
         except (AclaError, OSError, MemoryError, RuntimeError) as error:
             short = out_of_memory(error)
             if isinstance(error, RuntimeError) and not short:

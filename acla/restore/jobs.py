@@ -20,12 +20,14 @@ class Jobs:
     notices: list[str] = field(default_factory=list)
 
 
-def find_jobs(source: Path, goal: str, suffix: str | None, overwrite: bool) -> Jobs:
+def find_jobs(
+    source: Path, goal: str, suffix: str | None, overwrite: bool, skip: bool = False
+) -> Jobs:
     """What there is to do for a photo or a folder `source`; `goal` names a file or a folder.
 
     suffix: of the files written, by default that of the photo. Nothing that exists is written to
-    without `overwrite`, and a photo that is read never. Raises UsageError for an impossible pair of
-    paths, DataError for a folder without pictures.
+    without `overwrite`, and a photo that is read never; skip: what exists is no failure. Raises
+    UsageError for an impossible pair of paths, DataError for a folder without pictures.
     """
     if suffix is not None and suffix.lower() not in FORMATS:
         raise UsageError(f"--suffix {suffix}: unknown; known: {', '.join(SUFFIXES)}")
@@ -46,6 +48,7 @@ def find_jobs(source: Path, goal: str, suffix: str | None, overwrite: bool) -> J
     check_paths(source, out, targets)
     taken = Counter(targets)
     read = {os.path.realpath(path) for path in pictures}
+    skipped = 0
     for path, target in zip(pictures, targets, strict=True):
         if target.suffix.lower() not in FORMATS:
             jobs.notices.append(
@@ -55,10 +58,17 @@ def find_jobs(source: Path, goal: str, suffix: str | None, overwrite: bool) -> J
             jobs.failures.append(f"{path}: another picture would be written to {target} as well")
         elif os.path.realpath(target) in read:
             jobs.failures.append(f"{path}: {target} is a picture that is read")
+        elif os.path.lexists(target) and skip:
+            skipped += 1
         elif os.path.lexists(target) and not overwrite:
-            jobs.failures.append(f"{path}: {target} is there already; --overwrite replaces it")
+            jobs.failures.append(
+                f"{path}: {target} is there already; --overwrite replaces it, --skip-existing "
+                "leaves it"
+            )
         else:
             jobs.pairs.append((path, target))
+    if skipped:
+        jobs.notices.append(f"{out}: skipped what is there already, {skipped} of {len(pictures)}")
     return jobs
 
 
