@@ -36,8 +36,7 @@ def to_rows(feature: Tensor) -> Tensor:
     zero border."""
     if feature.device.type == "cuda":
         return torch.ops.acla.to_rows(feature)
-    border = registration.BORDER
-    return torch.nn.functional.pad(feature.permute(0, 2, 3, 1), border).contiguous()
+    return registration.padded(feature)
 
 
 def attend(

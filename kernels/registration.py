@@ -13,7 +13,6 @@ from torch.utils.flop_counter import register_flop_formula
 from .dispatch import choose_backend, why_not
 
 Lists = Sequence[Tensor]
-BORDER = (0, 0, 1, 1, 1, 1)  # of rows: one pixel
 
 LIBRARY = torch.library.Library("acla", "DEF")
 LIBRARY.define("to_rows(Tensor feature) -> Tensor")
@@ -70,7 +69,12 @@ def to_rows(feature: Tensor) -> Tensor:
         from . import padding
 
         return padding.pad(feature)
-    return torch.nn.functional.pad(feature.permute(0, 2, 3, 1), BORDER).contiguous()
+    return padded(feature)
+
+
+def padded(feature: Tensor) -> Tensor:
+    """`to_rows` by torch's own operators, which compilation and export look into."""
+    return torch.nn.functional.pad(feature.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).contiguous()
 
 
 @torch.library.register_fake("acla::to_rows", lib=LIBRARY)

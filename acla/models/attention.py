@@ -127,6 +127,11 @@ class CrossLayerAttention(nn.Module):
             z = z.flatten(0, 2).addmm_(coverage, bias.to(z.dtype)).view_as(z)
         return z.permute(0, 3, 1, 2), attended.kept
 
+    def train(self, mode: bool = True) -> "CrossLayerAttention":
+        """As every module; what was derived goes, since fused optimisers count no change."""
+        self.derived.clear()
+        return super().train(mode)
+
     def select(self, layers: Sequence[int]) -> dict[str, Tensor]:
         """The state dict of the module that refers to these layers alone, counted from 0."""
         index = torch.as_tensor(list(layers), device=self.value.device)
@@ -157,7 +162,8 @@ def derive(
     *parts: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """function(*parts) of a module's weights, in their precision. Without gradients the module
-    keeps it until one of them changes (but by `weight.data`, which torch does not count)."""
+    keeps it until one of them changes, or it is set to train or evaluate. (Torch counts no change
+    by fused optimisers, or of `weight.data`.)"""
     with full_precision(parts[0]):
         counted = not torch.compiler.is_compiling() and not parts[0].is_inference()
         if torch.is_grad_enabled() or not counted:
