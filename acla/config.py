@@ -26,6 +26,7 @@ RENAMED = {
 }
 # Older files mean the defaults
 LATER = ("until", "offset_radius", "mask_bias", "offset_lr_mult", "mask_temperature", "mask_noise")
+LATER += ("cuda_graph",)
 AMP_FORMATS = ("bf16", "fp16")
 
 # Table 9. The depth says for which network the positions were found.
@@ -270,8 +271,11 @@ class TrainConfig:
     )
     compile: bool = option(
         False,
-        "run the network through torch.compile, on a GPU as CUDA graphs; weights differ in bits",
+        "run the network through torch.compile; weights differ in bits",
         shown="off",
+    )
+    cuda_graph: bool = option(
+        False, "on a GPU, replay the training step as one CUDA graph", shown="off"
     )
     ema: bool = option(
         False,

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from acla import console
 from acla.config import ModelConfig, TrainConfig
 from acla.distributed import Processes
 from acla.errors import AclaError, CheckpointError, UsageError
 from acla.models.backbones import Backbone
 from acla.models.factory import build_network
 from acla.models.serialization import START_OVER
+from acla.training.step_graph import CaptureError, StepGraph
 
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 EMA_DECAY = 0.999
@@ -38,9 +40,8 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = build_network(model).to(self.device).train()
         # Shares the parameters; states and files have the names of `model`.
-        mode = "reduce-overhead" if self.device.type == "cuda" else "default"  # CUDA graphs
-        self.network = torch.compile(self.model, mode=mode) if config.compile else self.model
-        self.optimizer = adam(parameter_groups(self.model, config), config.lr)
+        self.network = torch.compile(self.model) if config.compile else self.model
+        self.optimizer = adam(parameter_groups(self.model, config), config.lr, self.device)
         scaled = config.amp and config.amp_dtype == "fp16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
         self.averaged = None
@@ -51,6 +52,12 @@ class Trainer:
             "optimizer": self.optimizer,
             "averaged": self.averaged,
         }
+        self.graph = None
+        if config.cuda_graph:
+            if reason := self.why_no_graph():
+                console.notice(f"--cuda-graph is left out: {reason}")
+            else:
+                self.graph = StepGraph(self.update, self.device)
         # Of the steps since `clear_statistics`, on the device: reading them would wait for it.
         self.losses: list[Tensor] = []
         self.norms: list[Tensor] = []
@@ -63,33 +70,52 @@ class Trainer:
     def lr(self, step: int) -> float:
         return halved(self.config.lr, step, self.config.lr_half_every)
 
+    def why_no_graph(self) -> str | None:
+        """None where a step can be a CUDA graph, else the reason why not."""
+        if self.device.type != "cuda":
+            return f"there are no CUDA graphs on a {self.device.type}"
+        return "it is for one process" if self.processes.world > 1 else None
+
     def step(self, step: int, indices: Sequence[int], low: Tensor, target: Tensor) -> None:
         """One optimiser step on this process's patches [B,C,h,w] and [B,C,H,W], whose places in the
         whole batch are `indices` [B]; records the loss and the gradient's norm."""
         config = self.config
-        seeds = None
+        inputs = [low, target]
         if config.mask_noise:
-            seeds = image_seeds(config.seed, step, indices, device=self.device)
+            inputs.append(image_seeds(config.seed, step, indices, device=self.device))
         set_rate(self.optimizer, self.lr(step))
+        try:
+            loss, *norm = (self.graph or self.update)(*inputs)
+        except CaptureError as error:
+            console.notice(f"--cuda-graph is left out: {first_line(error)}")
+            self.graph = None
+            loss, *norm = self.update(*inputs)
+        self.losses.append(loss)
+        self.norms += norm
+        if self.averaged:
+            self.averaged.update_parameters(self.model)
+
+    def update(
+        self, low: Tensor, target: Tensor, seeds: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """Change the weights by one step; returns the loss and, with clipping, the gradient's
+        norm."""
+        config = self.config
         self.optimizer.zero_grad(set_to_none=True)
-        with compiling(config.compile):
-            if config.compile:  # what the last step's graphs returned may be overwritten
-                torch.compiler.cudagraph_mark_step_begin()
+        with compiling(config.compile), fastest_convolutions():
             short = AMP_TYPES[config.amp_dtype]
             with torch.autocast(self.device.type, short, enabled=config.amp):
                 restored = self.network(low, seeds, config.mask_temperature)
             loss = restoration_loss(config.loss, restored, target)
             self.scaler.scale(loss).backward()
-        self.losses.append(loss.detach())
         self.processes.mean_gradients(self.model.parameters())
+        norms = []
         if config.clip:
             self.scaler.unscale_(self.optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
-            self.norms.append(norm)
+            norms = [torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)]
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.averaged:
-            self.averaged.update_parameters(self.model)
+        return loss.detach(), *norms
 
     def average(self, averages: list[Tensor], weights: list[Tensor], _: Tensor) -> None:
         """Move the averages towards the weights. The count of steps lies on the CPU; reading its
@@ -166,11 +192,25 @@ def compiling(compiled: bool) -> Iterator[None]:
     except Exception as error:
         if not compiled:
             raise
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise AclaError(
-            f"--compile: torch.compile failed on this network or machine ({reason}); leave "
-            "--compile out, or mend its compiler"
+            f"--compile: torch.compile failed on this network or machine ({first_line(error)}); "
+            "leave --compile out, or mend its compiler"
         ) from error
+
+
+@contextlib.contextmanager
+def fastest_convolutions() -> Iterator[None]:
+    """On a GPU, convolutions by the kernel that is fastest when tried: patches have one size."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def ema_share(count: Tensor) -> float:
@@ -251,13 +291,25 @@ def cosine(rate: float, step: int, steps: int) -> float:
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Set the learning rate; a group of parameters may have a factor of its own on it."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("factor", 1)
+        own = rate * group.get("factor", 1)
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(own)
+        else:
+            group["lr"] = own
 
 
-def adam(parameters: Iterable[nn.Parameter] | list[dict], rate: float) -> torch.optim.Adam:
+def adam(
+    parameters: Iterable[nn.Parameter] | list[dict], rate: float, device: torch.device = CPU
+) -> torch.optim.Adam:
     """Adam as the paper sets it: β 0.9 and 0.999, ε 1e-8. parameters: all, or groups, which may
-    have a `factor` on the rate."""
-    return torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.999), eps=1e-8)
+    have a `factor` on the rate. On a GPU in one launch, with the rate where a CUDA graph reads it.
+    """
+    options: dict[str, Any] = {"lr": rate}
+    if device.type == "cuda":
+        groups = [g if isinstance(g, dict) else {"params": [g]} for g in parameters]
+        parameters = [{**g, "lr": torch.tensor(rate, device=device)} for g in groups]
+        options |= {"fused": True, "capturable": True}
+    return torch.optim.Adam(parameters, betas=(0.9, 0.999), eps=1e-8, **options)
 
 
 # Loss
