@@ -202,11 +202,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not is_writable(options.out.parent):
         print(f"{options.out} cannot be written; name a file with --out", file=sys.stderr)
         return 2
-    from triton.testing import do_bench
+    from triton.testing import do_bench_cudagraph
 
     device = torch.device(options.device)
     gpu, lanes = hardware(device)
-    timer = functools.partial(do_bench, warmup=5, rep=20, return_mode="median")
+    # Graphs, since a launch takes longer than most of these kernels
+    timer = functools.partial(do_bench_cudagraph, rep=20, return_mode="median")
     with torch.cuda.device(device):
         for size, name in itertools.product(options.sizes, options.dtypes):
             chosen = tune(trace(problem(size, DTYPES[name], device), run=True), lanes, timer)

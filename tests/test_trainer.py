@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from acla.config import MASKED, ModelConfig, TrainConfig
 from acla.distributed import Processes
 from acla.errors import AclaError, CheckpointError, UsageError
-from acla.training import trainer
+from acla.training import step_graph, trainer
 from acla.training.trainer import Trainer
 
 ALONE = Processes(torch.device("cpu"))
@@ -261,6 +261,48 @@ def test_fp16_learns_on_a_gpu():
         step(one, number)
     losses, _ = one.statistics()
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("change", [{}, {"clip": 1.0, "ema": True}, {"offset_lr_mult": 10.0}])
+def test_a_step_as_a_cuda_graph_learns_the_same(change):
+    model = ModelConfig(blocks=2, width=8, keys=2, positions=(1, 2), channels=1)
+    gpu = Processes(torch.device("cuda"))
+    plain, graph = (
+        Trainer(model, replace(CONFIG, cuda_graph=g, lr_half_every=4, **change), gpu)
+        for g in (False, True)
+    )
+    for number in range(8):
+        step(plain, number)
+        step(graph, number)
+    assert graph.graph.graph is not None
+    (a, values), (b, others) = plain.state(), graph.state()
+    assert a.keys() == b.keys()
+    assert values["losses"] == pytest.approx(others["losses"], rel=1e-3)
+    assert others["losses"][-1] != others["losses"][-2]
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=2e-2, atol=1e-3, msg=name)
+
+
+def test_where_no_graph_can_be_the_step_runs_without(capsys):
+    plain, graph = (Trainer(PLAIN, replace(CONFIG, cuda_graph=g), ALONE) for g in (False, True))
+    assert "--cuda-graph is left out: there are no CUDA graphs on a cpu" in capsys.readouterr().err
+    for one in (plain, graph):
+        step(one, 0)
+    assert same(plain, graph)
+
+
+def test_a_step_that_cannot_be_captured_runs_without(monkeypatch, capsys):
+    def refuse(*_):
+        raise step_graph.CaptureError("operation not permitted\nmore")
+
+    plain, graph = (Trainer(PLAIN, CONFIG, ALONE) for _ in range(2))
+    monkeypatch.setattr(graph, "graph", refuse)
+    for one in (plain, graph):
+        step(one, 0)
+        step(one, 1)
+    assert "--cuda-graph is left out: operation not permitted" in capsys.readouterr().err
+    assert same(plain, graph)
 
 
 @pytest.mark.slow

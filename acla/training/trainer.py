@@ -52,7 +52,8 @@ class Trainer:
             "optimizer": self.optimizer,
             "averaged": self.averaged,
         }
-        self.graph = None
+        self.rate: float | None = None  # of the last step
+        self.graph: StepGraph | None = None
         if config.cuda_graph:
             if reason := self.why_no_graph():
                 console.notice(f"--cuda-graph is left out: {reason}")
@@ -83,7 +84,9 @@ class Trainer:
         inputs = [low, target]
         if config.mask_noise:
             inputs.append(image_seeds(config.seed, step, indices, device=self.device))
-        set_rate(self.optimizer, self.lr(step))
+        if self.rate != self.lr(step):
+            self.rate = self.lr(step)
+            set_rate(self.optimizer, self.rate)
         try:
             loss, *norm = (self.graph or self.update)(*inputs)
         except CaptureError as error:
@@ -150,6 +153,7 @@ class Trainer:
     def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any], path: Path) -> None:
         """Set what `state` returned, read from `path`. Raises CheckpointError."""
         unpack(self.parts, tensors, path)
+        self.rate = None
         try:
             self.scaler.load_state_dict(values["scaler"])
         except (RuntimeError, KeyError) as error:

@@ -1,0 +1,179 @@
+"""Train several networks side by side on the same patches, and compare them.
+
+    python -m acla.analysis.trial --out runs/trial --seeds 0,1,2 \
+        --network "none: --attention none" \
+        --network "acla: --attention acla --positions 2,4,6,8" \
+        --task demosaic --blocks 8 --width 32 --train-set BSD400 --val-set Kodak24,McMaster18
+
+Every network is what train.py makes of the flags of all, those of --network and the seed; its files
+lie in --out/NAME-SEED. On a GPU each has a stream of its own, so that small networks fill it
+together. The table gives the PSNR on the validation sets: the mean over the seeds and its standard
+deviation, and the mean gain over the first network of the same seed."""
+
+import argparse
+import contextlib
+import json
+import shlex
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from acla import cli, console
+from acla.data.datasets import Loader
+from acla.distributed import Processes
+from acla.errors import UsageError
+from acla.models.factory import describe
+from acla.scripts import train
+from acla.training import run_dir
+from acla.training.run_dir import LOG, STATE, RunDir
+
+OUT = Path("runs/trial")
+MACS = "macs_48x48"
+
+
+class SharedLoader:
+    """A loader's batches for several networks in step: each batch is made once."""
+
+    def __init__(self, loader: Loader):
+        self.loader, self.step = loader, -1
+        self.current: tuple[Tensor, Tensor] = ()
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        if step != self.step:
+            self.step, self.current = step, self.loader.batch(step)
+        return self.current
+
+
+class Run:
+    """One network in training. argv: flags of train.py."""
+
+    def __init__(self, argv: Sequence[str], processes: Processes, loaders: dict[str, SharedLoader]):
+        self.args = train.parse([*argv])
+        run_dir.open_run(self.args.out, STATE, resume=False)
+        preset = cli.pick_preset(self.args.preset, processes.device)
+        self.plan = train.plan_from_flags(self.args, preset)
+        self.data = train.load_data(self.plan, self.args, processes)
+        config, network = self.plan.train, self.plan.model
+        patches = config.train_set, config.batch_size, config.patch_size, config.seed
+        key = str((self.plan.task, network.channels, *patches))
+        self.loader = loaders.setdefault(key, SharedLoader(self.data.loader))
+        self.trainer, progress = train.restore_or_init(
+            self.plan, self.args, processes, self.data, None, None
+        )
+        self.folder = RunDir(self.args.out, self.plan, progress, processes, self.data.sampler)
+        gpu = processes.device.type == "cuda"
+        self.stream = torch.cuda.Stream(processes.device) if gpu else None
+
+    def advance(self, step: int) -> None:
+        """One step, and the validation that is due after it."""
+        batch = self.loader.batch(step)
+        with self.on_stream(batch):
+            self.trainer.step(step, self.data.sampler.indices, *batch)
+        done = step + 1
+        if done % self.plan.train.val_every == 0 or done == self.plan.train.steps:
+            psnr = train.validate(self.trainer, self.plan, self.data)
+            self.folder.write(self.trainer, done, psnr)
+
+    @contextlib.contextmanager
+    def on_stream(self, batch: Sequence[Tensor]) -> Iterator[None]:
+        """Work that is queued here follows all that was queued before, and runs beside what other
+        networks queue."""
+        if self.stream is None:
+            yield
+            return
+        self.stream.wait_stream(torch.cuda.current_stream())
+        for tensor in batch:
+            tensor.record_stream(self.stream)
+        with torch.cuda.stream(self.stream):
+            yield
+
+
+def row(name: str, run: Run) -> dict[str, Any]:
+    """What a network is and has reached, by the last line of its log."""
+    last = json.loads((run.args.out / LOG).read_text(encoding="utf-8").splitlines()[-1])
+    size = describe(run.plan.model)
+    sizes = {key: size[key] for key in ("params", MACS)}
+    about = {"network": name, "task": str(run.plan.task), "seed": run.plan.train.seed}
+    return about | sizes | last
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Markdown: networks down, validation sets across."""
+    sets = [key for key in rows[0] if key.startswith("val_psnr_")] or ["val_psnr"]
+    names = list(dict.fromkeys(r["network"] for r in rows))
+    first = {r["seed"]: r for r in rows if r["network"] == names[0]}
+    titles = [key.removeprefix("val_psnr_").replace("val_psnr", "PSNR") for key in sets]
+    yield (
+        "| network | parameters | multiply-adds | "
+        + " | ".join(f"{t} | gain" for t in titles)
+        + " |"
+    )
+    yield "|---" * (3 + 2 * len(sets)) + "|"
+    for name in names:
+        own = [r for r in rows if r["network"] == name]
+        cells = [name, f"{own[0]['params']:,}", f"{own[0][MACS] / 1e9:.2f} G"]
+        for key in sets:
+            values = [r[key] for r in own]
+            gains = [r[key] - first[r["seed"]][key] for r in own]
+            cells += [f"{statistics.mean(values):.2f}{spread(values)}"]
+            cells += [f"{statistics.mean(gains):+.3f}{spread(gains)}"]
+        yield f"| {' | '.join(cells)} |"
+
+
+def spread(values: Sequence[float]) -> str:
+    return f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="python -m acla.analysis.trial",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--network",
+        action="append",
+        required=True,
+        metavar="'NAME: FLAGS'",
+        help="a network by flags of train.py, once for each",
+    )
+    parser.add_argument("--seeds", default="0", help="seeds of every network (default: 0)")
+    parser.add_argument("--out", type=Path, default=OUT, help=f"folder (default: {OUT})")
+    parser.add_argument("--json", type=Path, help="write a line for each network there")
+    return parser.parse_known_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, common = parse(argv)
+    processes = Processes(cli.pick_device(train.parse(common).device))
+    runs: dict[tuple[str, str], Run] = {}
+    loaders: dict[str, SharedLoader] = {}
+    for seed in args.seeds.split(","):
+        for text in args.network:
+            name, _, flags = text.partition(":")
+            out = ["--out", str(args.out / f"{name}-{seed}"), "--seed", seed]
+            runs[name, seed] = Run([*common, *shlex.split(flags), *out], processes, loaders)
+    if len(runs) < len(args.network) * len(args.seeds.split(",")):
+        raise UsageError("--network: every NAME and every seed once")
+    steps = max(run.plan.train.steps for run in runs.values())
+    for step in console.progress(range(steps), unit="step", desc="trial"):
+        for run in runs.values():
+            if step < run.plan.train.steps:
+                run.advance(step)
+    rows = [row(name, run) for (name, _), run in runs.items()]
+    if args.json:
+        lines = "".join(json.dumps(r) + "\n" for r in rows)
+        args.json.write_text(lines, encoding="utf-8")
+    by_task = dict.fromkeys(r["task"] for r in rows)
+    for task in by_task:
+        console.say(f"{task}, {steps} steps:")
+        console.say("\n".join(table([r for r in rows if r["task"] == task])))
+
+
+if __name__ == "__main__":
+    cli.run(main)
