@@ -110,6 +110,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default="fp32",
         help="number format of the network; auto: the device's fastest (default: fp32)",
     )
+    text = "car: the input and predictions are colour JPEGs, scored on RGB, as colour networks are"
+    add("--colour", action="store_true", help=text)
     own = "car: project the answer onto the file's quantisation cells, as acla.restore does"
     add("--project", action="store_true", help=f"{own}; another protocol than the papers'")
     cli.add_common_flags(parser)
@@ -127,6 +129,8 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError("--save has nothing to write with --predictions")
     if args.predictions and not args.predictions.is_dir():
         raise UsageError(f"--predictions {args.predictions}: there is no such folder")
+    if args.colour and not (args.baseline or args.predictions):
+        raise UsageError("--colour goes with --baseline or --predictions; a network has its colour")
     if args.project and (args.baseline or args.predictions):
         raise UsageError("--project needs a network: leave out --baseline and --predictions")
     check_json(args.json)
@@ -151,22 +155,23 @@ def pick_method(
     args: argparse.Namespace, device: torch.device, sets: dict[str, list[Path]]
 ) -> Method:
     """The method that the flags choose."""
+    channels = 3 if args.colour else None
     if args.baseline:
 
         def as_it_is(clean: Tensor, path: Path, task: Task) -> tuple[Tensor, Tensor]:
-            return untouched(clean, task, generator_for(path.stem, args.seed))
+            return untouched(clean, task, generator_for(path.stem, args.seed), channels)
 
-        return Method("untouched input", {"kind": "baseline"}, as_it_is)
+        return Method("untouched input", {"kind": "baseline"}, as_it_is, channels=channels)
     if args.predictions:
         files: dict[Path, Path] = {}
         for name, paths in sets.items():
             files |= match_stems(paths, folder_for(args.predictions, name, sets))
 
         def made_elsewhere(clean: Tensor, path: Path, task: Task) -> tuple[Tensor, Tensor]:
-            return read_prediction(clean, path, files[path], task)
+            return read_prediction(clean, path, files[path], task, channels)
 
         model = {"kind": "predictions", "folder": str(args.predictions)}
-        return Method("predictions", model, made_elsewhere)
+        return Method("predictions", model, made_elsewhere, channels=channels)
     return network(args.checkpoint or default_checkpoint(args, sets), device, args)
 
 
@@ -218,9 +223,11 @@ def default_checkpoint(args: argparse.Namespace, sets: Iterable[str]) -> Path:
     return file
 
 
-def read_prediction(clean: Tensor, path: Path, file: Path, task: Task) -> tuple[Tensor, Tensor]:
+def read_prediction(
+    clean: Tensor, path: Path, file: Path, task: Task, channels: int | None = None
+) -> tuple[Tensor, Tensor]:
     """(prediction, target) of a picture made elsewhere. Raises DataError if its size is wrong."""
-    _, target = pair(clean, task, generator_for(path.stem))
+    _, target = pair(clean, task, generator_for(path.stem), channels)
     prediction = load(file)
     if prediction.shape[1:] != target.shape[1:]:
         size, wanted = (f"{x.shape[2]}×{x.shape[1]}" for x in (prediction, target))
@@ -321,7 +328,8 @@ def report(name: str, task: Task, method: Method, images: list[dict[str, Any]]) 
     precision = method.model.get("precision", "fp32")
     if precision != "fp32":
         protocol += f"; network in {precision}"
-    rows = published(name, task)
+    in_colour = task.name == "car" and method.channels == 3
+    rows = {} if in_colour else published(name, task)
     if method.model.get("projected"):
         rows = {}
         protocol += "; projected onto the file's quantisation cells, unlike the papers'"

@@ -205,7 +205,7 @@ class ModelConfig:
         (), "insert positions, counted from 1: 2,7,10", shown="as --arch says"
     )
     channels: int = option(
-        3, "picture channels: 1 gray, 3 colour", choices=(1, 3), shown="by --task"
+        3, "picture channels: 1 gray, 3 colour (car: RGB)", choices=(1, 3), shown="by --task"
     )
     scale: int = option(1, None, choices=(1, 2, 3, 4))  # enlargement per side; the task says it
 

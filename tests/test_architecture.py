@@ -134,7 +134,6 @@ def test_no_attention_has_no_positions():
     [
         (("--task", "sr"), "was searched for car q10"),
         (("--backbone", "rcan"), "was searched on edsr"),
-        (("--channels", "3"), "by its protocol"),
         (("--arch", "none", "--attention", "cla"), "contradict"),
         (("--arch", "none", "--positions", "2"), "takes no --positions"),
     ],

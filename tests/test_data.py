@@ -231,8 +231,9 @@ def test_patch_is_degraded_like_the_whole_picture(pictures, monkeypatch, task):
 
 def test_every_jpeg_phase_occurs():
     rng = np.random.default_rng(0)
-    assert len({patch_offset(Task("car", 10), rng) for _ in range(2000)}) == 64
-    assert {patch_offset(Task("sr", 4), rng) for _ in range(20)} == {(2, 2)}
+    assert len({patch_offset(Task("car", 10), rng, 1) for _ in range(2000)}) == 64
+    assert len({patch_offset(Task("car", 10), rng, 3) for _ in range(4000)}) == 256
+    assert {patch_offset(Task("sr", 4), rng, 3) for _ in range(20)} == {(2, 2)}
 
 
 def test_augmentation_happens_before_degradation(pictures):

@@ -17,6 +17,7 @@ from acla.data.degradations import (
     enlarge,
     generator_for,
     jpeg,
+    jpeg_file,
     mosaic,
     pair,
     shrink,
@@ -172,10 +173,19 @@ def test_car_rounds_y_before_compression(make_picture):
     assert torch.equal(degraded, jpeg(target, 40))
 
 
+def test_colour_jpegs_hold_chroma_at_half_the_resolution(make_picture):
+    clean = make_picture(16, 24)
+    degraded, target = pair(clean, Task("car", 40), channels=3)
+    assert torch.equal(target, round_8bit(clean))
+    assert torch.equal(degraded, jpeg(target, 40))
+    with Image.open(io.BytesIO(jpeg_file(target, 40))) as picture:
+        assert [layer[1:3] for layer in picture.layer] == [(2, 2), (1, 1), (1, 1)]
+        assert np.array_equal(to_levels(degraded), np.asarray(picture))
+
+
 def test_channels_that_do_not_fit_are_refused(make_picture):
-    for task, channels in ((Task("car", 10), 3), (Task("demosaic", 0), 1)):
-        with pytest.raises(DataError, match=f"{task.name} needs a network with"):
-            pair(make_picture(8, 8), task, channels=channels)
+    with pytest.raises(DataError, match="demosaic needs a network with"):
+        pair(make_picture(8, 8), Task("demosaic", 0), channels=1)
 
 
 def test_gray_network_gets_luma(make_picture):
@@ -197,17 +207,18 @@ def test_untouched_sr_is_y_without_rounding_in_between(make_picture):
 
 
 @pytest.mark.parametrize(
-    ("task", "patch", "side"),
+    ("task", "patch", "channels", "side"),
     [
-        (Task("car", 10), 48, 56),
-        (Task("car", 10), 30, 40),
-        (Task("sr", 3), 10, 42),
-        (Task("denoise", 30), 48, 48),
+        (Task("car", 10), 48, 1, 56),
+        (Task("car", 10), 30, 1, 40),
+        (Task("car", 10), 48, 3, 64),
+        (Task("sr", 3), 10, 3, 42),
+        (Task("denoise", 30), 48, 3, 48),
     ],
     ids=str,
 )
-def test_window_leaves_room(task, patch, side):
-    assert window(task, patch) == side
+def test_window_leaves_room(task, patch, channels, side):
+    assert window(task, patch, channels) == side
 
 
 def test_qualities_of_a_range_are_drawn_evenly_and_again_the_same(make_scene):

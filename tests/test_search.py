@@ -138,7 +138,7 @@ def require_same_search(one: str, other: str) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--channels", "3"], "car has 1 by its protocol"),
+        (["--task", "demosaic", "--channels", "1"], "demosaic has 3 by its protocol"),
         (["--lambda", "-1"], "--lambda must be 0 or more"),
         (["--resume"], "holds no plan"),
         (["--warmup", "1"], "--warmup must be"),

@@ -299,7 +299,7 @@ class PatchSampler:
         shrunk = degrade(windows, self.task) if self.task.name == "sr" else None
         pairs = []
         for i, rng in enumerate(rngs):
-            y, x = patch_offset(self.task, rng)
+            y, x = patch_offset(self.task, rng, self.channels)
             generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
             low = degrade(windows[i], self.task, generator) if shrunk is None else shrunk[i]
             pairs.append(
@@ -321,7 +321,7 @@ class PatchSampler:
     def window(self, step: int, index: int, rng: np.random.Generator) -> Tensor:
         """The clean, augmented window that patch `index` is made from, with the task's channels."""
         picture = self.pictures[self.picture(step, index)]
-        cut_out = cut_window(picture, window(self.task, self.patch), rng)
+        cut_out = cut_window(picture, window(self.task, self.patch, self.channels), rng)
         clean = fit_channels(from_levels(augment(cut_out, int(rng.integers(8)))), self.channels)
         return round_8bit(clean) if self.task.name == "car" else clean
 

@@ -18,7 +18,7 @@ from acla.config import Task
 from acla.data.image import fit_channels, from_levels, round_8bit, to_levels
 from acla.errors import DataError
 
-JPEG_BLOCK = 8
+JPEG_BLOCK = {1: 8, 3: 16}  # by channels: chroma blocks cover 16 pixels of a picture
 # Low-quality pixels: the antialiased cubic kernel reaches two of them to each side.
 SHRINK_REACH = 2
 
@@ -124,16 +124,18 @@ def add_noise(clean: Tensor, sigma: float, generator: torch.Generator) -> Tensor
     return clean + noise * (sigma / 255)
 
 
-def jpeg(gray: Tensor, quality: int) -> Tensor:
-    """gray [1, H, W], rounded to 8 bit, through Pillow's grayscale JPEG of a quality 1..100."""
-    with Image.open(io.BytesIO(jpeg_file(gray, quality))) as decoded:
-        return from_levels(np.asarray(decoded)[None])
+def jpeg(clean: Tensor, quality: int) -> Tensor:
+    """Gray or RGB [1 or 3, H, W], rounded to 8 bit, through Pillow's JPEG of a quality 1..100;
+    colour with chroma at half the resolution (4:2:0)."""
+    with Image.open(io.BytesIO(jpeg_file(clean, quality))) as decoded:
+        return from_levels(np.atleast_3d(decoded).transpose(2, 0, 1))
 
 
-def jpeg_file(gray: Tensor, quality: int) -> bytes:
+def jpeg_file(clean: Tensor, quality: int) -> bytes:
     """The file that `jpeg` decodes."""
     file = io.BytesIO()
-    Image.fromarray(to_levels(gray)).save(file, "JPEG", quality=int(quality))
+    options = {"subsampling": "4:2:0"} if len(clean) == 3 else {}
+    Image.fromarray(to_levels(clean)).save(file, "JPEG", quality=int(quality), **options)
     return file.getvalue()
 
 
@@ -155,8 +157,8 @@ def degrade(clean: Tensor, task: Task, generator: torch.Generator | None = None)
     Noise and a range of settings need the generator. Raises DataError for channels that the task
     cannot take.
     """
-    if (task.name, clean.shape[-3]) in (("car", 3), ("demosaic", 1)):
-        raise DataError(f"{task.name} needs a network with {task.channels} channel(s)")
+    if (task.name, clean.shape[-3]) == ("demosaic", 1):
+        raise DataError("demosaic needs a network with 3 channels")
     match task.name:
         case "sr":
             return shrink(clean, task.scale)
@@ -188,8 +190,8 @@ def pair(
     """(degraded [c, h, w], target [c, h·scale, w·scale]) of a clean picture [1 or 3, H, W] in 0..1.
 
     c is the task's number of channels unless `channels` says otherwise. sr crops to a multiple of
-    the scale; car takes Y rounded to 8 bit; noise and a range of settings need the generator.
-    Raises DataError for a picture smaller than the scale.
+    the scale; car takes Y, or RGB, rounded to 8 bit; noise and a range of settings need the
+    generator. Raises DataError for a picture smaller than the scale.
     """
     target = fit_channels(clean, channels or task.channels)
     if task.name == "sr":
@@ -200,7 +202,10 @@ def pair(
 
 
 def untouched(
-    clean: Tensor, task: Task, generator: torch.Generator | None = None
+    clean: Tensor,
+    task: Task,
+    generator: torch.Generator | None = None,
+    channels: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(prediction, target) with the input as the prediction: the first row of the papers' tables.
 
@@ -209,7 +214,7 @@ def untouched(
     of uint8.
     """
     if task.name != "sr":
-        return pair(clean, task, generator)
+        return pair(clean, task, generator, channels)
     target = crop_to_multiple(round_8bit(fit_channels(clean, 1)), task.scale)
     height, width = target.shape[-2:]
     small = bicubic(target, height // task.scale, width // task.scale, rounded=False)
@@ -219,7 +224,7 @@ def untouched(
 # Patches: cut a window, augment it, degrade it, cut the patch out of it
 
 
-def window(task: Task, patch: int) -> int:
+def window(task: Task, patch: int, channels: int) -> int:
     """Side in pixels of the clean window that a degraded patch of `patch` pixels is made from.
 
     Large enough for the patch to look as if the whole picture had been degraded: sr leaves room for
@@ -229,16 +234,17 @@ def window(task: Task, patch: int) -> int:
         case "sr":
             return (patch + 2 * SHRINK_REACH) * task.scale
         case "car":
-            return math.ceil((patch + JPEG_BLOCK - 1) / JPEG_BLOCK) * JPEG_BLOCK
+            block = JPEG_BLOCK[channels]
+            return math.ceil((patch + block - 1) / block) * block
     return patch
 
 
-def patch_offset(task: Task, rng: np.random.Generator) -> tuple[int, int]:
+def patch_offset(task: Task, rng: np.random.Generator, channels: int) -> tuple[int, int]:
     """Where the patch begins in the degraded window, (y, x) in low-quality pixels."""
     match task.name:
         case "sr":
             return SHRINK_REACH, SHRINK_REACH
         case "car":
-            y, x = rng.integers(JPEG_BLOCK, size=2)
+            y, x = rng.integers(JPEG_BLOCK[channels], size=2)
             return int(y), int(x)
     return 0, 0

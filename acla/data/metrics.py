@@ -177,7 +177,8 @@ def protocol_line(task: Task, baseline: bool = False, channels: int | None = Non
             codec = "libjpeg-turbo" if features.check("libjpeg_turbo") else "libjpeg"
             version = features.version("libjpeg_turbo") or features.version("jpg")
             encoder = f"Pillow {PIL.__version__} ({codec} {version})"
-            made = f"grayscale JPEG, quality {task.value}, {encoder}"
+            kind = "colour JPEG (4:2:0)" if channel == "RGB" else "grayscale JPEG"
+            made = f"{kind}, quality {task.value}, {encoder}"
         case _:
             made = "Bayer mosaic GRBG, missing samples zero"
     cut = f"border of {border(task)} px cut" if border(task) else "no border cut"
