@@ -233,5 +233,6 @@ def keys_read(query: Tensor, layers: int, read: Sequence[int]) -> Tensor:
     """[B,L] float64: N queries times N keys of the layers that were read, 0 of the others."""
     B, _, H, W = query.shape
     kept = query.new_zeros(B, layers, dtype=torch.float64)
-    kept[:, list(read)] = (H * W) ** 2
+    for l in read:  # an index made of the list would be a copy, which no CUDA graph can hold
+        kept[:, l] = (H * W) ** 2
     return kept
