@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import itertools
 import json
+import math
 import os
 import sys
 import tempfile
@@ -51,11 +52,11 @@ def candidates(call: Call, lanes: int) -> list[Config]:
 
 def tune(
     calls: Sequence[Call], lanes: int, timer: Callable[[Callable[[], None]], float]
-) -> dict[str, list[int]]:
-    """The configuration with the least time by `timer` (any unit) for each kernel and kind of size,
-    as it is saved: the sum counts where a kernel is launched more than once. A tie goes to the
-    earlier one."""
-    chosen = {}
+) -> dict[str, dict[Config, float]]:
+    """The time of each configuration by `timer` (any unit), fastest first, for each kernel and kind
+    of size: the sum counts where a kernel is launched more than once. A tie goes to the earlier
+    one."""
+    tried = {}
     for key, group in itertools.groupby(sorted(calls, key=call_key), call_key):
         group = list(group)
 
@@ -63,8 +64,9 @@ def tune(
             # A scatter adds to its buffer again and again, which takes as long as the first time.
             return sum(timer(functools.partial(call.run, config, lanes)) for call in group)
 
-        chosen[key] = list(min(candidates(group[0], lanes), key=time))
-    return chosen
+        times = {config: time(config) for config in candidates(group[0], lanes)}
+        tried[key] = dict(sorted(times.items(), key=lambda item: item[1]))
+    return tried
 
 
 def problem(
@@ -210,10 +212,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     timer = functools.partial(do_bench_cudagraph, rep=20, return_mode="median")
     with torch.cuda.device(device):
         for size, name in itertools.product(options.sizes, options.dtypes):
-            chosen = tune(trace(problem(size, DTYPES[name], device), run=True), lanes, timer)
-            save_choices(options.out, gpu, chosen)
-            for key, saved in chosen.items():
-                print(f"{gpu}: {key}: {tuple(saved)}")
+            tried = tune(trace(problem(size, DTYPES[name], device), run=True), lanes, timer)
+            save_choices(options.out, gpu, {key: list(next(iter(t))) for key, t in tried.items()})
+            for key, times in tried.items():
+                best, default = next(iter(times)), CONFIGS[f"_{key.split()[0]}"][0]
+                first = times.get(default, math.nan)  # its tile may be another's with this K or C
+                took = f"{1e3 * times[best]:.1f} µs; by default {1e3 * first:.1f} µs"
+                print(f"{gpu}: {key}: {tuple(best)} {took}")
     return 0
 
 

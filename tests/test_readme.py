@@ -132,22 +132,49 @@ def test_sizes_are_those_of_the_commands(capsys):
         assert f"| {size['macs_48x48'] / 1e9:.2f} G |" in row
 
 
+def benchmark_rows(file: str, size: str, which: str, dtype: str) -> dict[str, dict]:
+    """Rows by backend, half of the keys kept, of one size and pass as documents name them."""
+    lines = (ROOT / "results" / file).read_text(encoding="utf-8").splitlines()
+    wanted = [*map(int, size.split("×")), "forward" if which == " forward " else "both", dtype]
+    names = ("B", "H", "W", "C", "pass", "dtype")
+    rows = [row for row in map(json.loads, lines) if [row[name] for name in names] == wanted]
+    return {row["backend"]: row for row in reversed(rows) if 0.49 < row["keep"] < 0.51}
+
+
+def operator_table(columns: int) -> list[list[str]]:
+    """The table of docs/kernels.md that has so many columns."""
+    lines = [line.split("|")[1:-1] for line in TEXT["docs/kernels.md"].splitlines()]
+    return [
+        line for line in lines if len(line) == columns and "×" in line[0] and "B" not in line[0]
+    ]
+
+
 def test_times_of_the_operator_are_those_of_the_benchmark():
-    table = [row.split("|") for row in TEXT["docs/kernels.md"].splitlines() if "× |" in row]
-    lines = (ROOT / "results" / "bench-cpu.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
+    table = operator_table(7)
     assert len(table) == 8
-    for _, size, which, *cells, _ in table:
-        name = "forward" if which.strip() == "forward" else "both"
-        B, H, W, C = map(int, size.split("×"))
-        same = [
-            r for r in rows if (r["B"], r["H"], r["W"], r["C"], r["pass"]) == (B, H, W, C, name)
-        ]
-        ms = {row["backend"]: row["ms_p50"] for row in reversed(same) if 0.49 < row["keep"] < 0.51}
+    for size, which, *cells in table:
+        rows = benchmark_rows("bench-cpu.jsonl", size, which, "float32")
+        ms = {backend: row["ms_p50"] for backend, row in rows.items()}
         grid = min(ms["grid_sample per layer"], ms["grid_sample per key"])
         expected = [ms["cpp"], ms["torch"], grid, ms["conv3x3"], grid / ms["cpp"]]
         shown = [float(cell.strip(" ×")) for cell in cells]
         assert shown == pytest.approx(expected, rel=0.006)
+
+
+def test_times_on_a_gpu_are_those_of_the_benchmark():
+    table = operator_table(10)
+    assert len(table) == 8
+    for size, which, *cells in table:
+        rows = [benchmark_rows("bench-h200.jsonl", size, which, d) for d in ("float32", "bfloat16")]
+        ours = [row["triton"] for row in rows]
+        full = {backend: row["ms_p50"] for backend, row in rows[0].items()}
+        times = [row["ms_p50"] for row in ours]
+        best = [min(r[f"grid_sample per {k}"]["ms_p50"] for k in ("layer", "key")) for r in rows]
+        ratios = [grid / time for grid, time in zip(best, times, strict=True)]
+        shares = [row["floor_share"] for row in ours]
+        expected = [*times, best[0], full["deform_conv2d"], *ratios, *shares]
+        shown = [float(cell.strip(" ×")) for cell in cells]
+        assert shown == pytest.approx(expected, rel=0.02, abs=0.006)
 
 
 def anchors(text: str) -> set[str]:
