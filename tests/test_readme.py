@@ -142,11 +142,9 @@ def benchmark_rows(file: str, size: str, which: str, dtype: str) -> dict[str, di
 
 
 def operator_table(columns: int) -> list[list[str]]:
-    """The table of docs/kernels.md that has so many columns."""
-    lines = [line.split("|")[1:-1] for line in TEXT["docs/kernels.md"].splitlines()]
-    return [
-        line for line in lines if len(line) == columns and "×" in line[0] and "B" not in line[0]
-    ]
+    """The rows of docs/kernels.md that begin with a size and have so many columns."""
+    rows = re.findall(r"^\|( \d+×\d+×\d+×\d+ \|.*)\|$", TEXT["docs/kernels.md"], re.MULTILINE)
+    return [cells for row in rows if len(cells := row.split("|")) == columns]
 
 
 def test_times_of_the_operator_are_those_of_the_benchmark():
@@ -174,7 +172,7 @@ def test_times_on_a_gpu_are_those_of_the_benchmark():
         shares = [row["floor_share"] for row in ours]
         expected = [*times, best[0], full["deform_conv2d"], *ratios, *shares]
         shown = [float(cell.strip(" ×")) for cell in cells]
-        assert shown == pytest.approx(expected, rel=0.02, abs=0.006)
+        assert shown == pytest.approx(expected, rel=0.006, abs=0.006)
 
 
 def anchors(text: str) -> set[str]:
