@@ -12,6 +12,7 @@ deviation, and the mean gain over the first network of the same seed."""
 
 import argparse
 import contextlib
+import itertools
 import json
 import shlex
 import statistics
@@ -151,15 +152,15 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 def main(argv: list[str] | None = None) -> None:
     args, common = parse(argv)
     processes = Processes(cli.pick_device(train.parse(common).device))
+    named = [text.partition(":")[::2] for text in args.network]
+    keys = [(name, seed) for seed in args.seeds.split(",") for name, _ in named]
+    if len(set(keys)) < len(keys):
+        raise UsageError("--network: every NAME and every seed once")
     runs: dict[tuple[str, str], Run] = {}
     loaders: dict[str, SharedLoader] = {}
-    for seed in args.seeds.split(","):
-        for text in args.network:
-            name, _, flags = text.partition(":")
-            out = ["--out", str(args.out / f"{name}-{seed}"), "--seed", seed]
-            runs[name, seed] = Run([*common, *shlex.split(flags), *out], processes, loaders)
-    if len(runs) < len(args.network) * len(args.seeds.split(",")):
-        raise UsageError("--network: every NAME and every seed once")
+    for (name, seed), (_, flags) in zip(keys, itertools.cycle(named), strict=False):
+        out = ["--out", str(args.out / f"{name}-{seed}"), "--seed", seed]
+        runs[name, seed] = Run([*common, *shlex.split(flags), *out], processes, loaders)
     steps = max(run.plan.train.steps for run in runs.values())
     for step in console.progress(range(steps), unit="step", desc="trial"):
         for run in runs.values():
