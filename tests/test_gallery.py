@@ -252,7 +252,7 @@ def test_a_restored_tree_is_paired(tmp_path, make_scene, capsys):
     assert [at["width"] for at in reader.all("img")] == ["9", "18"] * 3
     assert held(reader.all("img")[5])[1] == (out / "deep/er/a.png").read_bytes()
     assert capsys.readouterr().err.splitlines()[0] == (
-        f"{folder}: 1 files of other formats are left out"
+        f"{folder}: left out, 1 file of other formats"
     )
 
 

@@ -112,17 +112,26 @@ def overlap(tile: int) -> int:
 
 
 @torch.no_grad()
-def strips(model: Backbone, picture: Tensor, tile: int | None, ensemble: bool) -> Iterator[Tensor]:
+def strips(
+    model: Backbone,
+    picture: Tensor,
+    tile: int | None,
+    ensemble: bool,
+    advance: Callable[[float], object] = float,
+) -> Iterator[Tensor]:
     """The restored picture from top to bottom, in strips [C,rows,w·scale], one for each row of
-    tiles."""
+    tiles. advance: called with the share of tiles done, 0..1, after each."""
     _, h, w = picture.shape
     if tile is None or tile >= max(h, w):
-        yield predict(model, picture, ensemble)
+        whole = predict(model, picture, ensemble)
+        advance(1)
+        yield whole
         return
     scale, shared = model.config.scale, overlap(tile) * model.config.scale
     (rows, tops), (columns, lefts) = tile_grid(h, tile), tile_grid(w, tile)
     total = picture.new_zeros(picture.shape[0], 0, w * scale)
     weights = total[:1]
+    done, tiles = 0, len(tops) * len(lefts)
     for top, following in zip(tops, [*tops[1:], h], strict=True):
         # Total and weights begin at `top`; they already hold what the row of tiles above left
         missing = rows * scale - total.shape[1]
@@ -137,9 +146,11 @@ def strips(model: Backbone, picture: Tensor, tile: int | None, ensemble: bool) -
             place = slice(left * scale, (left + columns) * scale)
             total[:, :, place] += weight * predict(model, part, ensemble)
             weights[:, :, place] += weight
-        done = (following - top) * scale
-        yield total[:, :done] / weights[:, :done]
-        total, weights = total[:, done:], weights[:, done:]
+            done += 1
+            advance(done / tiles)
+        ready = (following - top) * scale
+        yield total[:, :ready] / weights[:, :ready]
+        total, weights = total[:, ready:], weights[:, ready:]
 
 
 def predict(model: Backbone, part: Tensor, ensemble: bool) -> Tensor:
