@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 from restoring import CAR, call, tiny, write_network
 
-from acla.restore import inference, progress
+from acla.errors import PictureError
+from acla.restore import inference, photo, progress
 from acla.restore.progress import PixelBar, announce, duration, sizes_of
 
 
@@ -40,6 +41,20 @@ def test_the_bar_counts_what_will_be_restored(photos):
     assert [bar.bar.n, bar.bar.total] == pytest.approx([30 * 41 / 1e6] * 2)
 
 
+def test_a_phones_200_megapixels_are_accepted(tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "small.jpg")
+    small = (tmp_path / "small.jpg").read_bytes()
+    header = b"\x08" + (8).to_bytes(2) + (8).to_bytes(2)  # bits, height, width
+    assert small.count(header) == 1
+    for height, width in ((12240, 16320), (20000, 16320)):
+        large = header[:1] + height.to_bytes(2) + width.to_bytes(2)
+        (tmp_path / f"{height}.jpg").write_bytes(small.replace(header, large))
+    paths = [tmp_path / "12240.jpg", tmp_path / "20000.jpg"]
+    assert sizes_of(paths, jpegs_alone=True) == {paths[0]: (12240, 16320)}
+    with pytest.raises(PictureError, match=r"20000.jpg: more pixels than Pillow accepts"):
+        photo.jpeg_quality(paths[1])
+
+
 @pytest.mark.parametrize("tile", [None, 32])
 def test_every_tile_is_told_of(tile):
     shares = []
@@ -66,7 +81,7 @@ def test_the_estimate_counts_tiles_that_overlap(tmp_path, capsys, monkeypatch):
     announce(tiny(CAR), {tmp_path: (512, 768), tmp_path / "b": (200, 100)}, None, False)
     seconds = 30 * (2 * 3 * 272 * 278 + 200 * 100) / 1e6
     rate = seconds * 1e6 / (512 * 768 + 200 * 100)
-    told = f"2 pictures, 0.4 megapixels: about {seconds:.0f} s, {rate:.2g} s/MP\n"
+    told = f"2 pictures, 0.4 megapixels: about {seconds:.0f} s, {rate:.3g} s/MP\n"
     assert capsys.readouterr().err == told
 
 

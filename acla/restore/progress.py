@@ -86,7 +86,7 @@ def announce(model: Backbone, sizes: Sizes, tile: int | None, ensemble: bool) ->
     seconds *= pixels / side**2
     notice(
         f"{plural(len(sizes), 'picture')}, {total / 1e6:.1f} megapixels: about "
-        f"{duration(seconds)}, {seconds * 1e6 / total:.2g} s/MP"
+        f"{duration(seconds)}, {seconds * 1e6 / total:.3g} s/MP"
     )
 
 
