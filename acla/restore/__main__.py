@@ -25,6 +25,7 @@ from acla.restore.inference import (
     check_tile,
     computing_in,
     default_tile,
+    keep_memory,
     pick_precision,
 )
 from acla.restore.jobs import find_jobs
@@ -103,6 +104,7 @@ def main(argv: list[str] | None = None) -> None:
             f"--{flag} {task.value}: a photo has one of them: give it, or leave --{flag} out"
         )
     models = PretrainedModels(args.checkpoint, task, pick_device(args.device))
+    keep_memory(models.device)
     for task in models.files:
         check_ensemble(args.ensemble, task)
     jobs = find_jobs(args.source, args.out, args.suffix, args.overwrite, args.skip_existing)

@@ -1,6 +1,8 @@
 """A picture through a network: whole or in tiles, turned, within the memory at hand."""
 
+import ctypes
 import math
+import platform
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -44,6 +46,16 @@ def computing_in(precision: str, device: torch.device) -> torch.autocast:
 
 
 # One picture through a network
+
+
+def keep_memory(device: torch.device) -> None:
+    """Have this process keep the memory of freed tensors of up to 256 MiB for the next ones. glibc
+    gives those above 32 MiB, the features of a tile, back to the kernel, which clears every page of
+    them again: a quarter of a CPU's time. Nothing changes elsewhere."""
+    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 256 << 20)  # M_MMAP_THRESHOLD
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free memory at the heap's end
 
 
 def restore(
