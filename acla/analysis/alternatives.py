@@ -38,8 +38,6 @@ from acla.restore.pretrained import PretrainedModels
 TASK, SET = Task("car", 10), "LIVE1"
 CPU = torch.device("cpu")
 PRECISIONS = ("fp32", "bf16")
-CORES = (1, 2)
-HEAD = ("network", "format", "s/MP, one core", "two cores", "multiply-adds, k/pixel", "PSNR, dB")
 
 
 class DnCNN(nn.Sequential):
@@ -109,7 +107,7 @@ def measured_rows(args: argparse.Namespace) -> Iterator[Row]:
             model.to(memory_format=torch.channels_last)
             rows.append(row)
             works.append(functools.partial(forward, model, precision, picture))
-    for threads in CORES:
+    for threads in args.cores:
         yield from in_turns(rows, works, threads, args)
 
 
@@ -132,9 +130,11 @@ def table(rows: list[Row]) -> str:
     cells = []
     for (name, precision), own in lines.items():
         seconds = [f"{row['s_per_mp_p50']:.1f}" for row in own]
+        cores = [f"s/MP, cores: {row['threads']}" for row in own]
         psnr = "–" if own[0]["psnr"] is None else f"{own[0]['psnr']:.3f}"
         cells.append([name, precision, *seconds, f"{own[0]['kmacs_per_pixel']:.0f}", psnr])
-    return console.markdown(HEAD, cells)
+    head = ["network", "format", *cores, "multiply-adds, k/pixel", "PSNR, dB"]
+    return console.markdown(head, cells)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -145,6 +145,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--data", type=Path, metavar="DIR", help=f"folder that holds {SET} (default: time alone)")
+    add("--cores", type=int, nargs="+", default=[1, 2], metavar="N", help="(default: 1 2)")
     add("--crop", type=int, metavar="N", help="PSNR of the middle N pixels alone (default: all)")
     add("--side", type=int, default=192, help="of the tile that is timed (default: 192)")
     add("--seconds", type=float, default=60, help="least time for each count of cores (default 60)")

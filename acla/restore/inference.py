@@ -49,9 +49,9 @@ def computing_in(precision: str, device: torch.device) -> torch.autocast:
 
 
 def keep_memory(device: torch.device) -> None:
-    """Have this process keep the memory of freed tensors of up to 256 MiB for the next ones. glibc
-    gives those above 32 MiB, the features of a tile, back to the kernel, which clears every page of
-    them again: a quarter of a CPU's time. Nothing changes elsewhere."""
+    """Have this process keep the memory of freed tensors of up to 256 MiB for the next ones, at the
+    cost of a higher peak. glibc gives those above 32 MiB, the features of a tile, back to the
+    kernel, which clears every page of them again. Nothing changes with other C libraries."""
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 256 << 20)  # M_MMAP_THRESHOLD
