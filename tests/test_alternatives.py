@@ -2,6 +2,7 @@
 
 import functools
 import json
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from acla.analysis import alternatives
 from acla.models.serialization import Checkpoint
 from acla.restore import pretrained
 
+ROOT = Path(__file__).parents[1]
 ATTENTION = {"attention": "acla", "keys": 2, "positions": (1,)}
 
 
@@ -68,3 +70,9 @@ def test_a_row_for_each_network_format_and_number_of_cores(
     psnr = [row["psnr"] for row in rows if row["psnr"]]
     assert np.ptp(psnr) < 0.05  # the fresh network changes nothing
     assert rows[0]["kmacs_per_pixel"] > rows[1]["kmacs_per_pixel"] > 0
+
+
+def test_the_table_of_the_document_is_the_measured_one():
+    rows = (ROOT / "results/restoring-cpu.jsonl").read_text(encoding="utf-8").splitlines()
+    text = alternatives.table([json.loads(row) for row in rows])
+    assert text in (ROOT / "docs/restoring.md").read_text(encoding="utf-8")
