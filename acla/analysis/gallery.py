@@ -15,7 +15,7 @@ import numpy as np
 from acla import cli, console
 from acla.console import printable
 from acla.data.image import SUFFIXES, opened
-from acla.errors import DataError, UsageError
+from acla.errors import DataError, PictureError, UsageError
 from acla.files import write_atomically
 from acla.restore import photo
 from acla.restore.jobs import Jobs, walk
@@ -38,8 +38,8 @@ class Picture(NamedTuple):
 def find_pairs(before: Path, after: Path) -> Jobs:
     """The pairs (before, after) of two photos, or of two trees by relative path without suffix.
 
-    notices: also what has no partner. Raises UsageError for a folder and a file, DataError where
-    there is more than one way to make a pair.
+    Of several pictures of one stem, equal names make a pair, and of the rest one before and one
+    after. notices: also what has no partner. Raises UsageError for a folder and a file.
     """
     if before.is_dir() != after.is_dir():
         raise UsageError(f"{before} and {after}: give two photos or two folders")
@@ -48,14 +48,13 @@ def find_pairs(before: Path, after: Path) -> Jobs:
     jobs = Jobs()
     old, new = by_stem(before, after, jobs), by_stem(after, before, jobs)
     for stem in sorted(old.keys() | new.keys()):
-        ours, theirs = old.get(stem, []), new.get(stem, [])
-        if not (ours and theirs):
-            jobs.notices += [f"{path}: no partner" for path in (*ours, *theirs)]
-        elif len(ours) == len(theirs) == 1 or [p.name for p in ours] == [p.name for p in theirs]:
-            jobs.pairs += zip(ours, theirs, strict=True)
+        ours, theirs = ({p.name: p for p in paths.get(stem, [])} for paths in (old, new))
+        jobs.pairs += [(ours.pop(name), theirs.pop(name)) for name in sorted(ours.keys() & theirs)]
+        if len(ours) == len(theirs) == 1:
+            jobs.pairs.append((*ours.values(), *theirs.values()))
         else:
-            names = ", ".join(map(str, (*ours, *theirs)))
-            raise DataError(f"{names}: one of each wanted; rename the rest")
+            rest = (*ours.values(), *theirs.values())
+            jobs.notices += [f"{path}: no partner" for path in rest]
     return jobs
 
 
@@ -98,12 +97,17 @@ def to_png(seen: Photo) -> bytes:
 
 
 def embed(jobs: Jobs, before: Path, after: Path) -> list[tuple[Picture, Picture]]:
-    """The pictures of all pairs. Raises DataError for a pair that differs in proportion, UsageError
-    for more than a page should hold."""
+    """The pictures of all pairs; what cannot be read is left out, with a notice. Raises
+    PictureError where that is all, DataError for a pair that differs in proportion, UsageError for
+    more than a page should hold."""
     roots = [root if root.is_dir() else root.parent for root in (before, after)]
-    shown, total = [], 0
+    shown, unreadable, total = [], [], 0
     for paths in console.progress(jobs.pairs, desc="page", unit="pair", leave=False):
-        old, new = (embedded(path, root) for path, root in zip(paths, roots, strict=True))
+        try:
+            old, new = (embedded(path, root) for path, root in zip(paths, roots, strict=True))
+        except PictureError as error:
+            unreadable.append(printable(str(error)))
+            continue
         if old.width * new.height != new.width * old.height:
             raise DataError(
                 f"{paths[0]} is {old.width}×{old.height} pixels (width × height), {paths[1]} is "
@@ -116,6 +120,10 @@ def embed(jobs: Jobs, before: Path, after: Path) -> list[tuple[Picture, Picture]
                 "pictures (a folder inside of these), or JPEG ones (acla.restore --suffix .jpg)"
             )
         shown.append((old, new))
+    if not shown:
+        raise PictureError("\n  ".join(unreadable))
+    for text in unreadable:
+        console.notice(f"left out: {text}")
     return shown
 
 
