@@ -21,8 +21,8 @@ LIBRARY.define(
     "float temperature, str backend, bool counts) -> (Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(
-    "attend_module(Tensor query, Tensor[] features, Tensor[] mask_maps, Tensor weight, Tensor bias, "
-    "Tensor output, Tensor output_bias) -> Tensor"
+    "attend_module(Tensor query, Tensor[] features, Tensor[] mask_maps, Tensor weight, "
+    "Tensor bias, Tensor output, Tensor output_bias) -> Tensor"
 )
 LIBRARY.define(
     "attend_backward(Tensor[] features, Tensor points, Tensor[] mask_maps, Tensor? gates, "
