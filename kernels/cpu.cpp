@@ -213,18 +213,30 @@ inline void over_tiles(const Problem& p, Tile<A>& tile, int strip, F&& body) {
   }
 }
 
+// Which of the maps [B,L] keep every key.
+template <class A>
+void find_open(const Problem& p, Tile<A>& tile, std::vector<char>& open) {
+#pragma omp for schedule(dynamic)
+  for (int64_t i = 0; i < int64_t(open.size()); ++i) {
+    tile.b = int(i / p.L), tile.l = int(i % p.L);
+    open[i] = !p.mask_maps || all_open(p, tile);
+  }
+}
+
 template <class T, class A>
 void forward(const Problem& p) {
   const int64_t strips = (p.H + kTile - 1) / kTile, work = p.B * p.L * strips;
+  std::vector<char> open(p.B * p.L);
   for (int64_t i = 0; i < p.B * p.L; ++i) p.kept[i] = 0;
   expect_writes(p.aggregate, p.B * p.H * p.W * p.L * p.C * int64_t(sizeof(T)));
 #pragma omp parallel num_threads(int(p.threads))
   {
     Tile<A> tile(p);
+    find_open(p, tile, open);
 #pragma omp for schedule(dynamic)
     for (int64_t item = 0; item < work; ++item) {
       const int64_t b = item / strips / p.L, l = item / strips % p.L;
-      tile.b = int(b), tile.l = int(l);
+      tile.b = int(b), tile.l = int(l), tile.masked = !open[item / strips];
       const A gate = A(p.gates ? p.gates[l] : 1);
       const T* image = static_cast<const T*>(p.features[l]) + b * p.feature_strides[l * 3];
       T* aggregate = static_cast<T*>(p.aggregate);
@@ -251,57 +263,9 @@ void forward(const Problem& p) {
 
 // ---- a whole module in inference: points, attention and output of a tile stay in the cache
 
-// out[r] = start[r] + Σ in[r][c] · weight[c] for R rows and V vectors of columns.
-template <int R, int V, bool part, class T, class A>
-inline void multiply(const T* const (&in)[R], int inner, const A* weight, int64_t step,
-                     const A* const (&start)[R], A* const (&out)[R], int count) {
-  constexpr int lanes = kLanes<A>;
-  Vector<A> sum[R * V];
-#pragma GCC unroll 16
-  for (int i = 0; i < R * V; ++i) sum[i] = load<A, part>(start[i / V] + i % V * lanes, count);
-  for (int c = 0; c < inner; ++c, weight += step) {
-    Vector<A> w[V];
-#pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) w[v] = load<A, part>(weight + v * lanes, count);
-#pragma GCC unroll 16
-    for (int i = 0; i < R * V; ++i) sum[i] += widen(in[i / V][c]) * w[i % V];
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < R * V; ++i) store<A, part>(out[i / V] + i % V * lanes, sum[i], count);
-}
-
-// The same for all queries of a tile and all columns. in(q), start(q) and out(q) are rows.
-template <class A, class In, class Start, class Out>
-void product(int queries, int inner, const A* weight, int64_t step, int columns, In&& in,
-             Start&& start, Out&& out) {
-  constexpr int lanes = kLanes<A>;
-  const auto block = [&](auto wide, auto part, int o) {
-    constexpr int V = decltype(wide)::value, R = 12 / V < 4 ? 12 / V : 4;  // 16 registers
-    const auto rows = [&](auto some, int q) {
-      constexpr int N = decltype(some)::value;
-      std::decay_t<decltype(in(0))> from[N];
-      const A* begin[N];
-      A* to[N];
-      for (int r = 0; r < N; ++r)
-        from[r] = in(q + r), begin[r] = start(q + r) + o, to[r] = out(q + r) + o;
-      multiply<N, V, decltype(part)::value>(from, inner, weight + o, step, begin, to, columns - o);
-    };
-    int q = 0;
-    for (; q + R <= queries; q += R) rows(std::integral_constant<int, R>{}, q);
-    for (; q < queries; ++q) rows(std::integral_constant<int, 1>{}, q);
-  };
-  constexpr auto whole = std::false_type{};
-  int o = 0;
-  for (; columns - o >= 3 * lanes; o += 3 * lanes)
-    block(std::integral_constant<int, 3>{}, whole, o);
-  if (columns - o >= 2 * lanes) block(std::integral_constant<int, 2>{}, whole, o), o += 2 * lanes;
-  if (columns - o >= lanes) block(std::integral_constant<int, 1>{}, whole, o), o += lanes;
-  if (o < columns) block(std::integral_constant<int, 1>{}, std::true_type{}, o);
-}
-
-// h(y) of a tile's queries, from the queries themselves.
+// Adds layer tile.l's part of h(y) to the results of a tile's queries.
 template <class T, class A>
-void module_tile(const Problem& p, Tile<A>& tile, std::vector<A>& sums) {
+void add_layer(const Problem& p, Tile<A>& tile, std::vector<A>& sums) {
   const int C = int(p.C), O = int(p.O), N = tile.queries(), columns = 3 * tile.K;
   const int64_t* strides = p.query_strides;
   const T* query = static_cast<const T*>(p.query) + tile.b * strides[0];
@@ -312,40 +276,45 @@ void module_tile(const Problem& p, Tile<A>& tile, std::vector<A>& sums) {
   const auto out = [&](int q) {
     return result + ((int64_t(tile.b) * p.H + tile.y(q)) * p.W + tile.x(q)) * O;
   };
-  for (tile.l = 0; tile.l < p.L; ++tile.l) {
-    const T* image =
-        static_cast<const T*>(p.features[tile.l]) + tile.b * p.feature_strides[tile.l * 3];
-    ask_ahead(p, tile, image);
-    const int64_t first = int64_t(tile.l) * columns;
-    product<A>(
-        N, C, static_cast<const A*>(p.weight) + first, p.L * columns, columns, feature,
-        [&](int) { return static_cast<const A*>(p.bias) + first; },
-        [&](int q) { return tile.points.data() + q * columns; });
-    plan(p, tile, A(1));
-    gather(p, tile, image, [&](auto part, int q, int c, Vector<A> v, int count) {
-      store<A, decltype(part)::value>(sums.data() + q * (C + 1) + c, v, count);
-    });
-    for (int q = 0; q < N; ++q) sums[q * (C + 1) + C] = tile.inside[q];
-    product<A>(
-        N, C + 1, static_cast<const A*>(p.output) + int64_t(tile.l) * (C + 1) * O, O, O,
-        [&](int q) -> const A* { return sums.data() + q * (C + 1); },
-        [&](int q) { return tile.l ? out(q) : static_cast<const A*>(p.output_bias); }, out);
-  }
+  const T* image =
+      static_cast<const T*>(p.features[tile.l]) + tile.b * p.feature_strides[tile.l * 3];
+  ask_ahead(p, tile, image);
+  const int64_t first = int64_t(tile.l) * columns;
+  product<A>(
+      N, C, static_cast<const A*>(p.weight) + first, p.L * columns, columns, feature,
+      [&](int) { return static_cast<const A*>(p.bias) + first; },
+      [&](int q) { return tile.points.data() + q * columns; });
+  plan(p, tile, A(1));
+  gather(p, tile, image, [&](auto part, int q, int c, Vector<A> v, int count) {
+    store<A, decltype(part)::value>(sums.data() + q * (C + 1) + c, v, count);
+  });
+  for (int q = 0; q < N; ++q) sums[q * (C + 1) + C] = tile.inside[q];
+  product<A>(
+      N, C + 1, static_cast<const A*>(p.output) + int64_t(tile.l) * (C + 1) * O, O, O,
+      [&](int q) -> const A* { return sums.data() + q * (C + 1); },
+      [&](int q) { return tile.l ? out(q) : static_cast<const A*>(p.output_bias); }, out);
 }
 
 template <class T, class A>
 void module(const Problem& p) {
   const int64_t strips = (p.H + kTile - 1) / kTile;
+  std::vector<char> open(p.B * p.L);
   expect_writes(p.result, p.B * p.H * p.W * p.O * int64_t(sizeof(A)));
 #pragma omp parallel num_threads(int(p.threads))
   {
     Tile<A> tile(p);
     tile.points.resize(kTile * kTile * 3 * p.K);
     std::vector<A> sums(kTile * kTile * (p.C + 1));
+    find_open(p, tile, open);
 #pragma omp for schedule(dynamic)
     for (int64_t item = 0; item < p.B * strips; ++item) {
       tile.b = int(item / strips);
-      over_tiles(p, tile, int(item % strips), [&] { module_tile<T>(p, tile, sums); });
+      over_tiles(p, tile, int(item % strips), [&] {
+        for (tile.l = 0; tile.l < p.L; ++tile.l) {
+          tile.masked = !open[tile.b * p.L + tile.l];
+          add_layer<T>(p, tile, sums);
+        }
+      });
     }
   }
 }
@@ -431,6 +400,7 @@ void backward(const Problem& p) {
     for (int64_t item = 0; item < p.B * p.L; ++item) {
       tile.b = int(item / p.L), tile.l = int(item % p.L);
       const Share<T, A> share(p, tile.b, tile.l);
+      tile.masked = p.mask_maps;
       double gate = 0;
       for (int strip = 0; strip < strips; ++strip)
         over_tiles(p, tile, strip, [&] { gate += backward_tile(share, tile); });

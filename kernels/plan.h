@@ -72,6 +72,7 @@ struct Tile {
   }
 
   int b, l, top, left, height, width;  // queries from (top, left) of image b, keys on layer l
+  bool masked = false;                 // whether masks are read, rather than known to be open
   int K, slots;                        // keys of a query, and entries: whole vectors
   int64_t size;
   int first[kTile * kTile + 1];  // picked[first[q] .. first[q + 1] - 1]: query q's open entries
@@ -151,6 +152,22 @@ const A* mask_map(const Problem& p, const Tile<A>& tile) {
   return static_cast<const A*>(p.mask_maps[tile.l]) + tile.b * p.mask_strides[tile.l * 3];
 }
 
+// Whether the map keeps every key, wherever it is read without noise: all values are above 0, and so
+// is what lies between them.
+template <class A>
+bool all_open(const Problem& p, const Tile<A>& tile) {
+  const int64_t* strides = p.mask_strides + tile.l * 3;
+  const A* map = mask_map(p, tile);
+  bool open = !p.seeds;
+  for (int64_t y = 0; open && y < p.H + 2; ++y)
+    for (int64_t x = 0; x < p.W + 2; ++x) {
+      const A* from = map + y * strides[1] + x * strides[2];
+#pragma omp simd reduction(& : open)
+      for (int k = 0; k < tile.K; ++k) open &= from[k] > 0;
+    }
+  return open;
+}
+
 // The mask's values at the four corners, and its noise.
 template <class A>
 void look_up(const Problem& p, Tile<A>& tile, int begin, int end) {
@@ -190,7 +207,7 @@ void pick(const Problem& p, Tile<A>& tile, int begin, int end, A gate) {
     for (int k = 0, i = q * tile.slots; k < tile.K; k += lanes, i += lanes) {
       const Reals y = get(at.y + i), x = get(at.x + i), f = gate * get(at.f + i);
       Integers<A> open = kLane<A> < tile.K - k;
-      if (p.mask_maps) {
+      if (tile.masked) {
         const Reals v0 = get(at.w0 + i), v1 = get(at.w1 + i);
         const Reals v2 = get(at.w2 + i), v3 = get(at.w3 + i);
         Reals logit = (1 - y) * ((1 - x) * v0 + x * v1) + y * ((1 - x) * v2 + x * v3);
@@ -224,7 +241,7 @@ int plan(const Problem& p, Tile<A>& tile, A gate) {
   for (int begin = 0; begin < tile.queries(); begin += tile.width) {
     const int end = begin + tile.width;
     locate(p, tile, begin, end);
-    if (p.mask_maps) look_up(p, tile, begin, end);
+    if (tile.masked) look_up(p, tile, begin, end);
     pick(p, tile, begin, end, gate);
     address(tile, begin, end, strides[1], strides[2]);
   }

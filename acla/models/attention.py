@@ -102,15 +102,16 @@ class CrossLayerAttention(nn.Module):
 
         Returns h(y) [B,C,H,W] and the keys kept [B,L], summed over the queries, or None without
         `counts`."""
+        whole = gates is None and seeds is None and not counts and runs_whole(query, rows)
+        points = None if whole else self.locate(query)
         if maps is None and self.mask is not None:
             maps = [mask_maps([self], layer, one)[0] for layer, one in enumerate(rows)]
-        if gates is None and seeds is None and not counts and runs_whole(query, rows):
+        if whole:  # in one pass of the CPU kernel
             query = query.permute(0, 2, 3, 1)
-            points = derive(self, "points", transpose, self.points.weight, self.points.bias)
+            located = derive(self, "points", transpose, self.points.weight, self.points.bias)
             parts = self.output.weight, self.value, self.value_bias, self.output.bias
             output = derive(self, "h∘g, stacked", stack, *parts)
-            return attend_module(query, rows, maps, *points, *output).permute(0, 3, 1, 2), None
-        points = self.locate(query)
+            return attend_module(query, rows, maps, *located, *output).permute(0, 3, 1, 2), None
         attended = attend(
             rows, points, maps, gates, seeds=seeds, temperature=temperature, counts=counts
         )
@@ -229,9 +230,9 @@ def pointwise(
     is as exact and as fast as they.
     """
     device = rows.device.type
-    if device == "cpu":
-        # Torch computes convolutions of several pictures by oneDNN, up to twice as fast as its
-        # matrix product; so every line of pixels is a picture here.
+    if device == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        # Torch computes convolutions of several pictures by oneDNN, there up to twice as fast as
+        # its matrix product; so every line of pixels is a picture here.
         B, H, _, _ = rows.shape
         lines = convolve(rows.flatten(0, 1).unsqueeze(1), weight, bias)
         return lines.squeeze(1).unflatten(0, (B, H))
