@@ -107,6 +107,7 @@ def attending_network():
 
 @pytest.mark.parametrize("part", ["aggregate", "coverage"])
 def test_the_network_that_is_replayed_depends_on_the_operator(monkeypatch, part):
+    monkeypatch.setenv("ACLA_BACKEND", "torch")  # of the modules, not of their whole
     net, picture = attending_network(), torch.rand(1, 1, 13, 10)
     expected = benchmark.without_gradients(net, picture)
 
