@@ -103,16 +103,26 @@ def score(prediction: Tensor, target: Tensor, task: Task) -> tuple[float, float 
     not rounded; one channel is Y already. Equal pictures score infinity; SSIM is None below 11
     pixels a side. Raises DataError if the sizes differ or the border leaves nothing.
     """
+    first = score_psnr(prediction, target, task)
+    return first, ssim(*compared_levels(prediction, target, task), border(task))
+
+
+def score_psnr(prediction: Tensor, target: Tensor, task: Task) -> float:
+    """The PSNR of `score` alone, in a fraction of the time."""
+    try:
+        return psnr(*compared_levels(prediction, target, task), border(task))
+    except ValueError as error:
+        raise DataError(str(error)) from error
+
+
+def compared_levels(prediction: Tensor, target: Tensor, task: Task) -> list[np.ndarray]:
+    """What `score` compares: levels [H, W] or [H, W, 3] of prediction and target."""
     prediction, target = round_8bit(prediction.double()), exact(target)
     if task.name == "sr":
         prediction, target = (luma(x) if len(x) == 3 else x for x in (prediction, target))
     elif len(target) == 3:
         prediction = to_rgb(prediction)
-    levels = [(255 * x).permute(1, 2, 0).squeeze(2).cpu().numpy() for x in (prediction, target)]
-    try:
-        return psnr(*levels, border(task)), ssim(*levels, border(task))
-    except ValueError as error:
-        raise DataError(str(error)) from error
+    return [(255 * x).permute(1, 2, 0).squeeze(2).cpu().numpy() for x in (prediction, target)]
 
 
 def exact(image: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from acla.config import Task
 from acla.data.datasets import Pictures
 from acla.data.degradations import generator_for, pair
 from acla.data.image import from_levels
-from acla.data.metrics import protocol_line, score
+from acla.data.metrics import protocol_line, score_psnr
 from acla.errors import DataError
 from acla.models.backbones import Backbone
 
@@ -24,7 +24,7 @@ def validation_set(paths: Sequence[Path], task: Task, channels: int) -> Pictures
     for index, path in enumerate(paths):
         _, target = validation_pair(pictures, index, task, channels)
         try:
-            score(target, target, task)
+            score_psnr(target, target, task)
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
     return pictures
@@ -65,7 +65,7 @@ def each_psnr(
     for index in range(len(pictures))[:most]:
         low, target = validation_pair(pictures, index, task, model.config.channels)
         restored = model(low.to(device).unsqueeze(0))[0].cpu()
-        psnr.append(score(restored, target, task)[0])
+        psnr.append(score_psnr(restored, target, task))
     model.train(was_training)
     return psnr
 
