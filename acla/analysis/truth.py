@@ -151,8 +151,8 @@ def train_all(space: Space, groups: Sequence[Group], jobs: int) -> Iterator[list
 
 
 def groups_left(blocks: int, seeds: Sequence[int], done: set, size: int) -> list[Group]:
-    """The networks not done yet, in groups of `size` of one seed and of like cost, the most
-    expensive first."""
+    """The networks not done yet, seed by seed, in groups of `size` of like cost, the most expensive
+    first."""
     positions, groups = range(1, blocks + 1), []
     for seed in seeds:
         counts = range(blocks, -1, -1)
@@ -161,7 +161,7 @@ def groups_left(blocks: int, seeds: Sequence[int], done: set, size: int) -> list
         )
         left = [subset for subset in subsets if (subset, seed) not in done]
         groups += [Group(seed, left[i : i + size]) for i in range(0, len(left), size)]
-    return sorted(groups, key=lambda group: -len(group.subsets[0]))
+    return groups
 
 
 # The file
