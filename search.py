@@ -4,6 +4,7 @@ block; writes arch.json.
     python search.py --task car --q 10
     python search.py --task sr --scale 2 --backbone rcan --data DIR --train-set DIV2K
     python search.py --task car --q 10 --lambda auto --seeds 3
+    python search.py --task car --q 10 --method front
     torchrun --nproc-per-node 2 search.py --task car --q 10
 """
 
@@ -76,7 +77,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     text = f"values that --lambda auto tries (default: {','.join(map(str, lambda_selection.GRID))})"
     add("--grid", metavar="X,X…", type=parse_grid, help=text)
     text = "most multiply-adds of the attention for a 48×48 picture, with every key open; λ by "
-    add("--budget", metavar="X", type=float, help=text + "bisection")
+    text += "bisection, or the best network of the front"
+    add("--budget", metavar="X", type=float, help=text)
     text = "searches, from --seed on, and their agreement (default: 1)"
     add("--seeds", metavar="N", type=int, help=text)
     cli.add_flags(parser, SearchConfig, skip=("lam",))
@@ -89,6 +91,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UsageError("--grid goes with --lambda auto")
     if args.auto and args.budget is not None:
         raise UsageError("--lambda auto and --budget both choose λ: give one of them")
+    if args.auto and getattr(args, "method", "paper") == "front":
+        raise UsageError("--lambda auto is for --method paper: a front has networks of every cost")
     if args.budget is not None and not 0 < args.budget < float("inf"):
         raise UsageError(f"--budget must be above 0, not {args.budget:g}")
     if args.seeds is not None and not 1 <= args.seeds <= 100:
@@ -156,11 +160,12 @@ def search(
         lam, rows = lambda_selection.cross_validate(plan, args.data, trials, grid, processes)
         plan, notes = plan.change(lam=lam), {"cross_validation": rows}
         console.say(lambda_selection.validation_table(rows))
-    console.notice("λ by bisection" if selection.budget else f"λ {plan.search.lam:g}")
+    whole = plan.search.method == "front" or selection.budget is None
+    console.notice(f"λ {plan.search.lam:g}" if whole else "λ by bisection")
 
     def once(plan: SearchPlan, out: Path) -> SearchResult:
-        if selection.budget is None:
-            return loop.run(plan, sets, out, processes, notes=notes)
+        if whole:
+            return loop.run(plan, sets, out, processes, notes=notes, budget=selection.budget)
         return lambda_selection.within_budget(plan, sets, out, selection.budget, processes, notes)
 
     if selection.seeds == 1:

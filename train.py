@@ -66,6 +66,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         f"(default: {SEARCHED} if it exists, else paper)",
     )
     parser.add_argument(
+        "--budget",
+        type=float,
+        metavar="X",
+        help="of a front in --arch FILE, the best network of at most X multiply-adds of attention "
+        "for a 48×48 picture (default: the search's choice)",
+    )
+    parser.add_argument(
         "--init-supernet",
         action="store_true",
         default=None,
@@ -108,6 +115,10 @@ def plan_from_flags(args: argparse.Namespace, preset: str) -> TrainPlan:
     if args.init_supernet and args.init:
         raise UsageError("--init-supernet and --init both name the initial weights: give one")
     source = choose_architecture(args)
+    if args.budget is not None:
+        if source is None:
+            raise UsageError("--budget goes with a front: --arch FILE of search.py --method front")
+        source = source.within(args.budget)
     if args.init_supernet and source is None:
         raise UsageError(
             "--init-supernet goes with a searched architecture: --arch FILE of search.py"
@@ -238,7 +249,7 @@ def load_initial_weights(
         if supernet.config != plan.model:
             raise UsageError(
                 f"--init-supernet: {path} holds another network than the flags ask for: leave out "
-                "--preset, --attention, --positions and --keys, or --init-supernet"
+                "--preset, --attention, --positions, --keys and --budget, or --init-supernet"
             )
         weights, task = supernet.model.state_dict(), supernet.task
     elif args.init:

@@ -26,7 +26,7 @@ RENAMED = {
 }
 # Older files mean the defaults
 LATER = ("until", "offset_radius", "mask_bias", "offset_lr_mult", "mask_temperature", "mask_noise")
-LATER += ("cuda_graph",)
+LATER += ("cuda_graph", "method", "cost")
 AMP_FORMATS = ("bf16", "fp16")
 
 # Table 9. The depth says for which network the positions were found.
@@ -303,6 +303,19 @@ class TrainConfig:
 class SearchConfig:
     """Searching insert positions (Section 3.2, Table 9)."""
 
+    method: str = option(
+        "paper",
+        "paper: the paper's two stages; front: all modules trained equally, then networks of every "
+        "cost by backward elimination",
+        choices=("paper", "front"),
+        shown="paper",
+    )
+    cost: str = option(
+        "macs",
+        "what a front weighs: multiply-adds, or milliseconds of a 48×48 picture on this machine",
+        choices=("macs", "ms"),
+        shown="macs",
+    )
     steps: int = option(200_000, "optimiser steps of both stages together", POSITIVE)
     epoch_steps: int = option(1000, "steps of an epoch, one row of search.jsonl", POSITIVE)
     batch_size: int = option(16, "patches in a step", POSITIVE)
@@ -322,6 +335,9 @@ class SearchConfig:
     )
     tau: float = option(1.0, "gate temperature until the second stage", POSITIVE, shown="1")
     tau_end: float = option(0.1, "gate temperature at the end", POSITIVE, shown="0.1")
+    mask_noise: bool = option(
+        True, "draw the key masks with noise (Eq. 7); without it is not the paper's", shown="on"
+    )
     train_set: str = option(
         "sample", "set of pictures to search on; sample is built in", shown="sample"
     )
@@ -332,8 +348,8 @@ class SearchConfig:
 
     @property
     def first_stage(self) -> int:
-        """Steps that train the weights alone; fewer than all."""
-        return int(self.steps * self.warmup)
+        """Steps that train the weights alone: all of a front, fewer than all of the paper's."""
+        return self.steps if self.method == "front" else int(self.steps * self.warmup)
 
 
 # Presets

@@ -5,14 +5,40 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 from acla.cli import task_from_flags
 from acla.config import ATTENTIONS, PAPER_POSITIONS, ModelConfig, Task, from_dict, model_preset
 from acla.errors import NOT_VALID, AclaError, UsageError
+from acla.models.cost import full_attention_flops
 
 EVEN = 4  # modules at evenly spread positions
 REPEATED = ("backbone", "attention", "positions", "keys")  # of the model, for readers of the file
 COST_UNIT = "FLOPs per picture of patch × patch (a multiply-add is two)"
+SIDE = 48  # pixels; budgets are for one low-quality picture of 48 × 48, the paper's unit
+
+
+def macs(model: ModelConfig, modules: int | None = None) -> int:
+    """Multiply-adds of a network's attention for one low-quality picture of 48 × 48 with every key
+    open, as train.py --describe prints them; or with that many modules, at any positions."""
+    modules = len(model.positions) if modules is None else modules
+    masked = model.kind.masked
+    return full_attention_flops(modules, SIDE * SIDE, model.width, model.keys, masked) // 2
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A network of a front. psnr: in dB, on held-out patches with the supernet's weights; macs: of
+    the attention (see `macs`); ms: of the network for a 48×48 picture, where measured."""
+
+    positions: tuple[int, ...]
+    psnr: float
+    macs: int
+    ms: float | None = None
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        return cls(**{**values, "positions": tuple(map(int, values["positions"]))})
 
 
 @dataclass(frozen=True)
@@ -20,7 +46,7 @@ class Architecture:
     """A searched architecture. model: the derived network; alpha: α_j of every block; cost: Eq. 13
     of the derived network at the measured mask density, in COST_UNIT for low-quality pictures of
     patch × patch pixels; evidence: its origin as JSON values (commit, versions, data, the search's
-    configuration)."""
+    configuration); front: of --method front, its networks, the cheapest first."""
 
     task: Task
     model: ModelConfig
@@ -30,6 +56,21 @@ class Architecture:
     cost: float
     patch: int
     evidence: dict = dataclasses.field(default_factory=dict)
+    front: tuple[Candidate, ...] = ()
+
+    def within(self, budget: float) -> Self:
+        """With the best network of the front whose attention has at most `budget` multiply-adds.
+        Raises UsageError where there is none."""
+        fitting = [one for one in self.front if one.macs <= budget]
+        if not fitting:
+            least = f"has {min(one.macs for one in self.front):,}" if self.front else "is missing"
+            raise UsageError(
+                f"--budget {budget:g}: the cheapest network of the front {least}; raise --budget, "
+                "or search with --method front"
+            )
+        best = max(fitting, key=lambda one: one.psnr)
+        model = dataclasses.replace(self.model, positions=best.positions)
+        return dataclasses.replace(self, model=model)
 
     def to_json(self) -> str:
         """The text of arch.json."""
@@ -38,7 +79,10 @@ class Architecture:
         values |= {name: model[name] for name in REPEATED}
         values |= {"lambda": self.lam, "seed": self.seed, "alpha": self.alpha, "cost": self.cost}
         values |= {"cost_unit": COST_UNIT, "patch": self.patch, "model": model}
-        return json.dumps(values | {"evidence": self.evidence}, indent=2)
+        values |= {"evidence": self.evidence}
+        if self.front:
+            values["front"] = [dataclasses.asdict(one) for one in self.front]
+        return json.dumps(values, indent=2)
 
 
 def read_architecture(path: Path) -> Architecture:
@@ -53,7 +97,8 @@ def read_architecture(path: Path) -> Architecture:
         alpha = tuple(map(float, values["alpha"]))
         lam, seed, cost = float(values["lambda"]), int(values["seed"]), float(values["cost"])
         patch, evidence = int(values["patch"]), dict(values.get("evidence", {}))
-        return Architecture(task, model, lam, seed, alpha, cost, patch, evidence)
+        front = tuple(map(Candidate.from_dict, values.get("front", ())))
+        return Architecture(task, model, lam, seed, alpha, cost, patch, evidence, front)
     except FileNotFoundError as error:
         raise AclaError(f"{path}: there is no such file; search.py writes one") from error
     except (OSError, UsageError, *NOT_VALID) as error:

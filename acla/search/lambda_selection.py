@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from acla import console
-from acla.config import ModelConfig, format_positions
+from acla.config import format_positions
 from acla.data.datasets import find_set, sample, split_for_search
 from acla.distributed import Processes
 from acla.errors import AclaError, DataError
 from acla.files import write_atomically
-from acla.models.cost import full_attention_flops
+from acla.search.architecture import macs
 from acla.search.loop import ARCHITECTURE, LOG, SearchPlan, SearchResult, Sets, run
 from acla.training.run_dir import MODEL
 
@@ -25,7 +25,6 @@ GRID = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 FOLDS = 2
 SHARE = 5  # cross-validation takes one picture in five, and a fifth of the steps
 BUDGET_TRIALS = 8
-SIDE = 48  # pixels; a budget is for one low-quality picture of 48 × 48, the paper's unit
 
 
 # λ by cross-validation
@@ -81,14 +80,6 @@ def fold_sets(name: str, root: Path | None) -> list[Sets]:
 
 
 # λ by a budget
-
-
-def macs(model: ModelConfig, modules: int | None = None) -> int:
-    """Multiply-adds of a network's attention for one low-quality picture of 48 × 48 with every key
-    open, as train.py --describe prints them; or with that many modules, at any positions."""
-    modules = len(model.positions) if modules is None else modules
-    masked = model.kind.masked
-    return full_attention_flops(modules, SIDE * SIDE, model.width, model.keys, masked) // 2
 
 
 def within_budget(

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,8 @@ from acla.models.backbones import Backbone
 from acla.models.cost import full_attention_flops
 from acla.models.gumbel import draw_gates, expected_gates
 from acla.models.serialization import load_state, save_model, save_state
-from acla.search.architecture import Architecture
+from acla.search.architecture import SIDE, Architecture, macs
+from acla.search.front import PATCHES, fair_gates, gates_at, search_front
 from acla.search.supernet import Supernet
 from acla.training import run_dir, trainer, validation
 from acla.training.run_dir import Stop
@@ -57,11 +59,14 @@ class Sets:
 @dataclass(frozen=True)
 class SearchResult:
     """The architecture; PSNR in dB of the derived network, with the supernet's weights, on each
-    picture that scores; the share of keys kept by each module."""
+    picture that scores; the share of keys kept by each module; for comparison the mean PSNR without
+    attention and with a module behind every block."""
 
     architecture: Architecture
     psnr: tuple[float, ...]
     kept: dict[int, float] = field(default_factory=dict)
+    none_psnr: float = math.nan
+    dense_psnr: float = math.nan
 
     @property
     def mean_psnr(self) -> float:
@@ -69,7 +74,10 @@ class SearchResult:
 
     @property
     def undecided(self) -> int:
-        """Gates that are neither open nor shut for certain: a probability of 0.1 to 0.9."""
+        """Gates that are neither open nor shut for certain: a probability of 0.1 to 0.9. A front
+        has none."""
+        if self.architecture.front:
+            return 0
         return sum(0.1 < 1 / (1 + math.exp(-alpha)) < 0.9 for alpha in self.architecture.alpha)
 
 
@@ -142,6 +150,8 @@ class Search:
 
     def draw(self, alpha: Tensor, step: int, stream: int) -> Tensor:
         """The gates of a step, the same in every process."""
+        if self.config.method == "front":
+            return fair_gates(len(alpha), self.config.seed, step, alpha.device)
         seed = trainer.gate_seed(self.config.seed, step, stream)
         return draw_gates(alpha, seed, temperature(self.config, step))
 
@@ -151,7 +161,7 @@ class Search:
         """MSE on 0..255 of this process's patches, and the expected cost in FLOPs at the mask
         density of all processes' patches."""
         low, target, seeds = self.batch(step, stream)
-        restored, kept = self.net(low, gates, seeds)
+        restored, kept = self.net(low, gates, seeds if self.config.mask_noise else None)
         mse = trainer.restoration_loss("mse", restored, target)
         return mse, self.net.cost(self.mean_counts(kept), low.shape[2] * low.shape[3], expected)
 
@@ -174,6 +184,12 @@ class Search:
         low, target = loader.batch(step)
         of_step = self.config.seed, step, loader.sampler.indices, stream
         return low, target, trainer.image_seeds(*of_step, self.processes.device)
+
+    def positions(self) -> tuple[int, ...]:
+        """Those of the network derived now: of open gates; while a front is trained, all."""
+        if self.config.method == "front":
+            return tuple(range(1, self.plan.model.blocks + 1))
+        return self.net.open_positions()
 
 
 def temperature(config: SearchConfig, step: int) -> float:
@@ -255,7 +271,7 @@ class SearchDir:
         """The row of the log, except for its seconds: the losses, the gates, and the PSNR in dB on
         a few pictures of the network derived now."""
         search = self.search
-        psnr = self.psnr(search.net.derive(), MAX_SCORED)
+        psnr = self.psnr(search.net.derive(search.positions()), MAX_SCORED)
         row = {"epoch": -(-self.step // search.config.epoch_steps), "step": self.step}
         row |= {"mse": mse, "loss": loss, **gate_report(search, self.step - 1)}
         return row | {"val_psnr": sum(psnr) / len(psnr)}
@@ -276,10 +292,12 @@ def run(
     processes: Processes,
     first_stage: Path | None = None,
     notes: dict[str, Any] | None = None,
+    budget: float | None = None,
 ) -> SearchResult:
     """Search anew or from the state in `out`. Writes search.jsonl and the state, and at the end
     arch.json, with `notes` in its evidence, and model.safetensors, the derived network with the
     supernet's weights. first_stage: see `SearchDir`; searches that differ in λ alone share it.
+    budget: most multiply-adds of the network chosen from a front.
 
     Raises DataError where the pictures are not those of the state, AclaError where the loss
     diverges, and Stopped after a signal, with the state written."""
@@ -292,11 +310,11 @@ def run(
             folder.add(search.step(step))
             stopping = stop.asked is not None
             if folder.epoch_ends or folder.first_stage_ends or stopping:
-                mse, open_count = folder.write(stopping), len(search.net.open_positions())
+                mse, open_count = folder.write(stopping), len(search.positions())
                 bar.set_postfix({"mse": f"{mse:.1f}", "open": open_count}, refresh=False)
             if stopping and folder.step < steps.stop:
                 raise stop.at(folder.step, folder.state)
-    return derive(search, sets, folder, notes or {})
+    return derive(search, sets, folder, notes or {}, budget)
 
 
 def gate_report(search: Search, step: int) -> dict[str, Any]:
@@ -319,17 +337,27 @@ def gate_report(search: Search, step: int) -> dict[str, Any]:
     }
 
 
-def derive(search: Search, sets: Sets, folder: SearchDir, notes: dict[str, Any]) -> SearchResult:
+def derive(
+    search: Search, sets: Sets, folder: SearchDir, notes: dict[str, Any], budget: float | None
+) -> SearchResult:
     """Derive the network, measure its cost on α's patches of one step, write both files."""
     plan, net, config, n = search.plan, search.net, search.config, search.config.patch_size**2
-    low, _, _ = search.batch(config.steps, ALPHA)
+    positions, front, first = search.positions(), (), config.steps
     net.eval()
+    if config.method == "front":
+        count = -(-PATCHES // config.batch_size)
+        held_out = [search.batch(first + i, ALPHA) for i in range(count)]
+        best, front = search_front(net, held_out, search.processes, config.cost, budget)
+        positions = best.positions
+    low, _, _ = search.batch(first, ALPHA)
     with torch.no_grad():
-        gates = draw_gates(net.alpha, None, 1.0)
+        gates = gates_at(positions, plan.model.blocks, search.processes.device)
         counts = search.mean_counts(net(low, gates)[1])
         cost = net.cost(counts, n, gates).item()
-    derived = net.derive()
+    derived = net.derive(positions)
+    everywhere = tuple(range(1, plan.model.blocks + 1))
     psnr = folder.psnr(derived)
+    none, dense = (float(np.mean(folder.psnr(net.derive(p)))) for p in ((), everywhere))
     evidence = {
         **provenance(search.processes.device),
         "processes": search.processes.world,
@@ -337,37 +365,60 @@ def derive(search: Search, sets: Sets, folder: SearchDir, notes: dict[str, Any])
         "data": folder.digests,
         "search": asdict(config),
         "val_psnr": sum(psnr) / len(psnr),
+        "val_psnr_none": none,
+        "val_psnr_dense": dense,
         **notes,
     }
     alpha, size = tuple(net.alpha.tolist()), config.patch_size
     architecture = Architecture(
-        plan.task, derived.config, config.lam, config.seed, alpha, cost, size, evidence
+        plan.task, derived.config, config.lam, config.seed, alpha, cost, size, evidence, front
     )
     if search.processes.first:
         network = folder.folder / run_dir.MODEL
         save_model(network, derived, derived.config, plan.task, evidence)
         write_atomically(folder.folder / ARCHITECTURE, architecture.to_json().encode())
     kept = {j: count.mean().item() / (n * plan.model.keys) for j, count in counts.items()}
-    return SearchResult(architecture, tuple(psnr), kept)
+    return SearchResult(architecture, tuple(psnr), kept, none, dense)
 
 
 def table(result: SearchResult) -> str:
-    """The positions, one a line, and their cost beside that of a module behind every block."""
-    architecture = result.architecture
-    model, size = architecture.model, architecture.patch
+    """The positions, one a line, or the networks of a front; then the cost of the network and what
+    it gains, beside no attention and a module behind every block."""
+    architecture, model = result.architecture, result.architecture.model
+    lines = front_lines(architecture) if architecture.front else gate_lines(result)
+    size = architecture.patch
     dense = full_attention_flops(model.blocks, size**2, model.width, model.keys, masked=True)
-    lines = ["position   alpha  chance  keys kept  module"]
-    for j, alpha in enumerate(architecture.alpha, 1):
-        chance = torch.tensor(alpha).sigmoid().item()
-        kept = f"{result.kept[j]:9.1%}" if j in result.kept else "        –"
-        shown = "open" if j in model.positions else "–"
-        lines.append(f"{j:8d}  {alpha:+.3f}  {chance:6.2f}  {kept}  {shown}")
+    saved = 1 - architecture.cost / dense
     lines += [
         f"positions: {format_positions(model.positions)}",
         f"attention costs {architecture.cost / 2e6:.1f} M multiply-adds for {size}×{size} pixels, "
-        f"{1 - architecture.cost / dense:.1%} less than a module behind every block "
-        f"({dense / 2e6:.1f} M)",
-        f"{architecture.task}: {result.mean_psnr:.2f} dB on the validation pictures with the "
-        "supernet's weights",
+        f"{saved:.1%} less than a module behind every block ({dense / 2e6:.1f} M)",
+        f"{architecture.task}, PSNR on the validation pictures with the supernet's weights:",
     ]
-    return "\n".join(lines)
+    rows = [("none", 0, result.none_psnr), ("found", len(model.positions), result.mean_psnr)]
+    rows = [
+        (name, str(modules), f"{macs(model, modules) / 1e6:.1f} M", psnr)
+        for name, modules, psnr in [*rows, ("dense", model.blocks, result.dense_psnr)]
+    ]
+    head = ("network", "modules", f"multiply-adds of {SIDE}×{SIDE}", "PSNR, dB", "gain")
+    gains = [(*cells, f"{psnr:.3f}", f"{psnr - result.none_psnr:+.3f}") for *cells, psnr in rows]
+    return "\n".join([*lines, console.markdown(head, gains)])
+
+
+def gate_lines(result: SearchResult) -> list[str]:
+    lines = ["position   alpha  chance  keys kept  module"]
+    for j, alpha in enumerate(result.architecture.alpha, 1):
+        chance = torch.tensor(alpha).sigmoid().item()
+        kept = f"{result.kept[j]:9.1%}" if j in result.kept else "        –"
+        shown = "open" if j in result.architecture.model.positions else "–"
+        lines.append(f"{j:8d}  {alpha:+.3f}  {chance:6.2f}  {kept}  {shown}")
+    return lines
+
+
+def front_lines(architecture: Architecture) -> list[str]:
+    lines = ["multiply-adds  held-out PSNR  positions"]
+    for one in architecture.front:
+        ms = f", {one.ms:.2f} ms" if one.ms else ""
+        shown = f"{format_positions(one.positions)}{ms}"
+        lines.append(f"{one.macs / 1e6:11.1f} M  {one.psnr:10.3f} dB  {shown}")
+    return lines
