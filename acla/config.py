@@ -26,8 +26,9 @@ RENAMED = {
 }
 # Older files mean the defaults
 LATER = ("until", "offset_radius", "mask_bias", "offset_lr_mult", "mask_temperature", "mask_noise")
-LATER += ("cuda_graph", "method", "cost")
+LATER += ("cuda_graph", "method", "cost", "draws")
 AMP_FORMATS = ("bf16", "fp16")
+MASK_NOISE = "draw the key masks with noise (Eq. 7); without it is not the paper's"
 
 # Table 9. The depth says for which network the positions were found.
 PAPER_POSITIONS = {
@@ -288,9 +289,7 @@ class TrainConfig:
     mask_temperature: float = option(
         1.0, "temperature of the key masks' gradient; lower: steeper", POSITIVE, shown="1"
     )
-    mask_noise: bool = option(
-        True, "draw the key masks with noise (Eq. 7); without it is not the paper's", shown="on"
-    )
+    mask_noise: bool = option(True, MASK_NOISE, shown="on")
     seed: int = option(0, "seed of weights, patches and noise", SEED, shown="0")
 
     def __post_init__(self) -> None:
@@ -303,18 +302,9 @@ class TrainConfig:
 class SearchConfig:
     """Searching insert positions (Section 3.2, Table 9)."""
 
-    method: str = option(
-        "paper",
-        "paper: the paper's two stages; front: all modules trained equally, then networks of every "
-        "cost by backward elimination",
-        choices=("paper", "front"),
-        shown="paper",
-    )
+    method: str = option("paper", "the paper's or ours", choices=("paper", "front"), shown="paper")
     cost: str = option(
-        "macs",
-        "what a front weighs: multiply-adds, or milliseconds of a 48×48 picture on this machine",
-        choices=("macs", "ms"),
-        shown="macs",
+        "macs", "a front's, ms on this machine", choices=("macs", "ms"), shown="macs"
     )
     steps: int = option(200_000, "optimiser steps of both stages together", POSITIVE)
     epoch_steps: int = option(1000, "steps of an epoch, one row of search.jsonl", POSITIVE)
@@ -335,9 +325,8 @@ class SearchConfig:
     )
     tau: float = option(1.0, "gate temperature until the second stage", POSITIVE, shown="1")
     tau_end: float = option(0.1, "gate temperature at the end", POSITIVE, shown="0.1")
-    mask_noise: bool = option(
-        True, "draw the key masks with noise (Eq. 7); without it is not the paper's", shown="on"
-    )
+    draws: int = option(1, "draws of the gates in a step on α (paper: 1)", POSITIVE, shown="1")
+    mask_noise: bool = option(True, MASK_NOISE, shown="on")
     train_set: str = option(
         "sample", "set of pictures to search on; sample is built in", shown="sample"
     )

@@ -24,16 +24,20 @@ def position_seeds(seeds: Tensor | None, position: int) -> Tensor | None:
     return seeds + (step - 2**64 if step >= 2**63 else step)
 
 
-def draw_gates(alpha: Tensor, seed: int | None, temperature: float) -> Tensor:
+def draw_gates(
+    alpha: Tensor, seed: int | None, temperature: float, opposite: bool = False
+) -> Tensor:
     """Insert-position gates s [J], exactly 0 or 1, for α [J] (Eq. 10); the gradient is the
     sigmoid's at τ.
 
-    `seed` None draws without noise: s_j = 1 where α_j > 0, the derived architecture.
+    `seed` None draws without noise: s_j = 1 where α_j > 0, the derived architecture. opposite: the
+    seed's noise with the other sign, which is as likely.
     """
     if seed is None:
         return binary_gate(alpha, 0.0, temperature)
     seeds = torch.tensor([seed], device=alpha.device)
-    return binary_gate(alpha, logistic_noise(seeds, len(alpha))[0].to(alpha), temperature)
+    noise = logistic_noise(seeds, len(alpha))[0].to(alpha)
+    return binary_gate(alpha, -noise if opposite else noise, temperature)
 
 
 def expected_gates(alpha: Tensor) -> Tensor:

@@ -143,17 +143,20 @@ class Search:
         config, first = self.config, self.config.first_stage
         rate = trainer.cosine(config.alpha_lr, step - first, config.steps - first)
         trainer.set_rate(self.alpha, rate)
-        gates = self.draw(self.net.alpha, step, ALPHA)
         with self.net.weights_fixed():
-            mse, cost = self.mse_and_cost(step, ALPHA, gates, None)
-            self.descend(self.alpha, [self.net.alpha], mse + config.lam * cost.log())
+            losses = []
+            for draw in range(config.draws):
+                gates = self.draw(self.net.alpha, step, ALPHA, draw)
+                mse, cost = self.mse_and_cost(step, ALPHA, gates, None)
+                losses.append(mse + config.lam * cost.log())
+            self.descend(self.alpha, [self.net.alpha], sum(losses) / len(losses))
 
-    def draw(self, alpha: Tensor, step: int, stream: int) -> Tensor:
-        """The gates of a step, the same in every process."""
+    def draw(self, alpha: Tensor, step: int, stream: int, draw: int = 0) -> Tensor:
+        """The gates of a step, the same in every process: its first draw, or another one."""
         if self.config.method == "front":
             return fair_gates(len(alpha), self.config.seed, step, alpha.device)
-        seed = trainer.gate_seed(self.config.seed, step, stream)
-        return draw_gates(alpha, seed, temperature(self.config, step))
+        seed = trainer.gate_seed(self.config.seed, step, stream + draw // 2 * 2)
+        return draw_gates(alpha, seed, temperature(self.config, step), opposite=draw % 2 == 1)
 
     def mse_and_cost(
         self, step: int, stream: int, gates: Tensor, expected: Tensor | None
