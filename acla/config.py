@@ -303,9 +303,7 @@ class SearchConfig:
     """Searching insert positions (Section 3.2, Table 9)."""
 
     method: str = option("paper", "the paper's or ours", choices=("paper", "front"), shown="paper")
-    cost: str = option(
-        "macs", "a front's, ms on this machine", choices=("macs", "ms"), shown="macs"
-    )
+    cost: str = option("macs", "a front's; ms: measured", choices=("macs", "ms"), shown="macs")
     steps: int = option(200_000, "optimiser steps of both stages together", POSITIVE)
     epoch_steps: int = option(1000, "steps of an epoch, one row of search.jsonl", POSITIVE)
     batch_size: int = option(16, "patches in a step", POSITIVE)

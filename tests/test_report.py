@@ -8,7 +8,9 @@ import pytest
 from PIL import Image
 
 from acla.analysis import plots
+from acla.config import ModelConfig, Task
 from acla.errors import AclaError, UsageError
+from acla.search.architecture import Architecture, Candidate
 
 
 def write_log(folder: Path, steps: int = 3) -> Path:
@@ -36,6 +38,30 @@ def test_every_search_is_a_column(tmp_path, capsys):
         assert two.size[0] == one.size[0] * 3 // 2
         assert len(two.convert("L").histogram()) - two.convert("L").histogram().count(0) > 20
     assert "both.png" in capsys.readouterr().out
+
+
+def test_fronts_and_the_truth_are_gains_over_no_attention(tmp_path):
+    from matplotlib import pyplot
+
+    points = (Candidate((), 30.0, 0), Candidate((2,), 30.5, 4_000_000))
+    model = ModelConfig(blocks=2, width=4, keys=2, channels=1)
+    found = Architecture(Task(), model, 0.1, 0, (0.0, 0.0), 1.0, 16, {}, points)
+    (tmp_path / "arch.json").write_text(found.to_json())
+    networks = {(): 33.0, (1,): 33.1, (2,): 33.4, (1, 2): 33.3}
+    rows = [
+        {"positions": p, "seed": 0, "psnr": {"V": v}, "attention_macs_48x48": 4e6 * len(p)}
+        for p, v in networks.items()
+    ]
+    lines = [json.dumps(row) + "\n" for row in ({"plan": {}}, *rows)]
+    (tmp_path / "t.jsonl").write_text("".join(lines))
+    _, axis = pyplot.subplots()
+    plots.draw_fronts(axis, [tmp_path], tmp_path / "t.jsonl")
+    front, truth = axis.lines
+    assert list(front.get_xdata()) == [0, 4]
+    assert list(front.get_ydata()) == [0, 0.5]
+    assert list(truth.get_ydata()) == pytest.approx([0, 0.1, 0.4, 0.3])
+    assert [text.get_text() for text in axis.texts] == ["none", "2"]
+    pyplot.close()
 
 
 def test_positions_that_end_open_are_named(tmp_path):

@@ -98,12 +98,26 @@ def test_each_kind_of_step_draws_its_own_gates_and_patches(monkeypatch):
     search = make_search()
     drawn, taken = [], []
     draw, batch = Search.draw, Search.batch
-    monkeypatch.setattr(Search, "draw", lambda *a: drawn.append(a[2:]) or draw(*a))
+    monkeypatch.setattr(Search, "draw", lambda *a: drawn.append(a[2:4]) or draw(*a))
     monkeypatch.setattr(Search, "batch", lambda *a: taken.append(a[1:]) or batch(*a))
     search.step(4)  # of the second stage
     assert drawn == taken == [(4, WEIGHTS), (4, ALPHA)]
     seeds = [trainer.gate_seed(0, 4, stream) for stream in (WEIGHTS, ALPHA)]
     assert seeds[0] != seeds[1]
+
+
+def test_draws_come_in_pairs_of_opposite_noise():
+    alpha = torch.zeros(200)
+    one, other, third = (
+        Search.draw(make_search(warmup=0.0), alpha, 0, ALPHA, draw) for draw in range(3)
+    )
+    assert torch.equal(one, 1 - other)
+    assert not torch.equal(one, third)
+    search = make_search(draws=3)
+    seen = []
+    search.net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1].tolist()))
+    search.alpha_step(4)
+    assert len(seen) == 3
 
 
 def test_the_loss_is_mse_plus_lambda_log_cost():

@@ -1,4 +1,6 @@
-"""Draw how searches went: `python -m acla.analysis.plots DIR [DIR…]` (extra `report`)."""
+"""Draw how searches went: `python -m acla.analysis.plots DIR [DIR…]` (extra `report`).
+
+Fronts of --method front are drawn too, and with --truth the networks of `acla.analysis.truth`."""
 
 import argparse
 import json
@@ -8,7 +10,12 @@ from typing import Any
 import numpy as np
 
 from acla import cli, console
+from acla.analysis.ranking import means, pareto
+from acla.analysis.truth import read_truth
+from acla.config import format_positions
 from acla.errors import NOT_VALID, AclaError, UsageError
+from acla.search.architecture import read_architecture
+from acla.search.loop import ARCHITECTURE
 
 COST = "expected cost (M multiply-adds of a patch)"
 
@@ -25,16 +32,16 @@ def read_log(folder: Path) -> dict[str, np.ndarray]:
     return log | {"cost": log["cost"] / 2e6}
 
 
-def draw(folders: list[Path], out: Path) -> None:
+def draw(folders: list[Path], out: Path, truth: Path | None = None) -> None:
     """A column for each search: α over steps, a line a position; expected cost, keys kept and τ
     over steps. In a last column, validation PSNR over cost, a curve for each search that ends in a
-    dot."""
+    dot; below it gain over cost of fronts and of a file of `acla.analysis.truth`."""
     pyplot = require_pyplot()
     logs = [read_log(folder) for folder in folders]
     figure, axes = pyplot.subplots(
         2, len(logs) + 1, figsize=(5 * len(logs) + 5, 8), squeeze=False, layout="constrained"
     )
-    axes[1, -1].axis("off")
+    draw_fronts(axes[1, -1], folders, truth)
     trade = axes[0, -1]
     for folder, log, (top, bottom) in zip(folders, logs, axes.T, strict=False):
         draw_alpha(top, log)
@@ -45,6 +52,31 @@ def draw(folders: list[Path], out: Path) -> None:
     trade.legend()
     figure.savefig(out, dpi=110)
     pyplot.close(figure)
+
+
+def draw_fronts(axis: Any, folders: list[Path], truth: Path | None) -> None:
+    """The gain in dB over no attention, over the attention's multiply-adds: of the networks of each
+    front by the supernet; of every network of the truth and, named, its best ones."""
+    for folder in folders:
+        path = folder / ARCHITECTURE
+        front = read_architecture(path).front if path.is_file() else ()
+        gains = [one.psnr - front[0].psnr for one in front]
+        if front:
+            axis.plot([one.macs / 1e6 for one in front], gains, "o-", label=folder.name)
+    if truth:
+        _, rows = read_truth(truth)
+        psnr = means(rows)
+        cost = {row["positions"]: row["attention_macs_48x48"] / 1e6 for row in rows}
+        gain = {positions: value - psnr[()] for positions, value in psnr.items()}
+        axis.plot(cost.values(), [gain[p] for p in cost], ".", color="gray", label="truth")
+        for positions in pareto(psnr):
+            at = cost[positions], gain[positions]
+            axis.annotate(format_positions(positions), at, fontsize=8)
+    if not axis.has_data():
+        axis.axis("off")
+        return
+    axis.set(xlabel="M multiply-adds of attention, 48×48", ylabel="gain over no attention (dB)")
+    axis.legend()
 
 
 def draw_alpha(axis: Any, log: dict[str, np.ndarray]) -> None:
@@ -76,6 +108,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="of search.py's --out")
     parser.add_argument(
+        "--truth", type=Path, metavar="FILE", help="of acla.analysis.truth, to draw beside fronts"
+    )
+    parser.add_argument(
         "--out", type=Path, metavar="FILE", help="picture to write (default: DIR/search.png)"
     )
     args = parser.parse_args(argv)
@@ -87,7 +122,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    draw(args.folders, args.out)
+    draw(args.folders, args.out, args.truth)
     console.say(f"written: {args.out}")
 
 

@@ -124,7 +124,12 @@ def even_positions(blocks: int) -> tuple[int, ...]:
             f"{EVEN} evenly spread modules do not fit {blocks} blocks: give --positions, or "
             f"--blocks {EVEN} or more"
         )
-    return tuple(round(i * blocks / EVEN) for i in range(1, EVEN + 1))
+    return even_spread(blocks, EVEN)
+
+
+def even_spread(blocks: int, count: int) -> tuple[int, ...]:
+    """So many positions, at most `blocks`, spread evenly, the last behind the last block."""
+    return tuple(round(i * blocks / count) for i in range(1, count + 1))
 
 
 def default_positions(attention: str, task: Task, backbone: str, blocks: int) -> tuple[int, ...]:

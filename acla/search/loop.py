@@ -23,7 +23,7 @@ from acla.models.cost import full_attention_flops
 from acla.models.gumbel import draw_gates, expected_gates
 from acla.models.serialization import load_state, save_model, save_state
 from acla.search.architecture import SIDE, Architecture, macs
-from acla.search.front import PATCHES, fair_gates, gates_at, search_front
+from acla.search.front import PATCHES, Batch, fair_gates, gates_at, search_front
 from acla.search.supernet import Supernet
 from acla.training import run_dir, trainer, validation
 from acla.training.run_dir import Stop
@@ -340,19 +340,24 @@ def gate_report(search: Search, step: int) -> dict[str, Any]:
     }
 
 
+def held_out(search: Search) -> list[Batch]:
+    """Patches of α's pictures that no step has had."""
+    count = -(-PATCHES // search.config.batch_size)
+    return [search.batch(search.config.steps + i, ALPHA) for i in range(count)]
+
+
 def derive(
     search: Search, sets: Sets, folder: SearchDir, notes: dict[str, Any], budget: float | None
 ) -> SearchResult:
     """Derive the network, measure its cost on α's patches of one step, write both files."""
     plan, net, config, n = search.plan, search.net, search.config, search.config.patch_size**2
-    positions, front, first = search.positions(), (), config.steps
+    positions, front = search.positions(), ()
     net.eval()
     if config.method == "front":
-        count = -(-PATCHES // config.batch_size)
-        held_out = [search.batch(first + i, ALPHA) for i in range(count)]
-        best, front = search_front(net, held_out, search.processes, config.cost, budget)
+        patches = held_out(search)
+        best, front = search_front(net, patches, search.processes, config.cost, budget)
         positions = best.positions
-    low, _, _ = search.batch(first, ALPHA)
+    low, _, _ = search.batch(config.steps, ALPHA)
     with torch.no_grad():
         gates = gates_at(positions, plan.model.blocks, search.processes.device)
         counts = search.mean_counts(net(low, gates)[1])

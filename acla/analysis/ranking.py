@@ -1,0 +1,207 @@
+"""Compare searches with the ground truth of a small space.
+
+    python -m acla.analysis.ranking truth.jsonl runs/search/seed-0 runs/search/seed-1
+
+truth.jsonl is a file of `acla.analysis.truth`, the others are folders of search.py on the same
+space. Tau is Kendall's, over all networks and among those with as many modules; regret the dB lost
+against the best network of at most that cost, the mean over all costs. `a seed of the truth` ranks
+by one seed and is judged by the others: as good as training every network once."""
+
+import argparse
+import functools
+import itertools
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.stats import kendalltau
+
+from acla import cli, console
+from acla.analysis.truth import Row, read_truth
+from acla.config import ModelConfig, SearchConfig, Task, format_positions, from_dict
+from acla.distributed import Processes
+from acla.errors import UsageError
+from acla.models.serialization import load_state
+from acla.search.architecture import even_spread
+from acla.search.front import patch_psnr
+from acla.search.loop import STATE, Search, SearchPlan, held_out, search_sets
+from acla.training import trainer
+
+Positions = tuple[int, ...]
+Scores = Mapping[Positions, float]  # by network
+
+
+def means(rows: Sequence[Row], seeds: set[int] | None = None) -> dict[Positions, float]:
+    """PSNR in dB of every network, the mean over seeds (default: all)."""
+    by_positions: dict[Positions, list[float]] = {}
+    for row in rows:
+        if seeds is None or row["seed"] in seeds:
+            by_positions.setdefault(row["positions"], []).append(row["mean"])
+    return {positions: statistics.mean(psnr) for positions, psnr in by_positions.items()}
+
+
+def by_count(networks: Sequence[Positions]) -> list[list[Positions]]:
+    """The networks in groups with as many modules, and so of one cost, the cheapest first."""
+    ordered = sorted(networks, key=len)
+    return [list(group) for _, group in itertools.groupby(ordered, key=len)]
+
+
+def tau(scores: Scores, truth: Scores) -> tuple[float, float]:
+    """Kendall's tau of the networks' scores with their PSNR: over all, and the mean over the costs
+    that have several networks."""
+
+    def of(networks: Sequence[Positions]) -> float:
+        return kendalltau([scores[n] for n in networks], [truth[n] for n in networks]).statistic
+
+    alike = [of(group) for group in by_count(list(truth)) if len(group) > 1]
+    return of(list(truth)), float(np.nanmean(alike))
+
+
+def regret(choose: Callable[[list[Positions]], Positions], truth: Scores) -> float:
+    """The dB that the networks chosen of each cost lose against the best of at most that cost, the
+    mean over the costs. choose: takes the networks with as many modules."""
+    best, lost = -np.inf, []
+    for group in by_count(list(truth)):
+        best = max(best, *(truth[n] for n in group))
+        lost.append(best - truth[choose(group)])
+    return statistics.mean(lost)
+
+
+def spreads(rows: Sequence[Row]) -> dict[str, float]:
+    """Standard deviations in dB among networks of one cost: between seeds, of a network's gain over
+    the seed's mean; and between positions, of the mean over the seeds without what seeds add."""
+    seeds = sorted({row["seed"] for row in rows})
+    by_seed = [means(rows, {seed}) for seed in seeds]
+    noise, total = [], []
+    for group in by_count(list(by_seed[0])):
+        psnr = np.array([[one[n] for n in group] for one in by_seed])
+        psnr -= psnr.mean(1, keepdims=True)
+        freedom = (len(seeds) - 1) * (len(group) - 1)
+        if freedom:
+            residual = ((psnr - psnr.mean(0)) ** 2).sum() / freedom
+            noise += [residual] * (len(group) - 1)
+            total += [psnr.mean(0).var(ddof=1)] * (len(group) - 1)
+    between = max(0.0, float(np.mean(total) - np.mean(noise) / len(seeds)))
+    return {"seeds": float(np.mean(noise)) ** 0.5, "positions": between**0.5}
+
+
+def pareto(truth: Scores) -> list[Positions]:
+    """The best network of each cost that is better than all cheaper ones."""
+    front: list[Positions] = []
+    for group in by_count(list(truth)):
+        best = max(group, key=truth.get)
+        if not front or truth[best] > truth[front[-1]]:
+            front.append(best)
+    return front
+
+
+def score_lines(
+    by_method: Mapping[str, Sequence[Scores]], rows: Sequence[Row], blocks: int
+) -> Iterator[list[str]]:
+    """A row of the table for each method: tau, tau at equal cost, regret; means and standard
+    deviations over its searches."""
+    truth, seeds = means(rows), {row["seed"] for row in rows}
+    for name, searches in by_method.items():
+        taus = [(*tau(one, truth), regret(best_by(one), truth)) for one in searches]
+        yield [name, str(len(searches)), *map(mean_and_spread, zip(*taus, strict=True))]
+    if len(seeds) > 1:
+        taus = []
+        for seed in sorted(seeds):
+            one, others = means(rows, {seed}), means(rows, seeds - {seed})
+            taus.append((*tau(one, others), regret(best_by(one), others)))
+        shown = map(mean_and_spread, zip(*taus, strict=True))
+        yield ["a seed of the truth", str(len(seeds)), *shown]
+    even = regret(lambda group: even_spread(blocks, len(group[0])), truth)
+    yield ["even positions", "–", "–", "–", f"{even:.3f}"]
+    psnr = [[truth[n] for n in group] for group in by_count(list(truth))]
+    best = np.maximum.accumulate([max(group) for group in psnr])
+    random = np.mean(best - [np.mean(group) for group in psnr])  # the expected regret
+    yield ["random positions", "–", "–", "–", f"{random:.3f}"]
+
+
+def best_by(scores: Scores) -> Callable[[list[Positions]], Positions]:
+    return lambda group: max(group, key=scores.__getitem__)
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
+
+
+# Searches
+
+
+def read_search(
+    folder: Path, networks: Sequence[Positions], model: ModelConfig, data: Path | None
+) -> dict[str, Scores]:
+    """Scores of the networks by a search: the PSNR of its supernet on held-out patches, and of the
+    paper's method the sum of α of the open positions. Raises AclaError, and UsageError for a search
+    of another space."""
+    path = folder / STATE
+    tensors, values = load_state(path)
+    kinds = {"task": Task, "model": ModelConfig, "search": SearchConfig}
+    plan = SearchPlan(
+        **{name: from_dict(kind, values["plan"][name]) for name, kind in kinds.items()}
+    )
+    if plan.model != model:
+        raise UsageError(f"{path}: not a search of the truth's network")
+    search = Search(plan, search_sets(plan.search.train_set, data), Processes(torch.device("cpu")))
+    trainer.unpack(search.parts, tensors, path)
+    search.net.eval()
+    score = functools.partial(patch_psnr, search.net, held_out(search), search.processes)
+    psnr = {network: score(network).mean() for network in networks}
+    if plan.search.method == "front":
+        return {"front: supernet": psnr}
+    alpha = search.net.alpha.tolist()
+    sums = {network: sum(alpha[p - 1] for p in network) for network in networks}
+    return {"paper: supernet": psnr, "paper: α": sums}
+
+
+# The command
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m acla.analysis.ranking",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    cli.add_common_flags(parser)
+    parser.add_argument("truth", type=Path, metavar="FILE", help="of acla.analysis.truth")
+    text = "of search.py's --out, of one seed; the supernet's state must be there"
+    parser.add_argument("folders", nargs="*", type=Path, metavar="DIR", help=text)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    plan, rows = read_truth(args.truth)
+    model = from_dict(ModelConfig, plan["model"])
+    truth = means(rows)
+    if len(truth) < 2**model.blocks:
+        raise UsageError(
+            f"{args.truth} holds {len(truth)} of {2**model.blocks} networks: go on with it"
+        )
+    by_method: dict[str, list[Scores]] = {}
+    for folder in args.folders:
+        for name, scores in read_search(folder, list(truth), model, args.data).items():
+            by_method.setdefault(name, []).append(scores)
+    lines = score_lines(by_method, rows, model.blocks)
+    head = ("ranked by", "searches", "tau", "tau at equal cost", "regret, dB")
+    console.say(console.markdown(head, lines))
+    console.say(
+        "the best networks: "
+        + "; ".join(f"{format_positions(n)} ({truth[n]:.3f} dB)" for n in pareto(truth))
+    )
+    if len({row["seed"] for row in rows}) > 1:
+        spread = spreads(rows)
+        console.say(
+            f"standard deviation at equal cost: {spread['positions']:.3f} dB between positions, "
+            f"{spread['seeds']:.3f} dB between seeds"
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main)
