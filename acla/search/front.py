@@ -16,7 +16,7 @@ from acla.search.architecture import SIDE, Candidate, macs
 from acla.search.supernet import Supernet
 from acla.training.trainer import LEAST_MSE, draw_seed
 
-PATCHES = 128  # held-out ones, at least, that score a network
+PATCHES = 64  # held-out ones, at least, that score a network
 SECONDS = 0.3  # of timing a network
 Batch = tuple[Tensor, Tensor, Tensor]
 Positions = tuple[int, ...]
