@@ -12,7 +12,7 @@ from acla.cli import DEVICES, add_task_flags, pick_device, run, task_from_flags
 from acla.config import SETTING_FLAG
 from acla.console import notice, printable, say
 from acla.data.image import FORMATS
-from acla.data.jpeg import LumaCells
+from acla.data.jpeg import Cells
 from acla.errors import AclaError, Stopped, UsageError, out_of_memory
 from acla.models.serialization import Checkpoint
 from acla.restore import photo
@@ -141,7 +141,8 @@ def run_job(
         show(path, [told, *photo.copy(path, target).notices])
         return f"{target}: not restored"
     file, network, outside = models.pick(quality)
-    source = photo.read(path, ycc=network.config.channels == 1)
+    ycc = network.config.channels == 1 or network.task.name == "car"
+    source = photo.read(path, ycc)
     # A good JPEG, written at quality 95, would lose more than it gained
     source.quality = max(95, min(100, (own or 0) + 10))
     check_mosaic(source, network.task)
@@ -174,7 +175,7 @@ def difference(
     network: Checkpoint,
     ensemble: bool,
     jpeg: bool,
-    cells: LumaCells | None,
+    cells: Cells | None,
 ) -> str:
     """How far a result lies from the one without tiles, in levels of what is written."""
     try:
