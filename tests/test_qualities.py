@@ -22,7 +22,6 @@ def data(tmp_path, monkeypatch, make_scene):
         (tmp_path / "Mine").mkdir(exist_ok=True)
         Image.fromarray(make_scene(45, 61, channels)).save(tmp_path / f"Mine/{name}.png")
     monkeypatch.setattr(pretrained, "FOLDERS", (tmp_path,))
-    monkeypatch.setattr(pretrained, "FILES", {Task("car", 5, 60): "net.safetensors"})
 
     def provide(shift: float) -> list[str]:
         write_network(tmp_path / "net.safetensors", Task("car", 5, 60), shift)

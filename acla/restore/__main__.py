@@ -101,8 +101,7 @@ def main(argv: list[str] | None = None) -> None:
             f"--{flag} {task.value}: a photo has one of them: give it, or leave --{flag} out"
         )
     models = PretrainedModels(args.checkpoint, task, pick_device(args.device))
-    for task in models.files:
-        check_ensemble(args.ensemble, task)
+    check_ensemble(args.ensemble, models.task)
     jobs = find_jobs(args.source, args.out, args.suffix, args.overwrite, args.skip_existing)
     for text in jobs.notices:
         notice(printable(text))
@@ -140,7 +139,9 @@ def run_job(
         told = "not a JPEG with Y, so it is left as it is; --task, --q or --checkpoint restores it"
         show(path, [told, *photo.copy(path, target).notices])
         return f"{target}: not restored"
-    file, network, outside = models.pick(quality)
+    setting = {"car": quality, "denoise": args.task_sigma and args.task_sigma[0]}
+    chosen = models.pick(setting.get(models.task.name), photo.in_colour(path))
+    network = chosen.network
     ycc = network.config.channels == 1 or network.task.name == "car"
     source = photo.read(path, ycc)
     # A good JPEG, written at quality 95, would lose more than it gained
@@ -153,8 +154,11 @@ def run_job(
     with computing_in(precision, models.device):
         restored = restore_photo(source, network, tile, args.ensemble, jpeg, label, cells=cells)
     photo.save(restored, target)
-    show(path, [*([outside] if outside else []), *restored.notices])
-    result = f"{target}: {network.task}, {file}" + f", {precision}" * (precision != "fp32")
+    show(path, [*([chosen.notice] if chosen.notice else []), *restored.notices])
+    result = f"{target}: {network.task}, {chosen.path}" + f" ({chosen.reason})" * bool(
+        chosen.reason
+    )
+    result += f", {precision}" * (precision != "fp32")
     if not args.compare:
         return result
     if tile is None:

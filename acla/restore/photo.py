@@ -83,6 +83,12 @@ def jpeg_quality(path: Path) -> int | None:
         return int(((luma_tables() - table) ** 2).sum(1).argmin()) + 1
 
 
+def in_colour(path: Path) -> bool:
+    """Whether a photo has colour. Raises PictureError."""
+    with opened(path, READABLE) as picture:
+        return picture.mode not in GRAY_MODES and picture.mode[0] not in "IF"
+
+
 def read(path: Path, ycc: bool = False) -> Photo:
     """Read a photo, turned as its EXIF orientation says; the EXIF then says that it is upright.
 
