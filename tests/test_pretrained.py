@@ -169,6 +169,7 @@ def test_other_tasks_ignore_the_quality(tmp_path, capsys, make_scene):
         ([], "python train.py --task car --q 10"),
         (["--task", "sr", "--scale", 3], "python train.py --task sr --scale 3"),
         (["--sigma", 25], "python train.py --task denoise --sigma 25"),
+        (["--task", "denoise"], "python train.py --task denoise --sigma 0-55"),
         (["--task", "demosaic"], "python train.py --task demosaic "),
     ],
 )

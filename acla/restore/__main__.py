@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from acla.cli import DEVICES, add_task_flags, pick_device, run, task_from_flags
-from acla.config import SETTING_FLAG
+from acla.config import SETTING_FLAG, Task
 from acla.console import notice, printable, say
 from acla.data.image import FORMATS
 from acla.data.jpeg import Cells
@@ -30,6 +30,8 @@ from acla.restore.jobs import find_jobs
 from acla.restore.photo import Photo
 from acla.restore.pretrained import PretrainedModels
 
+BLIND = Task("denoise", 0, 55)  # without --sigma
+
 # The command
 
 
@@ -43,7 +45,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--checkpoint",
         type=Path,
         metavar="FILE",
-        help="the network (default: a pretrained model, by --task and the JPEG's quality)",
+        help="the network (default: a pretrained model, by --task, the JPEG's quality and --sigma)",
     )
     add_task_flags(parser, "the network's")
     parser.add_argument(
@@ -100,6 +102,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UsageError(
             f"--{flag} {task.value}: a photo has one of them: give it, or leave --{flag} out"
         )
+    if task and task.name == "denoise" and args.task_sigma is None:
+        task = BLIND
     models = PretrainedModels(args.checkpoint, task, pick_device(args.device))
     check_ensemble(args.ensemble, models.task)
     jobs = find_jobs(args.source, args.out, args.suffix, args.overwrite, args.skip_existing)
