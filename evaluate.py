@@ -36,6 +36,7 @@ from acla.restore.inference import (
     check_ensemble,
     check_tile,
     computing_in,
+    keep_memory,
     pick_precision,
     restored_pair,
 )
@@ -48,6 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     check(args)
     processes = join(cli.pick_device(args.device))
+    keep_memory(processes.device)
     flags = cli.task_from_flags(args)
     sets = {name: find_set(name, args.data) for name in dict.fromkeys(args.dataset.split(","))}
     # Every wrong call is refused here, before the first picture

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -92,10 +93,30 @@ def pick_preset(name: str | None, device: torch.device) -> str:
 
 def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> None:
     """Run a script: errors that the user can mend become one line and an exit status (1: the work
-    failed, 2: the call was wrong)."""
+    failed, 2: the call was wrong). Output that nobody reads any more (`| head -1`) ends it
+    quietly, with the status that a shell gives for that; closed output (`>&-`) is thrown away."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     sys.stdout.reconfigure(errors="backslashreplace")  # terminals without σ
     try:
+        try:
+            run_open(main, argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):  # Python flushes both once more when it ends
+            os.dup2(nowhere, stream.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def run_open(main: Callable[[list[str] | None], None], argv: list[str] | None) -> None:
+    """`run` with standard output and error open."""
+    try:
         main(argv)
+    except BrokenPipeError:
+        raise
     except UsageError as cause:
         notice(f"error: {cause}")  # the same in every process
         sys.exit(2)

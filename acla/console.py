@@ -5,8 +5,9 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -21,7 +22,7 @@ def is_first() -> bool:
 def notice(text: str) -> None:
     """Print a notice on standard error."""
     if is_first():
-        print(text, file=sys.stderr, flush=True)
+        show(text, sys.stderr)
 
 
 def error(text: str) -> None:
@@ -33,10 +34,17 @@ def error(text: str) -> None:
 def say(text: str) -> None:
     """Print a result on standard output."""
     if is_first():
-        print(text, flush=True)
+        show(text, sys.stdout)
 
 
-def progress(steps: Iterable, **options: object) -> tqdm:
+def show(text: str, file: TextIO) -> None:
+    """Print a line, above the progress bar of a terminal."""
+    bars = tqdm.external_write_mode(file) if sys.stderr.isatty() else nullcontext()
+    with bars:
+        print(text, file=file, flush=True)
+
+
+def progress(steps: Iterable | None, **options: object) -> tqdm:
     """A progress bar on standard error; in a file, a line every 10 seconds."""
     seconds = 0.1 if sys.stderr.isatty() else 10
     options = {"disable": not is_first(), **options}
@@ -84,6 +92,11 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     table.insert(1, ["-" * width for width in widths])
     padded = ([c.ljust(w) for c, w in zip(line, widths, strict=True)] for line in table)
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+
+
+def plural(count: int, noun: str) -> str:
+    """1 picture, 2 pictures."""
+    return f"{count} {noun}" + "s" * (count != 1)
 
 
 def printable(text: str) -> str:

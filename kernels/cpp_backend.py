@@ -53,6 +53,13 @@ class Problem(ctypes.Structure):
                 *("grad_features", "grad_points", "grad_mask_maps", "grad_gates"),
             )
         ),
+        ("O", ctypes.c_int64),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                *("query", "query_strides", "weight", "bias", "output", "output_bias", "result"),
+            )
+        ),
     )
 
 
@@ -80,6 +87,34 @@ def forward(
     kept = torch.empty(B, L, dtype=torch.float64)
     call.run("forward", aggregate=aggregate, coverage=coverage, kept=kept)
     return aggregate.to(features[0].dtype), coverage.to(points.dtype), kept
+
+
+def attend_module(
+    query: Tensor,
+    features: Sequence[Tensor],
+    mask_maps: Sequence[Tensor] | None,
+    weight: Tensor,
+    bias: Tensor,
+    output: Tensor,
+    output_bias: Tensor,
+) -> Tensor:
+    """`kernels.attend_module`."""
+    B, H, W, _ = query.shape
+    L, _, O = output.shape
+    shape = B, H, W, L, 3, len(bias) // (3 * L)
+    call = LibraryCall(features, None, mask_maps, None, None, shape=shape)
+    call.problem.O = O
+    query = rows(query, call.storage)
+    weights = {"weight": weight, "bias": bias, "output": output, "output_bias": output_bias}
+    result = torch.empty(B, H, W, O, dtype=call.arithmetic)
+    call.run(
+        "module",
+        query=query,
+        query_strides=strides([query]),
+        **{name: tensor.to(call.arithmetic).contiguous() for name, tensor in weights.items()},
+        result=result,
+    )
+    return result
 
 
 def backward(
@@ -135,13 +170,15 @@ class LibraryCall:
     def __init__(
         self,
         features: Sequence[Tensor],
-        points: Tensor,
+        points: Tensor | None,
         mask_maps: Sequence[Tensor] | None,
         gates: Tensor | None,
         seeds: Tensor | None,
         temperature: float = 1.0,
+        shape: Sequence[int] = (),
     ) -> None:
-        B, H, W, L, _, K = points.shape
+        """shape: that of the points, where there are none."""
+        B, H, W, L, _, K = shape or points.shape
         dtype = features[0].dtype
         self.storage = dtype if dtype in TYPES else torch.float32
         self.arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
@@ -151,7 +188,8 @@ class LibraryCall:
         self.alive: list[object] = []
         self.set("features", [rows(f, self.storage) for f in features])
         self.set("feature_strides", strides(self.alive[-1]))
-        self.set("points", points.to(self.arithmetic).contiguous())
+        if points is not None:
+            self.set("points", points.to(self.arithmetic).contiguous())
         if mask_maps is not None:
             self.set("mask_maps", [rows(m, self.arithmetic) for m in mask_maps])
             self.set("mask_strides", strides(self.alive[-1]))
@@ -171,9 +209,11 @@ class LibraryCall:
             setattr(self.problem, name, ctypes.addressof(array))
         self.alive.append(value)
 
-    def run(self, function: str, **results: Tensor | list[Tensor | None] | None) -> None:
+    def run(
+        self, function: str, **fields: Tensor | list[Tensor | None] | ctypes.Array | None
+    ) -> None:
         """Call `function` with the results to write (or their gradients to read)."""
-        for name, value in results.items():
+        for name, value in fields.items():
             self.set(name, value)
         loaded = library()
         if isinstance(loaded, str):

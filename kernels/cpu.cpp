@@ -213,18 +213,30 @@ inline void over_tiles(const Problem& p, Tile<A>& tile, int strip, F&& body) {
   }
 }
 
+// Which of the maps [B,L] keep every key.
+template <class A>
+void find_open(const Problem& p, Tile<A>& tile, std::vector<char>& open) {
+#pragma omp for schedule(dynamic)
+  for (int64_t i = 0; i < int64_t(open.size()); ++i) {
+    tile.b = int(i / p.L), tile.l = int(i % p.L);
+    open[i] = !p.mask_maps || all_open(p, tile);
+  }
+}
+
 template <class T, class A>
 void forward(const Problem& p) {
   const int64_t strips = (p.H + kTile - 1) / kTile, work = p.B * p.L * strips;
+  std::vector<char> open(p.B * p.L);
   for (int64_t i = 0; i < p.B * p.L; ++i) p.kept[i] = 0;
   expect_writes(p.aggregate, p.B * p.H * p.W * p.L * p.C * int64_t(sizeof(T)));
 #pragma omp parallel num_threads(int(p.threads))
   {
     Tile<A> tile(p);
+    find_open(p, tile, open);
 #pragma omp for schedule(dynamic)
     for (int64_t item = 0; item < work; ++item) {
       const int64_t b = item / strips / p.L, l = item / strips % p.L;
-      tile.b = int(b), tile.l = int(l);
+      tile.b = int(b), tile.l = int(l), tile.masked = !open[item / strips];
       const A gate = A(p.gates ? p.gates[l] : 1);
       const T* image = static_cast<const T*>(p.features[l]) + b * p.feature_strides[l * 3];
       T* aggregate = static_cast<T*>(p.aggregate);
@@ -245,6 +257,64 @@ void forward(const Problem& p) {
       });
 #pragma omp atomic
       p.kept[item / strips] += double(kept);  // whole numbers: exact in any order
+    }
+  }
+}
+
+// ---- a whole module in inference: points, attention and output of a tile stay in the cache
+
+// Adds layer tile.l's part of h(y) to the results of a tile's queries.
+template <class T, class A>
+void add_layer(const Problem& p, Tile<A>& tile, std::vector<A>& sums) {
+  const int C = int(p.C), O = int(p.O), N = tile.queries(), columns = 3 * tile.K;
+  const int64_t* strides = p.query_strides;
+  const T* query = static_cast<const T*>(p.query) + tile.b * strides[0];
+  A* result = static_cast<A*>(p.result);
+  const auto feature = [&](int q) {
+    return query + tile.y(q) * strides[1] + tile.x(q) * strides[2];
+  };
+  const auto out = [&](int q) {
+    return result + ((int64_t(tile.b) * p.H + tile.y(q)) * p.W + tile.x(q)) * O;
+  };
+  const T* image =
+      static_cast<const T*>(p.features[tile.l]) + tile.b * p.feature_strides[tile.l * 3];
+  ask_ahead(p, tile, image);
+  const int64_t first = int64_t(tile.l) * columns;
+  product<A>(
+      N, C, static_cast<const A*>(p.weight) + first, p.L * columns, columns, feature,
+      [&](int) { return static_cast<const A*>(p.bias) + first; },
+      [&](int q) { return tile.points.data() + q * columns; });
+  plan(p, tile, A(1));
+  gather(p, tile, image, [&](auto part, int q, int c, Vector<A> v, int count) {
+    store<A, decltype(part)::value>(sums.data() + q * (C + 1) + c, v, count);
+  });
+  for (int q = 0; q < N; ++q) sums[q * (C + 1) + C] = tile.inside[q];
+  product<A>(
+      N, C + 1, static_cast<const A*>(p.output) + int64_t(tile.l) * (C + 1) * O, O, O,
+      [&](int q) -> const A* { return sums.data() + q * (C + 1); },
+      [&](int q) { return tile.l ? out(q) : static_cast<const A*>(p.output_bias); }, out);
+}
+
+template <class T, class A>
+void module(const Problem& p) {
+  const int64_t strips = (p.H + kTile - 1) / kTile;
+  std::vector<char> open(p.B * p.L);
+  expect_writes(p.result, p.B * p.H * p.W * p.O * int64_t(sizeof(A)));
+#pragma omp parallel num_threads(int(p.threads))
+  {
+    Tile<A> tile(p);
+    tile.points.resize(kTile * kTile * 3 * p.K);
+    std::vector<A> sums(kTile * kTile * (p.C + 1));
+    find_open(p, tile, open);
+#pragma omp for schedule(dynamic)
+    for (int64_t item = 0; item < p.B * strips; ++item) {
+      tile.b = int(item / strips);
+      over_tiles(p, tile, int(item % strips), [&] {
+        for (tile.l = 0; tile.l < p.L; ++tile.l) {
+          tile.masked = !open[tile.b * p.L + tile.l];
+          add_layer<T>(p, tile, sums);
+        }
+      });
     }
   }
 }
@@ -330,6 +400,7 @@ void backward(const Problem& p) {
     for (int64_t item = 0; item < p.B * p.L; ++item) {
       tile.b = int(item / p.L), tile.l = int(item % p.L);
       const Share<T, A> share(p, tile.b, tile.l);
+      tile.masked = p.mask_maps;
       double gate = 0;
       for (int strip = 0; strip < strips; ++strip)
         over_tiles(p, tile, strip, [&] { gate += backward_tile(share, tile); });
@@ -344,6 +415,8 @@ extern "C" {
 void forward_float32(const Problem* p) { forward<float, float>(*p); }
 void forward_bfloat16(const Problem* p) { forward<bfloat16, float>(*p); }
 void forward_float64(const Problem* p) { forward<double, double>(*p); }
+void module_float32(const Problem* p) { module<float, float>(*p); }
+void module_float64(const Problem* p) { module<double, double>(*p); }
 void backward_float32(const Problem* p) { backward<float, float>(*p); }
 void backward_bfloat16(const Problem* p) { backward<bfloat16, float>(*p); }
 void backward_float64(const Problem* p) { backward<double, double>(*p); }

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import registration
+from .dispatch import why_not
 
 
 class Attended(NamedTuple):
@@ -93,6 +94,47 @@ def attend(
     aggregate, coverage, kept = out
     kept = kept if counts else None
     return Attended(aggregate.to(features[0].dtype), coverage.to(points.dtype), kept)
+
+
+def attend_module(
+    query: Tensor,
+    features: Sequence[Tensor],
+    mask_maps: Sequence[Tensor] | None,
+    weight: Tensor,
+    bias: Tensor,
+    output: Tensor,
+    output_bias: Tensor,
+) -> Tensor:
+    """The points of `attend` by one product, `attend` without gates and noise, and its results'
+    product, tile by tile: what lies between stays in the processor's cache. No gradients; where
+    `runs_whole` allows it.
+
+    Args:
+        query: [B,H,W,C], what the points are computed from.
+        features, mask_maps: those of `attend`.
+        weight, bias: [C,L·3·K] and [L·3·K], of the points.
+        output, output_bias: [L,C+1,O] and [O]; C rows for a layer's aggregate, the last one for its
+            coverage.
+
+    Returns [B,H,W,O].
+    """
+    return torch.ops.acla.attend_module(
+        query, list(features), list(mask_maps or ()), weight, bias, output, output_bias
+    )
+
+
+def runs_whole(query: Tensor, features: Sequence[Tensor]) -> bool:
+    """Whether `attend_module` computes what `attend` and its products would, and faster."""
+    kinds = {tensor.dtype for tensor in (query, *features)}
+    return (
+        query.device.type == "cpu"
+        and kinds in ({torch.float32}, {torch.float64})
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and (os.environ.get("ACLA_BACKEND") or "auto") in ("auto", "cpp")
+        and why_not("cpp", query) is None
+    )
 
 
 def check(

@@ -27,6 +27,15 @@ extern "C" struct Problem {  // mirrored in cpp_backend.py, field by field
   void* grad_points;               // A [B,H,W,L,3,K], or null
   void* const* grad_mask_maps;     // [L] pointers to A [B,H+2,W+2,K], each may be null
   double* grad_gates;              // [B,L], to be summed over B, or null
+  // Of a whole module, O channels out; there are no points and no aggregate then:
+  int64_t O;
+  const void* query;             // T [B,H,W,C], the last stride is 1
+  const int64_t* query_strides;  // [3] of image, row and column
+  const void* weight;            // A [C,L·3·K], of the points; their bias A [L·3·K]
+  const void* bias;
+  const void* output;       // A [L,C+1,O], g behind h, and in the last row what coverage is times
+  const void* output_bias;  // A [O]
+  void* result;             // A [B,H,W,O], contiguous
 };
 
 namespace {
@@ -63,16 +72,22 @@ struct Tile {
   }
 
   int b, l, top, left, height, width;  // queries from (top, left) of image b, keys on layer l
+  bool masked = false;                 // whether masks are read, rather than known to be open
   int K, slots;                        // keys of a query, and entries: whole vectors
   int64_t size;
   int first[kTile * kTile + 1];  // picked[first[q] .. first[q + 1] - 1]: query q's open entries
   A inside[kTile * kTile];       // gate · Σ of f · share in the image, over the open keys
   Entries<A> at;
+  std::vector<A> points;  // [q,3,K] of this layer, if the module computes them itself
   std::vector<A> reals;
   std::vector<int64_t> longs;
   std::vector<Integer<A>> ints;
   std::vector<int32_t> list;
 
+  const A* points_of(const Problem& p, int q) const {
+    return points.empty() ? static_cast<const A*>(p.points) + pair(p, q) * 3 * K
+                          : points.data() + q * 3 * K;
+  }
   int queries() const { return height * width; }
   int y(int q) const { return top + q / width; }
   int x(int q) const { return left + q % width; }
@@ -91,9 +106,9 @@ void locate(const Problem& p, Tile<A>& tile, int begin, int end) {
   const Integers<A> last_row = Integer<A>(p.H) - 1 - Integers<A>{};
   const Integers<A> last_column = Integer<A>(p.W) - 1 - Integers<A>{};
   const int K = tile.K;
-  const A* in = static_cast<const A*>(p.points) + tile.pair(p, begin) * 3 * K;
   const A query_y = A(tile.y(begin));
-  for (int q = begin; q < end; ++q, in += p.L * 3 * K) {
+  for (int q = begin; q < end; ++q) {
+    const A* in = tile.points_of(p, q);
     const A query_x = A(tile.left + q - begin);
     Reals top = A(-INFINITY) - Reals{}, sum = {};
     for (int k = 0; k < K; k += lanes) {
@@ -137,6 +152,22 @@ const A* mask_map(const Problem& p, const Tile<A>& tile) {
   return static_cast<const A*>(p.mask_maps[tile.l]) + tile.b * p.mask_strides[tile.l * 3];
 }
 
+// Whether the map keeps every key, wherever it is read without noise: all values are above 0, and so
+// is what lies between them.
+template <class A>
+bool all_open(const Problem& p, const Tile<A>& tile) {
+  const int64_t* strides = p.mask_strides + tile.l * 3;
+  const A* map = mask_map(p, tile);
+  bool open = !p.seeds;
+  for (int64_t y = 0; open && y < p.H + 2; ++y)
+    for (int64_t x = 0; x < p.W + 2; ++x) {
+      const A* from = map + y * strides[1] + x * strides[2];
+#pragma omp simd reduction(& : open)
+      for (int k = 0; k < tile.K; ++k) open &= from[k] > 0;
+    }
+  return open;
+}
+
 // The mask's values at the four corners, and its noise.
 template <class A>
 void look_up(const Problem& p, Tile<A>& tile, int begin, int end) {
@@ -176,7 +207,7 @@ void pick(const Problem& p, Tile<A>& tile, int begin, int end, A gate) {
     for (int k = 0, i = q * tile.slots; k < tile.K; k += lanes, i += lanes) {
       const Reals y = get(at.y + i), x = get(at.x + i), f = gate * get(at.f + i);
       Integers<A> open = kLane<A> < tile.K - k;
-      if (p.mask_maps) {
+      if (tile.masked) {
         const Reals v0 = get(at.w0 + i), v1 = get(at.w1 + i);
         const Reals v2 = get(at.w2 + i), v3 = get(at.w3 + i);
         Reals logit = (1 - y) * ((1 - x) * v0 + x * v1) + y * ((1 - x) * v2 + x * v3);
@@ -210,7 +241,7 @@ int plan(const Problem& p, Tile<A>& tile, A gate) {
   for (int begin = 0; begin < tile.queries(); begin += tile.width) {
     const int end = begin + tile.width;
     locate(p, tile, begin, end);
-    if (p.mask_maps) look_up(p, tile, begin, end);
+    if (tile.masked) look_up(p, tile, begin, end);
     pick(p, tile, begin, end, gate);
     address(tile, begin, end, strides[1], strides[2]);
   }
@@ -232,7 +263,7 @@ void ask_ahead(const Problem& p, const Tile<A>& tile, const T* image) {
   ask_for(image, p.feature_strides + tile.l * 3, p.C);
   if (p.mask_maps) ask_for(mask_map(p, tile), p.mask_strides + tile.l * 3, p.K);
   const A* points = static_cast<const A*>(p.points);
-  for (int y = tile.top; y < tile.top + tile.height; ++y)
+  for (int y = tile.top; points && y < tile.top + tile.height; ++y)
     for (int64_t x = tile.left + kTile; x < least(tile.left + 2 * kTile, p.W); ++x)
       ask(points + (((tile.b * p.H + y) * p.W + x) * p.L + tile.l) * 3 * p.K, 3 * p.K);
 }

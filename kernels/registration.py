@@ -21,6 +21,10 @@ LIBRARY.define(
     "float temperature, str backend, bool counts) -> (Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(
+    "attend_module(Tensor query, Tensor[] features, Tensor[] mask_maps, Tensor weight, "
+    "Tensor bias, Tensor output, Tensor output_bias) -> Tensor"
+)
+LIBRARY.define(
     "attend_backward(Tensor[] features, Tensor points, Tensor[] mask_maps, Tensor? gates, "
     "Tensor? seeds, float temperature, str backend, Tensor? aggregate, Tensor? coverage, "
     "Tensor? kept, bool[] wanted) -> Tensor[]"
@@ -55,6 +59,18 @@ def attend(
     aggregate, coverage, kept = forward(*inputs, counts)
     kept = kept if counts else uncounted(points)
     return aggregate.to(features[0].dtype), coverage.to(points.dtype), kept
+
+
+@functools.partial(LIBRARY.impl, "attend_module", dispatch_key="CPU")
+def attend_module(query: Tensor, features: Lists, mask_maps: Lists, *weights: Tensor) -> Tensor:
+    from . import cpp_backend
+
+    return cpp_backend.attend_module(query, features, mask_maps or None, *weights)
+
+
+@torch.library.register_fake("acla::attend_module", lib=LIBRARY)
+def attend_module_shape(query, features, mask_maps, weight, bias, output, output_bias):
+    return query.new_empty(*query.shape[:3], len(output_bias))
 
 
 def uncounted(points: Tensor) -> Tensor:
@@ -178,6 +194,14 @@ def attend_flops(features, points, *_, **__) -> int:
     tensors."""
     B, H, W, L, _, K = points
     return 6 * features[0][-1] * B * H * W * L * K
+
+
+@register_flop_formula(torch.ops.acla.attend_module)
+def attend_module_flops(query, features, mask_maps, weight, bias, output, *_, **__) -> int:
+    """The points' product, every key kept, and the output's."""
+    N, L = query[:3].numel(), len(features)
+    K = bias[0] // (3 * L)
+    return N * (2 * weight.numel() + 6 * query[-1] * L * K + 2 * output.numel())
 
 
 @register_flop_formula(torch.ops.acla.attend_backward)

@@ -165,7 +165,9 @@ class Layer:
         B, H, W, L, _, K = points.shape
         dtype = torch.float64 if features[0].dtype == torch.float64 else torch.float32
         table = features[l].detach().to(dtype).reshape(-1, features[l].shape[-1])
-        mask_map = mask_maps[l].detach().to(dtype).reshape(-1, K) if mask_maps else None
+        mask_map = None  # copied where it is a slice of several modules' maps
+        if mask_maps:
+            mask_map = mask_maps[l].detach().to(dtype).reshape(-1, K).contiguous()
         flat = points.detach().reshape(-1, L, 3, K)[:, l]
         return cls(table.contiguous(), mask_map, flat, seeds, (B, H, W), (l, L))
 

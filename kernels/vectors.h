@@ -11,7 +11,7 @@
 #include <type_traits>
 #include <utility>
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -220,6 +220,15 @@ inline int append(int32_t* list, int length, Integers<A> open, int32_t first) {
   _mm512_storeu_si512(list + length, _mm512_maskz_compress_epi32(__mmask16(bits), indices));
   return length + __builtin_popcount(bits);
 #else
+#if defined(__AVX2__) && defined(__BMI2__)
+  if constexpr (sizeof(A) == 4) {  // the numbers 0 .. 7 as bytes, without those of closed lanes
+    const unsigned bits = unsigned(_mm256_movemask_ps(__m256(open)));
+    const uint64_t bytes = _pdep_u64(bits, 0x0101010101010101) * 0xFF;
+    const __m128i lanes = _mm_cvtsi64_si128(int64_t(_pext_u64(0x0706050403020100, bytes)));
+    put<int32_t>(list + length, Integers<A>(_mm256_cvtepu8_epi32(lanes)) + first);
+    return length + __builtin_popcount(bits);
+  }
+#endif
   for (int i = 0; i < kLanes<A>; ++i) list[length] = first + i, length -= int(open[i]);
   return length;
 #endif
@@ -238,6 +247,54 @@ inline void over_channels(int C, F&& body) {
   if (C - c >= 2 * lanes) body(std::integral_constant<int, 2>{}, whole, c), c += 2 * lanes;
   if (C - c >= lanes) body(std::integral_constant<int, 1>{}, whole, c), c += lanes;
   if (c < C) body(std::integral_constant<int, 1>{}, std::true_type{}, c);
+}
+
+// out[r] = start[r] + Σ in[r][c] · weight[c] for R rows and V vectors of columns.
+template <int R, int V, bool part, class T, class A>
+inline void multiply(const T* const (&in)[R], int inner, const A* weight, int64_t step,
+                     const A* const (&start)[R], A* const (&out)[R], int count) {
+  constexpr int lanes = kLanes<A>;
+  Vector<A> sum[R * V];
+#pragma GCC unroll 16
+  for (int i = 0; i < R * V; ++i) sum[i] = load<A, part>(start[i / V] + i % V * lanes, count);
+  for (int c = 0; c < inner; ++c, weight += step) {
+    Vector<A> w[V];
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) w[v] = load<A, part>(weight + v * lanes, count);
+#pragma GCC unroll 16
+    for (int i = 0; i < R * V; ++i) sum[i] += widen(in[i / V][c]) * w[i % V];
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < R * V; ++i) store<A, part>(out[i / V] + i % V * lanes, sum[i], count);
+}
+
+// The same for all queries of a tile and all columns. in(q), start(q) and out(q) are rows.
+template <class A, class In, class Start, class Out>
+void product(int queries, int inner, const A* weight, int64_t step, int columns, In&& in,
+             Start&& start, Out&& out) {
+  constexpr int lanes = kLanes<A>, R = 4;  // with three vectors, sums fit in 16 registers
+  const auto rows = [&](auto some, int q) {
+    constexpr int N = decltype(some)::value;
+    std::decay_t<decltype(in(0))> from[N];
+    const A* begin[N];
+    A* to[N];
+    for (int r = 0; r < N; ++r) from[r] = in(q + r), begin[r] = start(q + r), to[r] = out(q + r);
+    int o = 0;
+    const auto block = [&](auto wide, auto part) {
+      constexpr int V = decltype(wide)::value;
+      multiply<N, V, decltype(part)::value>(from, inner, weight + o, step, begin, to, columns - o);
+      for (int r = 0; r < N; ++r) begin[r] += V * lanes, to[r] += V * lanes;
+      o += V * lanes;
+    };
+    constexpr auto whole = std::false_type{};
+    while (columns - o >= 3 * lanes) block(std::integral_constant<int, 3>{}, whole);
+    if (columns - o >= 2 * lanes) block(std::integral_constant<int, 2>{}, whole);
+    if (columns - o >= lanes) block(std::integral_constant<int, 1>{}, whole);
+    if (o < columns) block(std::integral_constant<int, 1>{}, std::true_type{});
+  };
+  int q = 0;
+  for (; q + R <= queries; q += R) rows(std::integral_constant<int, R>{}, q);
+  for (; q < queries; ++q) rows(std::integral_constant<int, 1>{}, q);
 }
 
 // Cephes polynomials, good to 2 units in the last place.

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from acla.models import attention
 from acla.models.attention import CrossLayerAttention, pointwise, rings
-from kernels import binary_gate, logistic_noise, to_rows
+from kernels import binary_gate, logistic_noise, runs_whole, to_rows, why_not
 
 
 def random_module(width, layers, keys, masked, seed=0):
@@ -125,6 +125,45 @@ def test_without_gradients_h_is_folded_into_g():
         folded, folded_kept = module(maps[2], rows)
     torch.testing.assert_close(folded, z.detach())
     assert torch.equal(folded_kept, kept)
+
+
+@pytest.mark.skipif(bool(why_not("cpp", torch.zeros(1))), reason="no C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("B", "C", "L", "K", "H", "W"),
+    [
+        pytest.param(1, 1, 1, 1, 1, 1, id="one-of-everything"),
+        pytest.param(2, 13, 3, 5, 9, 17, id="no-multiple-of-a-vector"),
+        pytest.param(1, 64, 2, 16, 10, 8, id="whole-vectors"),
+    ],
+)
+@pytest.mark.parametrize("masks", ["none", "open", "mixed"])
+def test_a_module_in_one_pass_is_its_parts_in_turn(masks, B, C, L, K, H, W, dtype):
+    module = random_module(C, L, K, masked=masks != "none")
+    if masks == "open":
+        torch.nn.init.constant_(module.mask_bias, 1e3)
+    maps = [torch.randn(B, C, H, W, dtype=torch.float64) for _ in range(L)]
+    rows = [to_rows(m) for m in maps]
+    with torch.no_grad():
+        expected, _ = module(maps[-1], rows)
+        query, rows = maps[-1].to(dtype), [one.to(dtype) for one in rows]
+        assert runs_whole(query, rows)
+        whole, kept = module.to(dtype)(query, rows, counts=False)
+    assert kept is None
+    if dtype == torch.float64 or masks != "mixed":  # else rounding may decide a mask
+        tolerance = 1e4 * torch.finfo(dtype).eps * expected.abs().max().item()
+        torch.testing.assert_close(whole.double(), expected, rtol=0, atol=tolerance)
+
+
+def test_modules_are_computed_part_by_part_where_one_pass_cannot_be(monkeypatch):
+    query = torch.randn(1, 2, 3, 3)
+    assert not runs_whole(query, [query])  # gradients are recorded
+    with torch.no_grad():
+        assert not runs_whole(query.bfloat16(), [query])
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not runs_whole(query, [query])
+        monkeypatch.setenv("ACLA_BACKEND", "torch")
+        assert not runs_whole(query, [query])
 
 
 def test_the_folded_weights_follow_every_change_of_the_module():

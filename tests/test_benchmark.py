@@ -14,21 +14,25 @@ from kernels import bench, timing
 
 
 def row(backend, ms, which="network", **others):
-    return {"backend": backend, "pass": which, "ms_p50": ms, **others}
+    return {"backend": backend, "pass": which, "ms_p50": ms, "H": 48, **others}
 
 
 def test_ratios_by_hand():
     rows = [row(name, ms, which) for which in ("network", "replay") for name, ms in
             (("edsr", 1.0), ("edsr + acla", 1.06))]  # fmt: skip
+    rows += [row("edsr", 2.0, "step"), row("edsr + acla", 2.5, "step")]
+    rows += [row("planning", 3.0, "part"), row("planning, gather", 7.0, "part")]
     rows += [row("supernet step", 9.0, "both", peak_mb=100.0)]
     rows += [row("supernet step, half shut, all computed", 8.0, "both", peak_mb=80.0)]
     rows += [row("supernet step, half shut, skipped", 2.0, "both", peak_mb=40.0)]
     rows += [row("grid_sample, saved tensors", None, "both", peak_mb=1600.0)]
     rows += [{"backend": "loader, 1 workers", "patches_per_second": 300.0}]
     rows += [{"backend": "training", "patches_per_second": 10.0}]
-    network, replayed, memory, skipped, loader = benchmark.ratios(rows)
-    assert "edsr + acla takes 1.060 of edsr's time (" in network
+    network, replayed, step, parts, memory, skipped, loader = benchmark.ratios(rows)
+    assert "edsr + acla takes 1.060 of edsr's time at 48² (" in network
     assert "1.060 of edsr's time under graph replay" in replayed
+    assert "1.250 of edsr's time in training" in step
+    assert parts == "attention at 48², ms: planning 3.0, gather 4.0"
     assert "1/16.0 of" in memory
     assert "0.25 of the time, 0.50 of the memory" in skipped
     assert loader.startswith("loader, 1 workers: 30.0×")
@@ -62,6 +66,21 @@ def test_networks_on_a_gpu_run_piece_by_piece_and_as_graphs(monkeypatch, capsys)
     assert {row["dtype"] for row in rows} == {"float32"}
 
 
+def test_attention_by_part_beside_the_networks_and_their_training(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "NETWORKS", {"edsr-16x64": ("car", "tiny", "edsr")})
+    monkeypatch.setattr(benchmark, "SIDES", (7,))
+    monkeypatch.setattr(
+        bench, "paired", lambda works, *_, **__: [[(w(), 0.25)[1]] * 3 for w in works]
+    )
+    monkeypatch.setattr(bench, "peak_mb", lambda *_: 1.0)
+    benchmark.main(["--only", "attention"])
+    out = capsys.readouterr().out
+    for part in ("rows", "masks", "points", "planning", "gather", "output", "modules"):
+        assert f"{part} " in out
+    assert "at 7² (" in out
+    assert "in training at 64² (" in out
+
+
 def test_the_loader_beside_training(monkeypatch, capsys):
     calls = []
     monkeypatch.setattr(benchmark, "BATCHES", 3)
@@ -88,6 +107,7 @@ def attending_network():
 
 @pytest.mark.parametrize("part", ["aggregate", "coverage"])
 def test_the_network_that_is_replayed_depends_on_the_operator(monkeypatch, part):
+    monkeypatch.setenv("ACLA_BACKEND", "torch")  # of the modules, not of their whole
     net, picture = attending_network(), torch.rand(1, 1, 13, 10)
     expected = benchmark.without_gradients(net, picture)
 

@@ -1,6 +1,7 @@
 """What every script does the same way: who speaks, which errors are one line, what is refused."""
 
 import io
+import subprocess
 import sys
 
 import pytest
@@ -65,6 +66,26 @@ def test_a_terminal_without_greek_does_not_end_the_work(monkeypatch):
     cli.run(lambda argv: console.say('{"σ": 30}'))
     sys.stdout.flush()
     assert terminal.getvalue() == b'{"\\u03c3": 30}\n'
+
+
+def test_output_that_nobody_reads_ends_the_work_quietly():
+    """As behind `| head -1`, and with `>&- 2>&-`."""
+    code = (
+        "from acla import cli, console\n"
+        "def main(argv):\n"
+        "    for i in range(20000): console.say(i), console.notice(i)\n"
+        "cli.run(main)"
+    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    read = subprocess.Popen([sys.executable, "-c", code], **pipes)
+    closed = subprocess.Popen(f"{sys.executable} -c '{code}' >&- 2>&-", **pipes, shell=True)
+    assert read.stdout.readline() == b"0\n"
+    read.stdout.close()
+    numbers = read.stderr.read().split()
+    assert numbers == [b"%d" % i for i in range(len(numbers))]
+    assert read.wait() == 141
+    assert closed.communicate() == (b"", b"")
+    assert closed.returncode == 0
 
 
 def test_a_backend_that_cannot_run_here_is_refused_at_once(monkeypatch):

@@ -64,7 +64,7 @@ def test_spills_are_found():
 
 def test_a_gather_loads_rows_whole_without_barriers_or_atomics():
     row = compile.compile_job(job_of("_aggregate", "sm_90"))
-    assert row.loads.startswith("8/")  # four corners of two rows to a thread
+    assert row.loads.startswith("4/")  # four corners of one row to a thread
     assert (row.barriers, row.atomics) == (0, 0)
     assert row.floor == 10  # 64 channels of 4 corners: 8 multiply-adds and 2 loads of a warp
     assert row.floor < row.per_key < row.instructions / 4
@@ -72,7 +72,7 @@ def test_a_gather_loads_rows_whole_without_barriers_or_atomics():
 
 def test_atomics_are_counted():
     row = compile.compile_job(job_of("_scatter", "sm_90"))
-    assert row.atomics == 8
+    assert row.atomics == 4
 
 
 def test_instructions_of_a_key_are_those_of_the_loop():

@@ -34,8 +34,8 @@ def test_a_tree_is_kept_and_broken_files_come_last(tmp_path, capsys, tree):
     assert files(tmp_path / "out") == {"a.png", "deep/er/b.jpg", "deep/c.tif"}
     assert np.array_equal(stored(tmp_path / "out/a.png"), stored(tree / "a.png"))
     lines = err.splitlines()
-    assert lines[0] == f"{tree}: 1 files of other formats are left out"
-    assert lines[-2] == "error: 1 pictures could not be restored:"
+    assert lines[0] == f"{tree}: left out, 1 file of other formats"
+    assert lines[-2] == "error: 1 picture could not be restored:"
     assert lines[-1].startswith(f"  {tree}/broken.png: not a readable picture (")
 
 

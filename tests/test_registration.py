@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels import attend, to_rows
+from kernels import attend, attend_module, to_rows, why_not
 
 B, L, K, H, W, C = 2, 3, 4, 5, 4, 8
 
@@ -42,6 +42,26 @@ def test_opcheck_of_rows():
     sent = torch.randn_like(rows)
     ours, theirs = (torch.autograd.grad(r, feature, sent) for r in (rows, to_rows(feature)))
     assert torch.equal(*ours, *theirs)
+
+
+@pytest.mark.skipif(bool(why_not("cpp", torch.zeros(1))), reason="no C++ compiler")
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_module_in_one_pass_has_its_shape_and_the_flops_of_its_parts(masked):
+    features, _, maps, _ = inputs(masked)
+    rows, maps = [f.detach() for f in features], [m.detach() for m in maps]
+    query, columns = torch.randn(B, H, W, C), L * 3 * K
+    weight, output = torch.randn(C, columns), torch.randn(L, C + 1, 7)
+    given = query, rows, maps, weight, torch.randn(columns), output, torch.randn(7)
+    result = torch.library.opcheck(torch.ops.acla.attend_module.default, given)
+    assert set(result.values()) == {"SUCCESS"}
+    with torch.no_grad(), FlopCounterMode(display=False) as whole:
+        attend_module(*given)
+    with torch.no_grad(), FlopCounterMode(display=False) as parts:
+        points = (query @ weight).view(B, H, W, L, 3, K)
+        out = attend(rows, points, maps or None)
+        out.aggregate.flatten(3) @ output[:, :-1].flatten(0, 1)
+        out.coverage @ output[:, -1]
+    assert whole.get_total_flops() == parts.get_total_flops()
 
 
 def test_counts_are_left_out_where_they_are_not_wanted():

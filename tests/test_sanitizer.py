@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PROGRAM = """
 import itertools, torch
-from kernels import attend, to_rows
+from kernels import attend, attend_module, to_rows
 
 torch.set_num_threads(2)
 far = [0.0, 0.5, -1.0, 7.0, 1e9, -1e30, float("inf"), float("-inf"), float("nan")]
@@ -30,6 +30,12 @@ for (B, H, W, L, K, C), dtype in itertools.product(
     (out.aggregate.sum() + out.coverage.sum() + out.kept.sum()).backward()
     assert out.aggregate.isfinite().all()
     assert all(tensor.grad is not None for tensor in [*features, points, *maps, gates])
+    if dtype != torch.bfloat16:
+        query, weight = torch.randn(B, H, W, C, dtype=dtype), torch.randn(C, L * 3 * K) * 9
+        bias, output = points[0, 0, 0].detach().flatten(), torch.randn(L, C + 1, 7)
+        rows, open_maps = [f.detach() for f in features], [m.detach() for m in maps]
+        given = query, rows, open_maps, weight, bias, output, torch.randn(7)
+        assert attend_module(*given).isfinite().all()
 print("clean")
 """
 

@@ -1,6 +1,10 @@
 """A picture through a network: whole, in tiles, turned, with little memory."""
 
+import platform
 import re
+import resource
+import subprocess
+import sys
 from itertools import pairwise
 
 import pytest
@@ -116,7 +120,21 @@ def test_ensemble_is_the_mean_of_eight():
     torch.testing.assert_close(restore(net, picture, ensemble=True), total / 8)
 
 
-# With little memory
+# Memory
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's settings")
+def test_freed_features_are_used_again():
+    """No page of a tensor as large as a tile's features comes anew from the kernel."""
+    code = (
+        "import resource, torch; from acla.restore.inference import keep_memory\n"
+        "keep_memory(torch.device('cpu'))\n"
+        "for _ in range(12): torch.ones(2**24)\n"
+        "before = resource.getrusage(0).ru_minflt; torch.ones(2**24)\n"
+        "print(resource.getrusage(0).ru_minflt - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 2**26 / resource.getpagesize() / 10
 
 
 class Short(torch.nn.Module):

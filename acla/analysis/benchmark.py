@@ -1,13 +1,15 @@
-"""Time whole networks, the supernet's training step, and the loader.
+"""Time whole networks, attention part by part, the supernet's training step, and the loader.
 
     python -m acla.analysis.benchmark --only networks
 
 networks: EDSR and RCAN with and without ACLA at Table 9's positions on a 48×48 picture, on a GPU
-also as CUDA graphs; supernet: time and memory of a step; loader: patches per second by number of
+also as CUDA graphs; attention: EDSR 16 × 64's five modules by part, and a training step with and
+without them; supernet: time and memory of a step; loader: patches per second by number of
 workers, beside what training consumes. One JSON row for each measurement, then ratios.
 """
 
 import argparse
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +22,7 @@ from acla.cli import run
 from acla.config import PAPER_POSITIONS, ModelConfig, Task, model_preset, train_preset
 from acla.data.datasets import Loader, PatchSampler, Pictures, sample
 from acla.distributed import Processes
+from acla.kernels import attend, to_rows
 from acla.kernels.baselines import Case, Implementation, by_grid_sample, make_case
 from acla.kernels.bench import (
     Row,
@@ -32,38 +35,120 @@ from acla.kernels.bench import (
     write_rows,
 )
 from acla.kernels.timing import replay
+from acla.models.attention import CrossLayerAttention, mask_maps
 from acla.models.backbones import Backbone
 from acla.search.supernet import Supernet
 from acla.training.trainer import Trainer
 
-PARTS = ("networks", "supernet", "loader")
+PARTS = ("networks", "attention", "supernet", "loader")
 # EDSR 32 × 256, EDSR 16 × 64 and RCAN, for the task and preset that have their size
 NETWORKS = {
     "edsr-32x256": ("sr", "paper", "edsr"),
     "edsr-16x64": ("car", "small", "edsr"),
     "rcan-10x20x64": ("sr", "paper", "rcan"),
 }
+SIDES = (48, 384)  # of the pictures on which attention is timed by part
 WORKERS = (0, 1, 2)
 BATCHES, STEPS = 50, 5  # of the loader and of training, that are timed
 
 
 def network_rows(args: argparse.Namespace) -> Iterator[Row]:
     """Inference with and without attention, in turns."""
-    for name, (task, preset, backbone) in NETWORKS.items():
-        config = model_preset(preset, Task(task, {"sr": 2, "car": 10}[task]), backbone)
-        plain = replace(config, attention="none", keys=0)
-        inserted = replace(config, positions=PAPER_POSITIONS[task, backbone])
+    for name in NETWORKS:
+        nets = pair_of_networks(name, args)
+        config = nets[name].config
         picture = torch.rand(1, config.channels, 48, 48, device=args.device)
-        calls = {}
-        for label, network in ((name, plain), (f"{name} + acla", inserted)):
-            net = Backbone(network).eval().to(args.device, memory_format=torch.channels_last)
-            calls[label] = functools.partial(without_gradients, net, picture)
+        calls = {k: functools.partial(without_gradients, net, picture) for k, net in nets.items()}
         for which in ("network", "replay")[: 1 + (args.device == "cuda")]:
             works = []
             for label, call in calls.items():
                 row = empty_row(label, (1, 48, 48, config.width), which, args)
                 works.append((row, replay(call) if which == "replay" else call))
             yield from timed_rows(works, args)
+
+
+def pair_of_networks(name: str, args: argparse.Namespace) -> dict[str, Backbone]:
+    """One of NETWORKS without and with attention, by name, fresh: with every mask open."""
+    task, preset, backbone = NETWORKS[name]
+    config = model_preset(preset, Task(task, {"sr": 2, "car": 10}[task]), backbone)
+    plain = replace(config, attention="none", keys=0)
+    inserted = replace(config, positions=PAPER_POSITIONS[task, backbone])
+    return {
+        label: Backbone(of).eval().to(args.device, memory_format=torch.channels_last)
+        for label, of in ((name, plain), (f"{name} + acla", inserted))
+    }
+
+
+def attention_rows(args: argparse.Namespace) -> Iterator[Row]:
+    """The parts of the five modules' inference in turns, beside the modules as they run and the
+    networks with and without them; then the networks' training steps, 8 patches of 64 × 64."""
+    name, dtype = "edsr-16x64", getattr(torch, args.dtype)
+    nets = pair_of_networks(name, args)
+    modules = list(nets[f"{name} + acla"].attention.values())
+    width = nets[name].config.width
+    for side in SIDES:
+        picture = torch.rand(1, 1, side, side, device=args.device)
+        calls = {label: functools.partial(net, picture) for label, net in nets.items()}
+        with mixed(args):
+            parts = attention_parts(modules, (1, width, side, side), dtype, args.device)
+        calls |= parts
+        size = (1, side, side, width)
+        works = [
+            (empty_row(label, size, "network" if label in nets else "part", args, args.dtype), call)
+            for label, call in calls.items()
+        ]
+        yield from timed_rows([(row, mixed(args)(call)) for row, call in works], args)
+    pictures = torch.rand(8, 1, 64, 64, device=args.device)
+    seeds, works = torch.arange(8, device=args.device), []
+
+    def step(net: Backbone) -> None:
+        net(pictures, seeds).square().mean().backward()
+        net.zero_grad(set_to_none=True)
+
+    for label, net in nets.items():
+        row = empty_row(label, (8, 64, 64, width), "step", args, args.dtype)
+        works.append((row, mixed(args, learns=True)(functools.partial(step, net.train()))))
+    yield from timed_rows(works, args)
+
+
+@contextlib.contextmanager
+def mixed(args: argparse.Namespace, learns: bool = False) -> Iterator[None]:
+    """A context, and a decorator, of mixed precision where --dtype asks for it."""
+    short = args.dtype != "float32"
+    with (
+        torch.set_grad_enabled(learns),
+        torch.autocast(args.device, getattr(torch, args.dtype) if short else None, enabled=short),
+    ):
+        yield
+
+
+def attention_parts(
+    modules: list[CrossLayerAttention], size: tuple[int, ...], dtype: torch.dtype, device: str
+) -> dict[str, Callable[[], object]]:
+    """Calls of every part of the modules' inference, by name, on features [B,C,H,W] of this size.
+    `planning` is `attend` with every mask shut."""
+    features = [
+        torch.randn(size, device=device).to(dtype, memory_format=torch.channels_last)
+        for _ in modules
+    ]
+    rows = [to_rows(feature) for feature in features]
+    maps = [mask_maps(modules[l:], l, one) for l, one in enumerate(rows)]
+    given = []
+    for j, (module, feature) in enumerate(zip(modules, features, strict=True)):
+        own = [maps[l][j - l] for l in range(j + 1)]
+        given.append((rows[: j + 1], module.locate(feature), own))
+    shut = [(of, points, [-one.abs() - 1 for one in own]) for of, points, own in given]
+    attended = [attend(*arguments, counts=False) for arguments in given]
+    joined = list(zip(modules, features, given, strict=True))
+    return {
+        "rows": lambda: [to_rows(feature) for feature in features],
+        "masks": lambda: [mask_maps(modules[l:], l, one) for l, one in enumerate(rows)],
+        "points": lambda: [module.locate(feature) for module, feature, _ in joined],
+        "planning": lambda: [attend(*arguments, counts=False) for arguments in shut],
+        "planning, gather": lambda: [attend(*arguments, counts=False) for arguments in given],
+        "output": lambda: [m.combine(one) for m, one in zip(modules, attended, strict=True)],
+        "modules": lambda: [m(f, of, maps=own, counts=False) for m, f, (of, _, own) in joined],
+    }
 
 
 def without_gradients(net: torch.nn.Module, picture: Tensor) -> Tensor:
@@ -157,14 +242,19 @@ def per_second(call: Callable[[int], object], times: int, device: torch.device) 
 
 
 def ratios(rows: list[Row]) -> Iterator[str]:
-    """Time with attention of the time without; a supernet's memory beside grid_sample's; patches
-    per second of the loader beside training's."""
+    """Time with attention of the time without, and by part; a supernet's memory beside
+    grid_sample's; patches per second of the loader beside training's."""
     by_name = {(row["backend"], row.get("pass")): row for row in rows}
-    for (name, which), row in by_name.items():
-        if inserted := by_name.get((f"{name} + acla", which)):
-            replayed = " under graph replay" if which == "replay" else ""
+    by_size = {(row["backend"], row.get("pass"), row.get("H")): row for row in rows}
+    for (name, which, H), row in by_size.items():
+        if inserted := by_size.get((f"{name} + acla", which, H)):
+            how = {"replay": " under graph replay", "step": " in training"}.get(which, "")
             share = inserted["ms_p50"] / row["ms_p50"]
-            yield f"{name} + acla takes {share:.3f} of {name}'s time{replayed} (less is better)"
+            yield f"{name} + acla takes {share:.3f} of {name}'s time{how} at {H}² (less is better)"
+        if name == "planning":
+            parts = {n: r["ms_p50"] for (n, p, h), r in by_size.items() if (p, h) == ("part", H)}
+            parts["gather"] = parts.pop("planning, gather") - parts["planning"]
+            yield f"attention at {H}², ms: " + ", ".join(f"{n} {t:.1f}" for n, t in parts.items())
     if step := by_name.get(("supernet step", "both")):
         saved = by_name["grid_sample, saved tensors", "both"]["peak_mb"]
         yield f"a supernet step needs 1/{saved / step['peak_mb']:.1f} of grid_sample's memory"
@@ -188,14 +278,25 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_flags(parser)
-    parser.add_argument("--only", choices=PARTS, help="one part (default: all three)")
+    parser.add_argument("--only", choices=PARTS, help="one part (default: all four)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of attention's features; bfloat16 by automatic mixed precision (default: float32)",
+    )
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     check(args)
-    parts = {"networks": network_rows, "supernet": supernet_rows, "loader": loader_rows}
+    parts = {
+        "networks": network_rows,
+        "attention": attention_rows,
+        "supernet": supernet_rows,
+        "loader": loader_rows,
+    }
     chosen = [args.only] if args.only else PARTS
     rows = write_rows((row for part in chosen for row in parts[part](args)), args.json)
     report(rows, ratios(rows), args)

@@ -18,7 +18,7 @@ from scipy.ndimage import uniform_filter
 from acla import cli, console
 from acla.console import printable
 from acla.data.image import SUFFIXES, opened, rgb_to_ycc
-from acla.errors import DataError, UsageError
+from acla.errors import DataError, PictureError, UsageError
 from acla.files import write_atomically
 from acla.restore import photo
 from acla.restore.jobs import Jobs, walk
@@ -57,8 +57,8 @@ class Pair(NamedTuple):
 def find_pairs(before: Path, after: Path) -> Jobs:
     """The pairs (before, after) of two photos, or of two trees by relative path without suffix.
 
-    notices: also what has no partner. Raises UsageError for a folder and a file, DataError where
-    there is more than one way to make a pair.
+    Of several pictures of one stem, equal names make a pair, and of the rest one before and one
+    after. notices: also what has no partner. Raises UsageError for a folder and a file.
     """
     if before.is_dir() != after.is_dir():
         raise UsageError(f"{before} and {after}: give two photos or two folders")
@@ -67,14 +67,13 @@ def find_pairs(before: Path, after: Path) -> Jobs:
     jobs = Jobs()
     old, new = by_stem(before, after, jobs), by_stem(after, before, jobs)
     for stem in sorted(old.keys() | new.keys()):
-        ours, theirs = old.get(stem, []), new.get(stem, [])
-        if not (ours and theirs):
-            jobs.notices += [f"{path}: no partner" for path in (*ours, *theirs)]
-        elif len(ours) == len(theirs) == 1 or [p.name for p in ours] == [p.name for p in theirs]:
-            jobs.pairs += zip(ours, theirs, strict=True)
+        ours, theirs = ({p.name: p for p in paths.get(stem, [])} for paths in (old, new))
+        jobs.pairs += [(ours.pop(name), theirs.pop(name)) for name in sorted(ours.keys() & theirs)]
+        if len(ours) == len(theirs) == 1:
+            jobs.pairs.append((*ours.values(), *theirs.values()))
         else:
-            names = ", ".join(map(str, (*ours, *theirs)))
-            raise DataError(f"{names}: one of each wanted; rename the rest")
+            rest = (*ours.values(), *theirs.values())
+            jobs.notices += [f"{path}: no partner" for path in rest]
     return jobs
 
 
@@ -146,14 +145,18 @@ def to_rgb_levels(seen: Photo) -> np.ndarray:
 
 def embed(jobs: Jobs, before: Path, after: Path, log: list[str]) -> tuple[list[Pair], list[str]]:
     """The pairs that fit on a page, in their order, and the names of the others. log: lines of
-    acla.restore. Raises DataError for a pair that differs in proportion, UsageError where none
-    fits."""
+    acla.restore. What cannot be read is left out, with a notice. Raises PictureError where that is
+    all, DataError for a pair that differs in proportion, UsageError where none fits."""
     roots = [root if root.is_dir() else root.parent for root in (before, after)]
-    shown, others, total = [], [], 0
+    shown, others, unreadable, total = [], [], [], 0
     for paths in console.progress(jobs.pairs, desc="page", unit="pair", leave=False):
-        quality = photo.jpeg_quality(paths[0])
-        notes = [f"JPEG quality {quality}" if quality else "", logged(paths[1], log)]
-        (old, first), (new, second) = map(embedded, paths, roots, notes)
+        try:
+            quality = photo.jpeg_quality(paths[0])
+            notes = [f"JPEG quality {quality}" if quality else "", logged(paths[1], log)]
+            (old, first), (new, second) = map(embedded, paths, roots, notes)
+        except PictureError as error:
+            unreadable.append(printable(str(error)))
+            continue
         if old.width * new.height != new.width * old.height:
             raise DataError(
                 f"{paths[0]} is {old.width}×{old.height} pixels (width × height), {paths[1]} is "
@@ -165,6 +168,10 @@ def embed(jobs: Jobs, before: Path, after: Path, log: list[str]) -> tuple[list[P
             continue
         total += size
         shown.append(Pair(old, new, *compared(first, second)))
+    if not shown and not others:
+        raise PictureError("\n  ".join(unreadable))
+    for text in unreadable:
+        console.notice(f"left out: {text}")
     if not shown:
         raise UsageError(
             f"{jobs.pairs[0][0]}: no pair fits on a page of {LIMIT / 2**20:g} MiB; JPEGs are "

@@ -51,6 +51,8 @@ BROKEN = (
 )
 for library in ("PIL", "tifffile"):  # what they log of damaged files is said in one line
     logging.getLogger(library).addHandler(logging.NullHandler())
+# Pillow refuses more than twice this, lest a small file fill the memory; phones have 200 megapixels
+Image.MAX_IMAGE_PIXELS = 2**27
 LUMA = (65.481, 128.553, 24.966)
 
 

@@ -27,7 +27,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from acla.kernels import attend
+from acla.kernels import Attended, attend, attend_module, runs_whole
 
 RING_KEYS = 8
 LARGE = 2**29  # multiply-adds that take a GPU longer in float32 than a launch does
@@ -102,18 +102,34 @@ class CrossLayerAttention(nn.Module):
 
         Returns h(y) [B,C,H,W] and the keys kept [B,L], summed over the queries, or None without
         `counts`."""
+        whole = gates is None and seeds is None and not counts and runs_whole(query, rows)
+        points = None if whole else self.locate(query)
+        if maps is None and self.mask is not None:
+            maps = [mask_maps([self], layer, one)[0] for layer, one in enumerate(rows)]
+        if whole:  # in one pass of the CPU kernel
+            query = query.permute(0, 2, 3, 1)
+            located = derive(self, "points", transpose, self.points.weight, self.points.bias)
+            parts = self.output.weight, self.value, self.value_bias, self.output.bias
+            output = derive(self, "h∘g, stacked", stack, *parts)
+            return attend_module(query, rows, maps, *located, *output).permute(0, 3, 1, 2), None
+        attended = attend(
+            rows, points, maps, gates, seeds=seeds, temperature=temperature, counts=counts
+        )
+        return self.combine(attended), attended.kept
+
+    def locate(self, query: Tensor) -> Tensor:
+        """Offsets and weights of all keys (Eq. 5), the points of `attend`: [B,C,H,W] →
+        [B,H,W,L,3,K]."""
         # Positions need more than the eight bits of bfloat16 or the eleven of TF32.
         with full_precision(query):
             query = query.permute(0, 2, 3, 1).to(self.points.weight.dtype)
             points = pointwise(query, self.points.weight, self.points.bias, full=True)
-        points = rearrange(
+        return rearrange(
             points, "b h w (l yxw k) -> b h w l yxw k", l=self.layers, yxw=3, k=self.keys
         )
-        if maps is None and self.mask is not None:
-            maps = [mask_maps([self], layer, one)[0] for layer, one in enumerate(rows)]
-        attended = attend(
-            rows, points, maps, gates, seeds=seeds, temperature=temperature, counts=counts
-        )
+
+    def combine(self, attended: Attended) -> Tensor:
+        """h(y) [B,C,H,W] of what `attend` returns: g, the sum over the layers, h."""
         if torch.is_grad_enabled():  # g and its bias after the sum (Eq. 5), then h (Eq. 2)
             value = rearrange(self.value, "l out c -> out (l c)")
             y = pointwise(attended.aggregate.flatten(3), value)
@@ -125,7 +141,7 @@ class CrossLayerAttention(nn.Module):
             z = pointwise(attended.aggregate.flatten(3), value, self.output.bias)
             coverage = attended.coverage.to(z.dtype).flatten(0, 2)
             z = z.flatten(0, 2).addmm_(coverage, bias.to(z.dtype)).view_as(z)
-        return z.permute(0, 3, 1, 2), attended.kept
+        return z.permute(0, 3, 1, 2)
 
     def train(self, mode: bool = True) -> "CrossLayerAttention":
         """As every module; what was derived goes, since fused optimisers count no change."""
@@ -148,6 +164,18 @@ class CrossLayerAttention(nn.Module):
 def fold(output: Tensor, value: Tensor, value_bias: Tensor) -> tuple[Tensor, Tensor]:
     """h∘g as one matrix: [C,C] after [L,C,C] and [L,C] → [C, L·C] and g's bias behind h [L,C]."""
     return output @ rearrange(value, "l out c -> out (l c)"), value_bias @ output.T
+
+
+def transpose(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight of a 1×1 convolution [out,C] as [C,out], and its bias."""
+    return weight.T.contiguous(), bias
+
+
+def stack(output: Tensor, *parts: Tensor) -> tuple[Tensor, Tensor]:
+    """`fold`'s results for `attend_module`: [L,C+1,C], and h's bias."""
+    value, value_bias, bias = parts
+    weight = (output @ value).mT, (value_bias @ output.T).unsqueeze(1)
+    return torch.cat(weight, 1).contiguous(), bias
 
 
 def join(*parts: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,9 +230,9 @@ def pointwise(
     is as exact and as fast as they.
     """
     device = rows.device.type
-    if device == "cpu":
-        # Torch computes convolutions of several pictures by oneDNN, up to twice as fast as its
-        # matrix product; so every line of pixels is a picture here.
+    if device == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        # Torch computes convolutions of several pictures by oneDNN, there up to twice as fast as
+        # its matrix product; so every line of pixels is a picture here.
         B, H, _, _ = rows.shape
         lines = convolve(rows.flatten(0, 1).unsqueeze(1), weight, bias)
         return lines.squeeze(1).unflatten(0, (B, H))

@@ -4,13 +4,14 @@ import argparse
 import functools
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from acla.cli import DEVICES, add_task_flags, pick_device, run, task_from_flags
 from acla.config import SETTING_FLAG, Task
-from acla.console import notice, printable, say
+from acla.console import notice, plural, printable, say
 from acla.data.image import FORMATS
 from acla.data.jpeg import Cells
 from acla.errors import AclaError, Stopped, UsageError, out_of_memory
@@ -24,11 +25,13 @@ from acla.restore.inference import (
     check_tile,
     computing_in,
     default_tile,
+    keep_memory,
     pick_precision,
 )
 from acla.restore.jobs import find_jobs
 from acla.restore.photo import Photo
-from acla.restore.pretrained import PretrainedModels
+from acla.restore.pretrained import Choice, PretrainedModels
+from acla.restore.progress import PixelBar, Sizes, announce, sizes_of
 
 BLIND = Task("denoise", 0, 55)  # without --sigma
 
@@ -105,34 +108,83 @@ def main(argv: list[str] | None = None) -> None:
     if task and task.name == "denoise" and args.task_sigma is None:
         task = BLIND
     models = PretrainedModels(args.checkpoint, task, pick_device(args.device))
+    keep_memory(models.device)
     check_ensemble(args.ensemble, models.task)
     jobs = find_jobs(args.source, args.out, args.suffix, args.overwrite, args.skip_existing)
     for text in jobs.notices:
         notice(printable(text))
-    failures = jobs.failures
-    for number, (path, target) in enumerate(jobs.pairs, 1):
-        label = printable(f"{number}/{len(jobs.pairs)} {path.name}")
-        try:
-            say(printable(run_job(path, target, models, args, label)))
-        except KeyboardInterrupt:
-            done = f"{number - 1} of {len(jobs.pairs)}"
-            text = f"stopped, {done} done; --skip-existing goes on from there"
-            raise Stopped(signal.SIGINT, text) from None
-        except (AclaError, OSError, MemoryError, RuntimeError) as error:
-            short = out_of_memory(error)
-            if isinstance(error, RuntimeError) and not short:
-                raise
-            reason = "out of memory" if short else str(error)
-            failures.append(reason if reason.startswith(str(path)) else f"{path}: {reason}")
+    sizes = sizes_of((path for path, _ in jobs.pairs), jpegs_alone=not args.asked)
+    if sizes:
+        foresee(sizes, models, args)
+    bar = PixelBar(sizes)
+    failures = jobs.failures + restore_all(jobs.pairs, models, args, bar)
     if failures:
         lines = [printable(text) for text in failures]
         if args.source.is_dir():
-            lines.insert(0, f"{len(failures)} pictures could not be restored:")
+            lines.insert(0, f"{plural(len(failures), 'picture')} could not be restored:")
         raise AclaError("\n  ".join(lines))
 
 
+def choose(
+    path: Path, quality: int | None, models: PretrainedModels, args: argparse.Namespace
+) -> Choice:
+    """The model for a photo, of this JPEG quality. Raises UsageError, PictureError."""
+    setting = {"car": quality, "denoise": args.task_sigma and args.task_sigma[0]}
+    return models.pick(setting.get(models.task.name), photo.in_colour(path))
+
+
+def foresee(sizes: Sizes, models: PretrainedModels, args: argparse.Namespace) -> None:
+    """Announce how long the photos will take with the network of the first one."""
+    path = next(iter(sizes))
+    quality = args.task_q[0] if args.task_q else photo.jpeg_quality(path)
+    try:
+        network = choose(path, quality, models, args).network
+    except UsageError:
+        return  # each photo says why
+    with computing_in(pick_precision(args.precision, models.device), models.device):
+        announce(network.model, sizes, args.tile, args.ensemble)
+
+
+def restore_all(
+    pairs: list[tuple[Path, Path]],
+    models: PretrainedModels,
+    args: argparse.Namespace,
+    bar: PixelBar,
+) -> list[str]:
+    """Restore photos one after another, and say what was written. Returns a line for each that
+    failed."""
+    failures = []
+    with bar.bar:
+        for number, (path, target) in enumerate(pairs, 1):
+            bar.begin(path, printable(f"{number}/{len(pairs)} {path.name}"))
+            result = None
+            try:
+                result = run_job(path, target, models, args, bar.advance)
+            except KeyboardInterrupt:
+                bar.bar.close()
+                done = f"{number - 1} of {len(pairs)}"
+                text = f"stopped, {done} done; --skip-existing goes on from there"
+                raise Stopped(signal.SIGINT, text) from None
+            except BrokenPipeError:  # a notice that nobody reads
+                raise
+            except (AclaError, OSError, MemoryError, RuntimeError) as error:
+                short = out_of_memory(error)
+                if isinstance(error, RuntimeError) and not short:
+                    raise
+                reason = "out of memory" if short else str(error)
+                failures.append(reason if reason.startswith(str(path)) else f"{path}: {reason}")
+            bar.end(restored=result is not None)
+            if result:
+                say(printable(result))
+    return failures
+
+
 def run_job(
-    path: Path, target: Path, models: PretrainedModels, args: argparse.Namespace, label: str
+    path: Path,
+    target: Path,
+    models: PretrainedModels,
+    args: argparse.Namespace,
+    advance: Callable[[float], object],
 ) -> str:
     """Restore one photo and say what was written. Raises AclaError, OSError or MemoryError."""
     own = photo.jpeg_quality(path)
@@ -143,8 +195,7 @@ def run_job(
         told = "not a JPEG with Y, so it is left as it is; --task, --q or --checkpoint restores it"
         show(path, [told, *photo.copy(path, target).notices])
         return f"{target}: not restored"
-    setting = {"car": quality, "denoise": args.task_sigma and args.task_sigma[0]}
-    chosen = models.pick(setting.get(models.task.name), photo.in_colour(path))
+    chosen = choose(path, quality, models, args)
     network = chosen.network
     ycc = network.config.channels == 1 or network.task.name == "car"
     source = photo.read(path, ycc)
@@ -156,12 +207,11 @@ def run_job(
     cells = cells if network.task.name == "car" else None
     precision = pick_precision(args.precision, models.device)
     with computing_in(precision, models.device):
-        restored = restore_photo(source, network, tile, args.ensemble, jpeg, label, cells=cells)
+        restored = restore_photo(source, network, tile, args.ensemble, jpeg, advance, cells=cells)
     photo.save(restored, target)
     show(path, [*([chosen.notice] if chosen.notice else []), *restored.notices])
-    result = f"{target}: {network.task}, {chosen.path}" + f" ({chosen.reason})" * bool(
-        chosen.reason
-    )
+    result = f"{target}: {network.task}, {args.checkpoint or chosen.path.stem}"
+    result += f" ({chosen.reason})" * bool(chosen.reason)
     result += f", {precision}" * (precision != "fp32")
     if not args.compare:
         return result

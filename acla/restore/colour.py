@@ -6,13 +6,13 @@ three channels see RGB; what they make of a JPEG's becomes Y, Cb, Cr again.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from acla.config import Task
-from acla.console import progress
 from acla.data.degradations import mosaic
 from acla.data.image import (
     from_levels,
@@ -28,7 +28,7 @@ from acla.data.jpeg import Cells, projected
 from acla.errors import CheckpointError, PictureError
 from acla.models.serialization import Checkpoint
 from acla.restore import photo
-from acla.restore.inference import strips, tile_grid, within_memory
+from acla.restore.inference import strips, within_memory
 from acla.restore.photo import Photo
 
 ROWS = 256  # converted at a time, so that no whole photo lies in float64
@@ -89,16 +89,16 @@ def restore_photo(
     tile: int | None = None,
     ensemble: bool = False,
     jpeg: bool = False,
-    label: str = "",
+    advance: Callable[[float], object] = float,
     smaller_tiles: bool = True,
     cells: Cells | None = None,
 ) -> Photo:
     """The restored photo, with everything that the source carries.
 
-    jpeg: it will be written as one, so that a JPEG's own Y, Cb, Cr stay what they are. label: what
-    the progress bar says. smaller_tiles: go on with smaller ones when memory runs out. cells: those
-    of a JPEG, which the answer is projected onto; chroma stays as it is where they are of Y alone.
-    Raises CheckpointError for an answer that is not finite.
+    jpeg: it will be written as one, so that a JPEG's own Y, Cb, Cr stay what they are. advance:
+    called with the share done, 0..1, after each tile. smaller_tiles: go on with smaller ones when
+    memory runs out. cells: those of a JPEG, which the answer is projected onto; chroma stays as it
+    is where they are of Y alone. Raises CheckpointError for an answer that is not finite.
     """
     config, task = network.config, network.task
     picture = network_input(source, task, config.channels)
@@ -106,17 +106,14 @@ def restore_photo(
 
     def whole(tile: int | None) -> np.ndarray:
         levels = np.empty_like(around.levels)
-        rows = strips(network.model, picture, tile, ensemble)
+        rows = strips(network.model, picture, tile, ensemble, advance)
         if source.ycc and config.channels == 3:
             rows = map(rgb_to_ycc, rows)
         if cells and config.channels == 3:
             rows = (known(strip, source, cells) for strip in rows)
         rows = projected(rows, cells, picture.shape[1]) if cells else rows
-        count = 1 if tile is None else len(tile_grid(picture.shape[1], tile)[1])
         top = 0
-        for strip in progress(
-            rows, desc=label, total=count, unit="row", leave=False, disable=count < 2
-        ):
+        for strip in rows:
             if not torch.isfinite(strip).all():
                 raise CheckpointError("the network's output is not finite")
             part = slice(top, top + strip.shape[1])

@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from acla.console import plural
 from acla.data.image import FORMATS, SUFFIXES
 from acla.errors import DataError, UsageError
 from acla.restore.photo import READ_SUFFIXES
@@ -113,5 +114,5 @@ def walk(folder: Path, out: Path, jobs: Jobs) -> list[Path]:
             else:
                 jobs.failures.append(f"{path}: no ordinary file")
     if others:
-        jobs.notices.append(f"{folder}: {others} files of other formats are left out")
+        jobs.notices.append(f"{folder}: left out, {plural(others, 'file')} of other formats")
     return pictures

@@ -1,0 +1,98 @@
+"""How far a batch of photos is: a bar over its pixels, and an estimate before it starts."""
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from acla.console import notice, plural, progress
+from acla.data.image import opened
+from acla.data.jpeg import steps_of
+from acla.errors import PictureError
+from acla.models.backbones import Backbone
+from acla.restore.inference import TILE, default_tile, predict, tile_grid
+from acla.restore.photo import READABLE
+
+Sizes = dict[Path, tuple[int, int]]
+FORMAT = (
+    "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total:.1f} MP [{elapsed}<{remaining}, "
+    "{rate_inv_fmt}]"
+)
+SAMPLE = 128  # side, in pixels, of what a CPU is timed on
+
+
+def sizes_of(paths: Iterable[Path], jpegs_alone: bool) -> Sizes:
+    """(height, width) of each photo, as its file says. Left out: what cannot be read, and with
+    `jpegs_alone` other formats."""
+    sizes = {}
+    for path in paths:
+        try:
+            with opened(path, READABLE) as picture:
+                if not jpegs_alone or steps_of(picture) is not None:
+                    sizes[path] = picture.height, picture.width
+        except (PictureError, OSError):
+            continue  # restoring it says why
+    return sizes
+
+
+class PixelBar:
+    """One bar over the megapixels of all photos, with seconds per megapixel and the time left."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        self.megapixels = {path: height * width / 1e6 for path, (height, width) in sizes.items()}
+        self.before = self.own = 0.0  # of the photos before this one, of this one
+        total = sum(self.megapixels.values())
+        options = {"bar_format": FORMAT, "unit": "MP", "smoothing": 0, "leave": False, "delay": 1}
+        self.bar = progress(None, total=total, disable=total == 0, **options)
+
+    def begin(self, path: Path, label: str) -> None:
+        """Go on with this photo."""
+        self.own = self.megapixels.get(path, 0.0)
+        self.bar.set_description_str(label, refresh=False)
+
+    def advance(self, share: float) -> None:
+        """This share, 0..1, of the photo is done; less than before where it had to begin anew."""
+        self.bar.update(self.before + share * self.own - self.bar.n)
+
+    def end(self, restored: bool) -> None:
+        """The photo is done; one that was not restored no longer counts."""
+        if restored:
+            self.before += self.own
+        else:
+            self.bar.total -= self.own
+        self.bar.update(self.before - self.bar.n)
+
+
+def announce(model: Backbone, sizes: Sizes, tile: int | None, ensemble: bool) -> None:
+    """Tell how long photos of more than one tile will take together, from the second of two calls
+    on a gray one: of 128 × 128 pixels on a CPU, of a whole tile on a GPU, which small ones leave
+    idle. tile: None for the default of each photo."""
+    scale, total = model.config.scale, sum(height * width for height, width in sizes.values())
+    if total <= TILE[scale] ** 2:
+        return
+    side = SAMPLE if next(model.parameters()).device.type == "cpu" else tile or TILE[scale]
+    gray = torch.full((model.config.channels, side, side), 0.5)
+    with torch.no_grad():
+        for _ in range(2):
+            begun = time.perf_counter()
+            predict(model, gray, ensemble)
+            seconds = time.perf_counter() - begun
+    pixels = 0
+    for height, width in sizes.values():
+        own = tile or default_tile(scale, height, width) or max(height, width)
+        (rows, tops), (columns, lefts) = tile_grid(height, own), tile_grid(width, own)
+        pixels += rows * len(tops) * columns * len(lefts)
+    seconds *= pixels / side**2
+    notice(
+        f"{plural(len(sizes), 'picture')}, {total / 1e6:.1f} megapixels: about "
+        f"{duration(seconds)}, {seconds * 1e6 / total:.3g} s/MP"
+    )
+
+
+def duration(seconds: float) -> str:
+    """40 s, 12 min, 3 h 05 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min"
