@@ -213,9 +213,9 @@ def default_checkpoint(args: argparse.Namespace, sets: Iterable[str]) -> Path:
     if not file.is_file():
         task = cli.task_from_flags(args) or TASK_OF_SET.get(next(iter(sets)), Task())
         try:
-            pretrained = PretrainedModels(None, task, torch.device("cpu"))
-            quality = int(task.setting) if task.name == "car" and not task.until else None
-            file = pretrained.files.get(task) or pretrained.pick(quality)[0]
+            pretrained = PretrainedModels(None, task, torch.device("cpu"), task.channels)
+            setting = None if task.until or task.scale > 1 else task.setting
+            file = pretrained.pick(setting, task.channels == 3).path
         except UsageError as error:
             raise UsageError(
                 f"there is no {DEFAULT_CHECKPOINT} to score and {error}; or give --baseline or "

@@ -49,7 +49,6 @@ def test_a_row_for_each_network_format_and_number_of_cores(
     for seed in range(2):
         Image.fromarray(make_scene(40, 51, seed=seed)).save(tmp_path / f"LIVE1/{seed}.png")
     monkeypatch.setattr(pretrained, "FOLDERS", (tmp_path,))
-    monkeypatch.setattr(pretrained, "FILES", {CAR: "car-q10-tiny.safetensors"})
     write_network(tmp_path / "car-q10-tiny.safetensors", CAR, **ATTENTION)
     small = functools.partial(alternatives.DnCNN, 2, 8)
     monkeypatch.setattr(alternatives, "DnCNN", small)

@@ -58,21 +58,29 @@ def test_short_formats_are_near_and_named(capsys, root, tmp_path, precision):
     assert (code, "leave out --baseline" in err) == (2, True)
 
 
-def test_projection_is_a_protocol_of_its_own(capsys, root, tmp_path, monkeypatch):
+@pytest.mark.parametrize("channels", [1, 3], ids=["Y", "colour"])
+def test_projection_is_a_protocol_of_its_own(capsys, root, tmp_path, monkeypatch, channels):
     monkeypatch.setattr(evaluate, "published", lambda *_: {"Paper": {"psnr": 30.0, "ssim": 0.9}})
-    file = restoring.write_network(tmp_path / "m.safetensors", Task("car", 10), shift=0.05)
+    size = {"shift": 0.1, "channels": channels}
+    file = restoring.write_network(tmp_path / "m.safetensors", Task("car", 10), **size)
     flags = ["--dataset", "Mine", "--data", root, "--task", "car", "--q", 90]
     network = [*flags, "--checkpoint", file]
     (row,), (own,) = (results(capsys, *network, *more) for more in ([], ["--project"]))
-    (file_alone,) = results(capsys, *flags, "--baseline")
+    (file_alone,) = results(capsys, *flags, "--baseline", *["--colour"] * (channels == 3))
+    assert file_alone["protocol"] == row["protocol"]
+    kind = "colour JPEG (4:2:0), quality 90" if channels == 3 else "grayscale JPEG, quality 90"
+    assert f"input: {kind}, Pillow" in row["protocol"]
     assert own["protocol"].startswith(f"{row['protocol']}; projected onto the file's quantisation")
     assert (own["model"].pop("projected"), own["model"]) == (True, row["model"])
-    assert (list(row["published"]), own["published"]) == (["Paper"], {})
+    # The papers' protocol is that of Y
+    assert (list(row["published"]), own["published"]) == (["Paper"] * (channels == 1), {})
     for free, kept, jpeg in zip(row["images"], own["images"], file_alone["images"], strict=True):
         assert kept["psnr"] > jpeg["psnr"] - 0.5
         assert free["psnr"] < jpeg["psnr"] - 3
     code, err = failure(capsys, *flags, "--baseline", "--project")
     assert (code, "--project needs a network" in err) == (2, True)
+    code, err = failure(capsys, *network, "--colour")
+    assert (code, "--colour goes with --baseline" in err) == (2, True)
     code, err = failure(capsys, *network, "--project", "--q", "5-60")
     assert (code, "--project wants one quality" in err) == (2, True)
     file = write_network(tmp_path / "n.safetensors", Task("sr", 2))

@@ -94,18 +94,57 @@ def test_two_photos_are_held_byte_for_byte(two, capsys):
     assert (before["width"], before["height"], before["class"]) == ("7", "5", "before enlarged")
     assert (after["width"], after["height"], after["class"]) == ("14", "10", "after")
     (pair,) = [tag for tag in reader.all("div") if tag["class"] == "pair"]
-    assert pair["style"] == "--width: 14; --height: 10; --at: 0.5"
-    assert "a.jpg, 7×5 pixels" in reader.text
-    assert "b.png, 14×10 pixels" in reader.text
+    assert pair["style"] == f"--width: 14; --height: 10; --at: {pair['data-x']}"
+    assert "a.jpg, 7×5 pixels, JPEG quality 30 ·" in reader.text
+    assert "b.png, 14×10 pixels ·" in reader.text
+    assert "enlarged ×2 brightness " in reader.text
     assert capsys.readouterr().out.startswith(f"written: {two[0].parent}/page.html: pairs 1, ")
 
 
 def test_the_divider_and_the_switch_are_ordinary_controls(two):
-    slider, switch = sorted(make(*two).all("input"), key=lambda tag: tag["type"], reverse=True)
-    kind = [slider[name] for name in ("type", "min", "max", "step", "value")]
-    assert kind == ["range", "0", "100", "any", "50"]
+    reader = make(*two)
+    (slider,) = reader.all("input")
+    assert [slider[name] for name in ("type", "min", "max", "step")] == ["range", "0", "100", "any"]
     assert "a.jpg" in slider["aria-label"]
-    assert (switch["type"], switch["id"]) == ("checkbox", "actual")
+    (zoom,), zooms = reader.all("select"), reader.all("option")
+    assert (zoom["id"], [one["value"] for one in zooms]) == ("zoom", ["fit", "1", "2", "4", "8"])
+    assert [one["value"] for one in zooms if "selected" in one] == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("change", "marks"),
+    [
+        ((0, 0, 0), ["unchanged"]),
+        ((1, 0, 0), ["hardly changed"]),
+        ((4, 4, 4), ["brightness 1.0 levels"]),
+        ((12, 0, -24), ["colour 2.7 levels"]),
+        ((40, 0, 0), ["brightness 3.0 levels", "colour 3.3 levels"]),
+    ],
+)
+def test_pairs_are_marked_by_what_changed(change, marks):
+    before = np.full((64, 80, 3), 100, np.uint8)
+    after = before.copy()
+    after[:32, 40:] = 100 + np.array(change)  # a quarter
+    found, x, y = gallery.compared(Photo(before), Photo(after))
+    assert found == marks
+    assert (x, y) == (0.5, 0.5) if not any(change) else (x > 0.4, y < 0.6)
+
+
+def test_the_region_that_changed_most_is_found(monkeypatch):
+    monkeypatch.setattr(gallery, "REGION", 8)
+    before = np.full((50, 80, 1), 100, np.uint8)
+    after = before.copy()
+    after[:20, :20] += 1
+    after[28:36, 60:68] += 9
+    _, x, y = gallery.compared(Photo(before), Photo(after.repeat(3, 2)))
+    assert (x, y) == (64 / 80, 32 / 50)
+
+
+def test_the_log_of_restoring_tells_the_model(two, capsys):
+    log = two[0].parent / "log.txt"
+    log.write_text(f"x: y\n{two[1]}: sr x2, net.safetensors (--task sr)\n", encoding="utf-8")
+    reader = make(*two, "--log", str(log))
+    assert "b.png, 14×10 pixels, sr x2, net.safetensors (--task sr) ·" in reader.text
 
 
 def test_nothing_is_fetched_from_anywhere(two):
@@ -351,9 +390,21 @@ def test_a_page_has_a_bound(two, monkeypatch):
     make(*two, "--overwrite")
     monkeypatch.setattr(gallery, "LIMIT", size - 1)
     (two[0].parent / "page.html").unlink()
-    with pytest.raises(UsageError, match=rf"more than .* MiB at {two[0]}; give fewer pictures"):
+    with pytest.raises(UsageError, match=rf"{two[0]}: no pair fits on a page of .* MiB"):
         make(*two)
     assert not (two[0].parent / "page.html").exists()
+
+
+def test_a_page_holds_what_fits_and_names_the_rest(tmp_path, make_scene, monkeypatch, capsys):
+    old, new = two_named(tmp_path, make_scene, "b.png")
+    for folder in (old, new):
+        store(folder / "a.png", make_scene(50, 70))
+        store(folder / "c.png", make_scene(5, 7))
+    monkeypatch.setattr(gallery, "LIMIT", 2000)
+    reader = make(old, new)
+    assert [at["alt"] for at in reader.all("img")][::2] == ["before: b.png", "before: c.png"]
+    assert "Too large for the page and left out: a.png" in reader.text
+    assert "too large for the page, left out, 1: a.png" in capsys.readouterr().err
 
 
 def test_without_jinja2_it_says_what_to_install(two, monkeypatch):

@@ -155,4 +155,4 @@ def test_the_quality_is_that_of_the_table_in_use(tmp_path, make_scene, order):
     (tmp_path / "plain.jpg").write_bytes(jpeg(make_scene(20, 31), quality=10))
     assert np.array_equal(stored(tmp_path / "a.jpg"), stored(tmp_path / "plain.jpg"))
     assert photo.jpeg_quality(tmp_path / "a.jpg") == 10
-    assert photo.read_cells(tmp_path / "a.jpg").steps[0, 0] == 80
+    assert photo.read_cells(tmp_path / "a.jpg").planes[0].steps[0, 0] == 80

@@ -14,19 +14,19 @@ from acla.restore import pretrained
 @pytest.fixture
 def networks(tmp_path, monkeypatch):
     """A folder of models for qualities 10, 20 and 40 and for ×2."""
-    folder = tmp_path / "weights"
-    files = {Task("car", q): f"car-q{q}-paper.safetensors" for q in (10, 20, 40)}
-    for task, name in files.items():
-        write_network(folder / name, task, shift=task.setting / 255)
-    write_network(folder / "sr-x2-paper.safetensors", DOUBLE)
-    provide(monkeypatch, folder, files | {DOUBLE: "sr-x2-paper.safetensors"})
-    return folder
+    tasks = {f"car-q{q}-paper": Task("car", q) for q in (10, 20, 40)}
+    return provide(tmp_path / "weights", monkeypatch, tasks | {"sr-x2-paper": DOUBLE})
 
 
-def provide(monkeypatch: pytest.MonkeyPatch, folder: Path, files: dict[Task, str]) -> None:
-    """Make these the pretrained models."""
+def provide(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tasks: dict[str, Task], **fields: object
+) -> Path:
+    """Add pretrained models with these names, those of the same size shifted by their setting."""
+    for name, task in tasks.items():
+        shift = (task.setting + task.until) / 255
+        write_network(folder / f"{name}.safetensors", task, shift, **fields)
     monkeypatch.setattr(pretrained, "FOLDERS", (folder,))
-    monkeypatch.setattr(pretrained, "FILES", files)
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_the_quality_of_the_file_picks_the_network(
     before, after = stored(tmp_path / "in.jpg"), stored(tmp_path / "out.png")
     assert np.array_equal(after, before + nearest)
     out, err = capsys.readouterr()
-    assert f"car q{nearest}, {networks}/car-q{nearest}-paper.safetensors" in out
+    assert f"car q{nearest}, car-q{nearest}-paper (JPEG quality {quality}, gray)" in out
     assert (f"JPEG quality {quality} is outside what the network was trained for" in err) == outside
 
 
@@ -68,9 +68,8 @@ def test_the_quality_of_the_file_picks_the_network(
 def test_a_network_for_many_qualities_takes_what_no_other_serves(
     tmp_path, capsys, monkeypatch, make_scene, quality, chosen, outside
 ):
-    for task, name in pretrained.FILES.items():
-        write_network(tmp_path / "weights" / name, task)
-    monkeypatch.setattr(pretrained, "FOLDERS", (tmp_path / "weights",))
+    tasks = {"a": Task("car", 10), "b": Task("car", 5, 60)}
+    provide(tmp_path / "weights", monkeypatch, tasks)
     Image.fromarray(make_scene(16, 16, 1)).save(tmp_path / "in.jpg", quality=quality)
     call(tmp_path / "in.jpg", tmp_path / "out.png")
     out, err = capsys.readouterr()
@@ -101,6 +100,60 @@ def test_flags_name_the_network(tmp_path, capsys, make_scene, networks):
     assert (status, "was trained for sr x2, not for car q20" in err) == (2, True)
 
 
+@pytest.mark.parametrize(
+    ("quality", "channels", "chosen"),
+    [
+        (10, 3, "colour"),
+        (90, 3, "colour"),
+        (10, 1, "ten"),
+        (40, 1, "many"),
+        (80, 1, "colour"),  # no gray one reaches so far
+    ],
+)
+def test_photos_in_colour_get_the_network_of_colour(
+    tmp_path, capsys, monkeypatch, make_scene, quality, channels, chosen
+):
+    folder = tmp_path / "weights"
+    provide(folder, monkeypatch, {"ten": Task("car", 10), "many": Task("car", 5, 60)})
+    provide(folder, monkeypatch, {"colour": Task("car", 5, 95)}, channels=3)
+    Image.fromarray(make_scene(16, 16, channels)).save(tmp_path / "in.jpg", quality=quality)
+    call(tmp_path / "in.jpg", tmp_path / "out.png")
+    kind = "colour" if channels == 3 else "gray"
+    out, err = capsys.readouterr()
+    assert out.endswith(f", {chosen} (JPEG quality {quality}, {kind})\n")
+    assert err == ""
+
+
+def test_the_task_names_the_network(tmp_path, capsys, monkeypatch, make_scene):
+    tasks = {f"sr-x{scale}": Task("sr", scale) for scale in (2, 3)}
+    tasks |= {"blind": Task("denoise", 0, 55), "mosaic": Task("demosaic", 0)}
+    provide(tmp_path / "weights", monkeypatch, tasks)
+    picture = make_scene(16, 16) // 2
+    Image.fromarray(picture).save(tmp_path / "in.png")
+    mosaic = np.zeros_like(picture)
+    for channel, y, x in ((1, 0, 0), (0, 0, 1), (2, 1, 0), (1, 1, 1)):
+        mosaic[y::2, x::2, channel] = picture[y::2, x::2, channel]
+    Image.fromarray(mosaic).save(tmp_path / "raw.png")
+    calls = {
+        ("in.png", "--task", "sr"): "sr x2, sr-x2 (--task sr)",
+        ("in.png", "--task", "sr", "--scale", 3): "sr x3, sr-x3 (--task sr)",
+        ("in.png", "--task", "denoise"): "denoise sigma0-55, blind (noise level unknown, colour)",
+        ("in.png", "--sigma", 25): "denoise sigma0-55, blind (noise level 25, colour)",
+        ("raw.png", "--task", "demosaic"): "demosaic, mosaic (--task demosaic)",
+    }
+    for (name, *flags), told in calls.items():
+        call(tmp_path / name, tmp_path / "out.png", "--overwrite", *flags)
+        out, err = capsys.readouterr()
+        assert out == f"{tmp_path}/out.png: {told}\n"
+        assert err == ""
+    call(tmp_path / "in.png", tmp_path / "out.png", "--overwrite", "--sigma", 70)
+    assert "noise level 70 is outside" in capsys.readouterr().err
+    flags = ["--task", "sr", "--scale", 4]
+    status, err = failure(capsys, tmp_path / "in.png", tmp_path / "no.png", *flags)
+    assert status == 2
+    assert "(models there: denoise sigma0-55, demosaic, sr x2, sr x3); train one" in err
+
+
 def test_other_tasks_ignore_the_quality(tmp_path, capsys, make_scene):
     file = write_network(tmp_path / "net.safetensors", Task("denoise", 30))
     Image.fromarray(make_scene(16, 16)).save(tmp_path / "in.jpg", quality=80)
@@ -114,6 +167,7 @@ def test_other_tasks_ignore_the_quality(tmp_path, capsys, make_scene):
         ([], "python train.py --task car --q 10"),
         (["--task", "sr", "--scale", 3], "python train.py --task sr --scale 3"),
         (["--sigma", 25], "python train.py --task denoise --sigma 25"),
+        (["--task", "denoise"], "python train.py --task denoise --sigma 0-55"),
         (["--task", "demosaic"], "python train.py --task demosaic "),
     ],
 )

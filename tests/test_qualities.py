@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
-from restoring import write_network
+from restoring import tiny, write_network
 
 from acla.analysis import qualities
 from acla.config import Task
+from acla.models.serialization import save_model
 from acla.restore import pretrained
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +24,6 @@ def data(tmp_path, monkeypatch, make_scene):
         (tmp_path / "Mine").mkdir(exist_ok=True)
         Image.fromarray(make_scene(45, 61, channels)).save(tmp_path / f"Mine/{name}.png")
     monkeypatch.setattr(pretrained, "FOLDERS", (tmp_path,))
-    monkeypatch.setattr(pretrained, "FILES", {Task("car", 5, 60): "net.safetensors"})
 
     def provide(shift: float) -> list[str]:
         write_network(tmp_path / "net.safetensors", Task("car", 5, 60), shift)
@@ -54,6 +55,20 @@ def test_projection_keeps_what_a_bad_network_would_lose(tmp_path, capsys, data):
         loss[flag] = min(qualities.gains(row))
     assert loss["--no-project"] < -10
     assert loss["--project"] > -1
+
+
+def test_a_network_of_colour_is_scored_on_rgb(tmp_path, capsys, data):
+    flags = [*data(0), "--rgb", "--checkpoint", str(tmp_path / "net.safetensors"), "--json", "-"]
+    model = tiny(Task("car", 5, 60), channels=3)
+    model.tail[-1].bias.data = torch.tensor([40.0, 0.0, -40.0]) / 255
+    save_model(tmp_path / "net.safetensors", model, model.config, Task("car", 5, 60), {})
+    gain = {}
+    for extra in ([], ["--no-project"]):
+        qualities.main([*flags, "--q", "50", *extra])
+        (row,) = json.loads(capsys.readouterr().out)["rows"]
+        gain[bool(extra)] = qualities.gains(row)[1]
+    assert gain[True] < gain[False] - 1
+    assert gain[False] > -1
 
 
 def test_the_table_of_the_document_is_the_measured_one():

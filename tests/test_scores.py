@@ -54,6 +54,14 @@ def test_methods_are_rows_and_sets_are_columns(capsys, write):
     ]
 
 
+def test_scores_on_rgb_have_a_column_of_their_own(capsys, write):
+    rgb = result(published={}, protocol="car q10: RGB; input: colour JPEG (4:2:0), quality 10")
+    (head, _, *rows) = table(capsys, write("a.json", result(), rgb))
+    assert head == ["", "LIVE1 q10", "LIVE1 q10 RGB"]
+    assert rows[0] == ["JPEG", "27.77", "–"]
+    assert rows[-1] == ["ours: car-q10-a", "29.46", "29.46"]
+
+
 def test_a_line_for_each_protocol_is_below_the_table(capsys, write):
     results.main(
         ["scores", write("a.json", result(), result("Classic5")), write("b.json", result(q=20))]

@@ -90,7 +90,7 @@ def psnr_of(network: Checkpoint, precision: str, paths: list[Path], crop: int | 
 
 def measured_rows(args: argparse.Namespace) -> Iterator[Row]:
     """A row for each network, format and number of cores."""
-    path, ours, _ = PretrainedModels(None, TASK, CPU).pick(10)
+    path, ours, *_ = PretrainedModels(None, TASK, CPU, channels=1).pick(10, False)
     networks = {path.stem: ours, f"{path.stem}, no attention": without_attention(ours)}
     paths = find_set(SET, args.data) if args.data else []
     picture = torch.rand(1, 1, args.side, args.side)

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from PIL import Image
+from scipy.ndimage import uniform_filter
 
 from acla import cli, console
 from acla.console import printable
-from acla.data.image import SUFFIXES, opened
+from acla.data.image import SUFFIXES, opened, rgb_to_ycc
 from acla.errors import DataError, PictureError, UsageError
 from acla.files import write_atomically
 from acla.restore import photo
@@ -26,13 +29,29 @@ LIMIT = 256 << 20  # bytes of all pictures as the page holds them; making it tak
 MIME = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}  # every browser's
 
 
+NOTICED = 0.4  # mean change in levels, about twice what rounding RGB makes of no change
+REGION = 256  # side of the region that changed most, in pixels
+
+
 class Picture(NamedTuple):
-    """A picture of the page: its name there, its size in pixels, a data URI."""
+    """A picture of the page: its name there, its size in pixels, a data URI, what is known of
+    it."""
 
     name: str
     width: int
     height: int
     uri: str
+    note: str
+
+
+class Pair(NamedTuple):
+    """Two pictures, what changed in words, and the middle of the region that changed most, 0..1."""
+
+    before: Picture
+    after: Picture
+    marks: list[str]
+    x: float
+    y: float
 
 
 def find_pairs(before: Path, after: Path) -> Jobs:
@@ -69,7 +88,7 @@ def by_stem(folder: Path, other: Path, jobs: Jobs) -> dict[Path, list[Path]]:
 # Pictures of the page
 
 
-def embedded(path: Path, root: Path) -> Picture:
+def embedded(path: Path, root: Path, note: str) -> tuple[Picture, Photo]:
     """A photo below `root` as the page holds it, upright: the file byte for byte where every
     browser shows it as acla.restore.photo reads it, else a PNG. Raises PictureError, which names
     it."""
@@ -84,7 +103,7 @@ def embedded(path: Path, root: Path) -> Picture:
     height, width = seen.levels.shape[:2]
     for text in seen.notices:
         console.notice(printable(f"{path}: {text}"))
-    return Picture(str(path.relative_to(root)), width, height, uri)
+    return Picture(str(path.relative_to(root)), width, height, uri, note), seen
 
 
 def to_png(seen: Photo) -> bytes:
@@ -96,15 +115,45 @@ def to_png(seen: Photo) -> bytes:
     return file.getvalue()
 
 
-def embed(jobs: Jobs, before: Path, after: Path) -> list[tuple[Picture, Picture]]:
-    """The pictures of all pairs; what cannot be read is left out, with a notice. Raises
-    PictureError where that is all, DataError for a pair that differs in proportion, UsageError for
-    more than a page should hold."""
+def compared(old: Photo, new: Photo) -> tuple[list[str], float, float]:
+    """What changed, in words, and the middle (x, y) of the region that changed most, 0..1."""
+    height, width = new.levels.shape[:2]
+    scale = width / old.levels.shape[1]
+    planes = [
+        Image.fromarray(to_rgb_levels(one)).resize((width, height), Image.Resampling.BICUBIC)
+        for one in (old, new)
+    ]
+    change = np.subtract(*(np.asarray(plane, np.float32) for plane in planes)).transpose(2, 0, 1)
+    ycc = rgb_to_ycc(torch.from_numpy(change) / 255)
+    ycc[1:] -= 128 / 255
+    luma, *chroma = (255 * ycc).abs().mean((1, 2)).tolist()
+    means = {"brightness": luma, "colour": sum(chroma) / 2}
+    marks = [f"enlarged ×{scale:g}"] if scale != 1 else []
+    marks += [f"{name} {mean:.1f} levels" for name, mean in means.items() if mean > NOTICED]
+    moved = uniform_filter(np.abs(change).mean(0), (min(REGION, height), min(REGION, width)))
+    y, x = np.unravel_index(moved.argmax(), moved.shape)
+    if not change.any():
+        y, x = height / 2, width / 2
+    marks = marks or ["hardly changed" if change.any() else "unchanged"]
+    return marks, round(float(x) / width, 4), round(float(y) / height, 4)
+
+
+def to_rgb_levels(seen: Photo) -> np.ndarray:
+    """uint8 [H, W, 3]."""
+    return np.broadcast_to(photo.in_8_bits(seen.levels), (*seen.levels.shape[:2], 3))
+
+
+def embed(jobs: Jobs, before: Path, after: Path, log: list[str]) -> tuple[list[Pair], list[str]]:
+    """The pairs that fit on a page, in their order, and the names of the others. log: lines of
+    acla.restore. What cannot be read is left out, with a notice. Raises PictureError where that is
+    all, DataError for a pair that differs in proportion, UsageError where none fits."""
     roots = [root if root.is_dir() else root.parent for root in (before, after)]
-    shown, unreadable, total = [], [], 0
+    shown, others, unreadable, total = [], [], [], 0
     for paths in console.progress(jobs.pairs, desc="page", unit="pair", leave=False):
         try:
-            old, new = (embedded(path, root) for path, root in zip(paths, roots, strict=True))
+            quality = photo.jpeg_quality(paths[0])
+            notes = [f"JPEG quality {quality}" if quality else "", logged(paths[1], log)]
+            (old, first), (new, second) = map(embedded, paths, roots, notes)
         except PictureError as error:
             unreadable.append(printable(str(error)))
             continue
@@ -113,18 +162,28 @@ def embed(jobs: Jobs, before: Path, after: Path) -> list[tuple[Picture, Picture]
                 f"{paths[0]} is {old.width}×{old.height} pixels (width × height), {paths[1]} is "
                 f"{new.width}×{new.height}: a restored picture has the same proportion"
             )
-        total += len(old.uri) + len(new.uri)
-        if total > LIMIT:
-            raise UsageError(
-                f"the page would hold more than {LIMIT / 2**20:g} MiB at {paths[0]}; give fewer "
-                "pictures (a folder inside of these), or JPEG ones (acla.restore --suffix .jpg)"
-            )
-        shown.append((old, new))
-    if not shown:
+        size = len(old.uri) + len(new.uri)
+        if total + size > LIMIT:
+            others.append(old.name)
+            continue
+        total += size
+        shown.append(Pair(old, new, *compared(first, second)))
+    if not shown and not others:
         raise PictureError("\n  ".join(unreadable))
     for text in unreadable:
         console.notice(f"left out: {text}")
-    return shown
+    if not shown:
+        raise UsageError(
+            f"{jobs.pairs[0][0]}: no pair fits on a page of {LIMIT / 2**20:g} MiB; JPEGs are "
+            "smaller (acla.restore --suffix .jpg)"
+        )
+    return shown, others
+
+
+def logged(path: Path, log: list[str]) -> str:
+    """What acla.restore said of a photo that it wrote."""
+    head = f"{printable(str(path))}: "
+    return next((line.removeprefix(head) for line in log if line.startswith(head)), "")
 
 
 # The command
@@ -135,6 +194,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("before", type=Path, metavar="BEFORE", help="a photo, or a folder of them")
     parser.add_argument("after", type=Path, metavar="AFTER", help="the same, restored")
     parser.add_argument("out", type=Path, metavar="OUT.html", help="the page to write")
+    parser.add_argument(
+        "--log",
+        type=Path,
+        metavar="FILE",
+        help="what acla.restore printed, with the models",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a page that is there")
     args = parser.parse_args(argv)
     if args.out.suffix.lower() not in (".html", ".htm"):
@@ -160,11 +225,15 @@ def main(argv: list[str] | None = None) -> None:
             f"no picture of {args.before} ({', '.join(SUFFIXES)}) is in {args.after} too; by its "
             "path, but for the suffix, as python -m acla.restore writes it"
         )
-    shown = embed(jobs, args.before, args.after)
+    log = args.log.read_text(encoding="utf-8").splitlines() if args.log else []
+    shown, others = embed(jobs, args.before, args.after, log)
+    if others:
+        names = ", ".join(others)
+        console.notice(printable(f"too large for the page, left out, {len(others)}: {names}"))
     # Names of files may hold anything: markup is escaped, what is no text becomes ?
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    page = template.render(pairs=shown).encode("utf-8", "replace")
+    page = template.render(pairs=shown, others=others).encode("utf-8", "replace")
     write_atomically(args.out, page)
     console.say(printable(f"written: {args.out}: pairs {len(shown)}, {len(page) / 2**20:.1f} MiB"))
 

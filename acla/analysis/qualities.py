@@ -1,7 +1,7 @@
 """What `acla.restore` gains on JPEGs of every quality: a table, and a figure (extra `report`).
 
-Each picture, or the middle of it, becomes a JPEG in colour (4:2:0); the command restores it to PNG
-with the network that it takes by default. PSNR of Y in floating point, from RGB of 8 bits."""
+Each picture, or the middle of it, becomes a JPEG in colour (4:2:0); the command restores it to PNG.
+PSNR of Y in floating point, from RGB of 8 bits, or of RGB."""
 
 import argparse
 import contextlib
@@ -25,7 +25,7 @@ from acla.restore import __main__ as restore
 HEAD = ("quality", "JPEG, dB", "restored, dB", "gain, dB", "least", "most")
 
 
-def measure(clean: dict[str, Tensor], quality: int, flags: list[str]) -> dict[str, Any]:
+def measure(clean: dict[str, Tensor], quality: int, flags: list[str], rgb: bool) -> dict[str, Any]:
     """PSNR of JPEGs of a quality and of what is restored, by name. clean: RGB [3, H, W]."""
     with TemporaryDirectory() as folder:
         low, high = Path(folder, "low"), Path(folder, "high")
@@ -39,15 +39,15 @@ def measure(clean: dict[str, Tensor], quality: int, flags: list[str]) -> dict[st
             restore.main([str(low), str(high), "--suffix", ".png", *flags])
         return {
             "quality": quality,
-            "jpeg": {name: score(low / f"{name}.jpg", x) for name, x in clean.items()},
-            "restored": {name: score(high / f"{name}.png", x) for name, x in clean.items()},
+            "jpeg": {name: score(low / f"{name}.jpg", x, rgb) for name, x in clean.items()},
+            "restored": {name: score(high / f"{name}.png", x, rgb) for name, x in clean.items()},
         }
 
 
-def score(path: Path, clean: Tensor) -> float:
-    """PSNR of Y, in dB, of a picture file, to 0.001."""
-    levels = [255 * luma(x.double())[0].numpy() for x in (load(path), clean)]
-    return round(psnr(*levels), 3)
+def score(path: Path, clean: Tensor, rgb: bool) -> float:
+    """PSNR of Y or RGB, in dB, of a picture file, to 0.001."""
+    pictures = [x.double() if rgb else luma(x.double()) for x in (load(path), clean)]
+    return round(psnr(*(255 * x.permute(1, 2, 0).numpy() for x in pictures)), 3)
 
 
 def middle(picture: Tensor, side: int | None) -> Tensor:
@@ -75,7 +75,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     return console.markdown(HEAD, lines)
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
+def draw(rows: list[dict[str, Any]], path: Path, rgb: bool) -> None:
     """Gain over quality: the mean, and the range of all pictures."""
     pyplot = require_pyplot()
     figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
@@ -84,7 +84,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axis.fill_between(at, list(map(min, own)), list(map(max, own)), alpha=0.25, label="pictures")
     axis.plot(at, list(map(statistics.mean, own)), marker="o", ms=3, label="mean")
     axis.axhline(0, color="black", lw=0.8)
-    axis.set(xlabel="JPEG quality", ylabel="gain over the file (dB, Y)")
+    axis.set(xlabel="JPEG quality", ylabel=f"gain over the file (dB, {'RGB' if rgb else 'Y'})")
     axis.legend()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
@@ -99,6 +99,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--crop", type=int, metavar="N", help="of the middle alone (default: all)")
     parser.add_argument(
         "--project", action=argparse.BooleanOptionalAction, default=True, help="as of acla.restore"
+    )
+    parser.add_argument("--rgb", action="store_true", help="PSNR of RGB, not of Y")
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help="the network (default: as acla.restore)"
     )
     parser.add_argument("--json", metavar="FILE|-", help="write the PSNR of every picture there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write the figure there")
@@ -118,10 +122,12 @@ def main(argv: list[str] | None = None) -> None:
     }
     flags = ["--device", args.device, "--precision", "fp32"]
     flags += [] if args.project else ["--no-project"]
-    rows = [measure(clean, q, flags) for q in console.progress(args.q, unit="quality")]
+    flags += ["--checkpoint", str(args.checkpoint)] if args.checkpoint else []
+    rows = [measure(clean, q, flags, args.rgb) for q in console.progress(args.q, unit="quality")]
     if args.plot:
-        draw(rows, args.plot)
-    made_on = {"crop": args.crop, "project": args.project}
+        draw(rows, args.plot, args.rgb)
+    made_on = {"crop": args.crop, "project": args.project, "rgb": args.rgb}
+    made_on |= {"checkpoint": args.checkpoint and str(args.checkpoint)}
     made_on |= {"provenance": provenance(cli.pick_device(args.device))}
     text = f"{len(clean)} pictures of {args.dataset}\n\n{table(rows)}"
     console.publish(text, {"rows": rows, **made_on}, args.json)

@@ -50,8 +50,9 @@ class Score(NamedTuple):
 
     @property
     def column(self) -> str:
-        """The set and the setting: LIVE1 q10."""
-        return f"{self.dataset} {self.task.label}".strip()
+        """The set and the setting: LIVE1 q10, LIVE1 q10 RGB of JPEGs in colour."""
+        colour = "RGB" if "colour JPEG" in self.protocol else ""
+        return " ".join(filter(None, (self.dataset, self.task.label, colour)))
 
     @property
     def source(self) -> str:

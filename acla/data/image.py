@@ -198,6 +198,13 @@ def ycc_to_rgb(ycc: Tensor) -> Tensor:
     return torch.stack([y + 1.402 * cr, y - 0.34414 * cb - 0.71414 * cr, y + 1.772 * cb])
 
 
+def rgb_to_ycc(rgb: Tensor) -> Tensor:
+    """The reverse of `ycc_to_rgb`."""
+    r, g, b = rgb
+    y = 0.299 * r + 0.587 * g + 0.114 * b
+    return torch.stack([y, 128 / 255 + (b - y) / 1.772, 128 / 255 + (r - y) / 1.402])
+
+
 def to_rgb(image: Tensor) -> Tensor:
     """Gray [1, H, W] repeated to three channels; RGB as it is."""
     return image.expand(3, -1, -1) if len(image) == 1 else image

@@ -1,12 +1,12 @@
 """What a JPEG tells of the photo it was made from: the cells that hold the true DCT coefficients.
 
-An encoder rounds each coefficient of Y to a multiple of a step, level · step. So the photo's own
+An encoder rounds each coefficient to a multiple of a step, level · step. So the photo's own
 lies within half a step of it, in a cell, and so must an answer that claims to be that photo.
 """
 
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ from PIL import Image
 from scipy.fft import dctn, idctn
 from scipy.ndimage import maximum_filter, minimum_filter
 from torch import Tensor
+
+from acla.data.image import opened, rgb_to_ycc, ycc_to_rgb
 
 BLOCK = 8
 END = b"\xff\xd9"  # the last two bytes of a JPEG; those of a damaged one may be missing
@@ -24,31 +26,65 @@ FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers of frame headers
 
 
 @dataclass
-class LumaCells:
-    """y: uint8 [8m, 8n], as decoded, in whole blocks, also beyond the edges of the picture, whose
-    first pixel is y[top, left]; steps: [8, 8], vertical frequency first; flat: [m, n], by
-    `flat_blocks`."""
+class Plane:
+    """One component of a JPEG. levels: uint8 [8m, 8n], as decoded, in whole blocks; steps: [8, 8],
+    vertical frequency first; flat: [m, n], by `flat_blocks`."""
 
-    y: np.ndarray
+    levels: np.ndarray
     steps: np.ndarray
-    top: int = 0
-    left: int = 0
     flat: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
-        self.flat = flat_blocks(self.y)
+        self.flat = flat_blocks(self.levels)
 
 
-def luma_steps(picture: Image.Image) -> np.ndarray | None:
-    """The quantisation steps [8, 8] of a JPEG's first component, None for other formats."""
+@dataclass
+class Cells:
+    """planes: Y, or Y, Cb and Cr, which may be `ratio` times smaller (1 or 2). They go beyond the
+    edges of the picture, whose first pixel is that of Y at [top, left]."""
+
+    planes: list[Plane]
+    top: int = 0
+    left: int = 0
+    ratio: int = 1
+
+    def rows(self, first: int, last: int, count: int) -> np.ndarray:
+        """Rows of the first `count` planes as decoded, at the size of Y, float32 [count, rows, W];
+        `first` is a multiple of the ratio, as is the number of all rows."""
+        smaller = slice(first // self.ratio, -(-last // self.ratio))
+        chroma = [enlarged(p.levels[smaller], self.ratio) for p in self.planes[1:count]]
+        rows = [self.planes[0].levels[first:last], *(plane[: last - first] for plane in chroma)]
+        return np.stack(rows).astype(np.float32)
+
+    def project(self, rows: np.ndarray, start: int) -> np.ndarray:
+        """`project` of rows [planes, rows, W], levels at the size of Y. Chroma is projected at its
+        own size, as encoders shrink it, by means, and moved by as much."""
+        y = project(rows[0], self.planes[0], start)
+        projected = [y]
+        for own, plane in zip(rows[1:], self.planes[1:], strict=False):
+            shape = len(own) // self.ratio, self.ratio, -1, self.ratio
+            small = own.reshape(shape).mean((1, 3))
+            change = project(small, plane, start // self.ratio) - small
+            projected.append(own + enlarged(change, self.ratio))
+        return np.stack(projected)
+
+
+def enlarged(levels: np.ndarray, ratio: int) -> np.ndarray:
+    """Levels [H, W], each repeated `ratio` times along both sides."""
+    return levels.repeat(ratio, 0).repeat(ratio, 1)
+
+
+def steps_of(picture: Image.Image, component: int = 0) -> np.ndarray | None:
+    """The quantisation steps [8, 8] of a JPEG's component, None for other formats."""
     if not getattr(picture, "quantization", None):
         return None
-    table = picture.quantization[picture.layer[0][3]]  # of (identifier, h, v, table)
+    table = picture.quantization[picture.layer[component][3]]  # of (identifier, h, v, table)
     return np.array(table, np.float32).reshape(BLOCK, BLOCK)
 
 
-def whole_blocks(data: bytes) -> bytes:
-    """A JPEG whose size is rounded up to whole blocks: the same compressed blocks, none cut off.
+def whole_blocks(data: bytes, side: int = BLOCK) -> bytes:
+    """A JPEG whose size is rounded up to multiples of `side`, that of a component's blocks in
+    pixels of the picture: the same compressed blocks of that component, none cut off.
 
     Raises IndexError where there is no frame header.
     """
@@ -57,8 +93,31 @@ def whole_blocks(data: bytes) -> bytes:
         filling = data[at] != 0xFF or marker in (0, 0xFF)
         at += 1 if filling else 2 + int.from_bytes(data[at + 2 : at + 4])
     sides = [int.from_bytes(data[place : place + 2]) for place in (at + 5, at + 7)]
-    rounded = b"".join((-(-side // BLOCK) * BLOCK).to_bytes(2) for side in sides)
+    rounded = b"".join((-(-length // side) * side).to_bytes(2) for length in sides)
     return data[: at + 5] + rounded + data[at + 9 :]
+
+
+def decode_cells(path: str | Path, data: bytes) -> Cells | None:
+    """The cells of the Y of a JPEG's bytes and, where they are stored at the size of Y or at half
+    of it, of its Cb and Cr. None where Y is not at full size. Raises PictureError, which names the
+    path; IndexError where there is no frame header."""
+    with opened(path, None, whole_blocks(data) + END) as picture:
+        sampling = np.array([layer[1:3] for layer in picture.layer])
+        steps = [steps_of(picture, component) for component in range(len(sampling))]
+        if (sampling[0] < sampling).any():
+            return None
+        picture.draft("L", None)
+        y = np.asarray(picture)
+    ratio = next((r for r in (1, 2) if (sampling[0] == r * sampling[1:]).all()), None)
+    if len(sampling) == 1 or not ratio:
+        return Cells([Plane(y, steps[0])])
+    with opened(path, None, whole_blocks(data, BLOCK * ratio) + END) as picture:
+        # At half the size of Y, libjpeg decodes smaller components as they are stored
+        picture.draft("YCbCr", (picture.width // ratio, picture.height // ratio))
+        stored = np.asarray(picture)[:, :, 1:].transpose(2, 0, 1)
+    lack = [(0, ratio * length - own) for length, own in zip(stored[0].shape, y.shape, strict=True)]
+    planes = [np.pad(y, lack, mode="edge"), *stored]
+    return Cells([Plane(*both) for both in zip(planes, steps, strict=True)], ratio=ratio)
 
 
 # Projection
@@ -106,49 +165,56 @@ def flat_blocks(y: np.ndarray) -> np.ndarray:
     return minimum_filter(low, 3) == maximum_filter(high, 3)
 
 
-def project(y: np.ndarray, cells: LumaCells, start: int = 0) -> np.ndarray:
+def project(levels: np.ndarray, plane: Plane, start: int = 0) -> np.ndarray:
     """Levels [8k, 8n], float32, with each coefficient moved to the nearest value in its cell.
 
-    They begin at row `start` of cells.y, a multiple of 8. Photos lie near the middle of their cells
-    (narrow quantisation constraint set: Park and Lee, IEEE Trans. Image Processing 8, 1999), so
-    these are WIDEST of a step at most, and narrower in a block whose answer lies further from the
-    levels than a photo would. Where the file is flat there is nothing to restore, and it is kept.
+    They begin at row `start` of the plane, a multiple of 8. Photos lie near the middle of their
+    cells (narrow quantisation constraint set: Park and Lee, IEEE Trans. Image Processing 8, 1999),
+    so these are WIDEST of a step at most, and narrower in a block whose answer lies further from
+    the levels than a photo would. Where the file is flat there is nothing to restore, and it is
+    kept.
     """
-    own = cells.y[start : start + len(y)]
-    levels = decoded_levels(own, cells.steps)
-    apart = dct(to_blocks(y)) / cells.steps - levels
+    own = plane.levels[start : start + len(levels)]
+    quantised = decoded_levels(own, plane.steps)
+    apart = dct(to_blocks(levels)) / plane.steps - quantised
     distance = np.sqrt((apart**2).mean((2, 3), keepdims=True))
     reach = np.minimum(WIDEST, TRUST / np.maximum(distance, TRUST)) / 2
-    blocks = idct(cells.steps * (levels + np.clip(apart, -reach, reach)))
-    kept = cells.flat[start // BLOCK :][: len(blocks), :, None, None]
+    blocks = idct(plane.steps * (quantised + np.clip(apart, -reach, reach)))
+    kept = plane.flat[start // BLOCK :][: len(blocks), :, None, None]
     blocks = np.where(kept, to_blocks(own), blocks)
-    return blocks.swapaxes(1, 2).reshape(y.shape) + 128
+    return blocks.swapaxes(1, 2).reshape(levels.shape) + 128
 
 
-def projected(strips: Iterator[Tensor], cells: LumaCells, height: int) -> Iterator[Tensor]:
-    """Strips of Y [1, rows, W] in 0..1, together `height` rows, projected, in strips of their own.
+def projected(strips: Iterator[Tensor], cells: Cells, height: int) -> Iterator[Tensor]:
+    """Strips [C, rows, W] in 0..1 of the first planes, together `height` rows, projected, in strips
+    of their own.
 
     What a block holds beyond the picture is taken as the file has it.
     """
-    held, start = cells.y[: cells.top].astype(np.float32), 0
+    start, end, block = 0, len(cells.planes[0].levels), BLOCK * cells.ratio
+    held = None
     for strip in strips:
-        first, columns = start + len(held), slice(cells.left, cells.left + strip.shape[2])
+        count = len(strip)
+        held = cells.rows(0, cells.top, count) if held is None else held
+        first, columns = start + held.shape[1], slice(cells.left, cells.left + strip.shape[2])
         last = first + strip.shape[1]
-        last = len(cells.y) if last == cells.top + height else last
-        rows = cells.y[first:last].astype(np.float32)
-        rows[: strip.shape[1], columns] = 255 * strip[0].cpu().numpy()
-        held = np.concatenate([held, rows])
-        whole = len(held) // BLOCK * BLOCK
+        last = end if last == cells.top + height else last
+        rows = cells.rows(first - first % cells.ratio, last, count)[:, first % cells.ratio :]
+        rows[:, : strip.shape[1], columns] = 255 * strip.cpu().numpy()
+        held = np.concatenate([held, rows], 1)
+        whole = held.shape[1] // block * block
         if not whole:
             continue
         inside = slice(max(cells.top - start, 0), cells.top + height - start)
-        answer = project(held[:whole], cells, start)[inside, columns]
-        yield torch.from_numpy(answer.copy() / 255)[None]
-        held, start = held[whole:], start + whole
+        answer = cells.project(held[:, :whole], start)[:, inside, columns]
+        yield torch.from_numpy(answer.copy() / 255)
+        held, start = held[:, whole:], start + whole
 
 
-def project_onto(y: Tensor, data: bytes) -> Tensor:
-    """Y [1, H, W] in 0..1, projected onto the cells of a grayscale JPEG's bytes."""
-    with Image.open(io.BytesIO(whole_blocks(data))) as picture:
-        cells = LumaCells(np.asarray(picture), luma_steps(picture))
-    return torch.cat(list(projected(iter([y]), cells, y.shape[1])), 1)
+def project_onto(answer: Tensor, data: bytes) -> Tensor:
+    """Gray or RGB [1 or 3, H, W] in 0..1, projected onto the cells of a JPEG's bytes, gray or
+    4:2:0."""
+    cells = decode_cells("JPEG", data)
+    planes = answer if len(answer) == 1 else rgb_to_ycc(answer)
+    planes = torch.cat(list(projected(iter([planes]), cells, answer.shape[1])), 1)
+    return planes if len(answer) == 1 else ycc_to_rgb(planes)

@@ -86,16 +86,7 @@ def load_model(path: Path) -> Checkpoint:
     """Read a model file. Raises CheckpointError with the file and the reason: missing, damaged, of
     another kind, or with tensors that do not fit its configuration."""
     tensors, header = read_tensors(path, "model")
-    try:
-        config = from_dict(ModelConfig, from_json(header["model"]))
-        task = from_dict(Task, from_json(header["task"]))
-        info = from_json(header["info"])
-        require_types("the notes", info, {})
-    except (*NOT_VALID, UsageError) as error:
-        reason = in_one_line(error)
-        raise CheckpointError(f"{path}: the configuration inside is not valid: {reason}") from error
-    if task.scale != config.scale:
-        raise CheckpointError(f"{path}: a network for ×{config.scale} with the task {task}")
+    config, task, info = parse_header(path, header)
     groups = config.group_blocks if config.backbone in ("rcan", "han") else 1
     if config.blocks * groups > len(tensors):  # building it would take minutes, even on meta
         raise CheckpointError(
@@ -106,6 +97,27 @@ def load_model(path: Path) -> Checkpoint:
         model = build_network(config)
     load_strictly(model, tensors, path)
     return Checkpoint(model.eval(), config, task, info)
+
+
+def read_header(path: Path) -> tuple[ModelConfig, Task, dict[str, Any]]:
+    """Configuration, task and notes of a model file, without its tensors. Raises
+    CheckpointError."""
+    return parse_header(path, read_tensors(path, "model", wanted=False)[1])
+
+
+def parse_header(path: Path, header: Mapping[str, str]) -> tuple[ModelConfig, Task, dict[str, Any]]:
+    """Configuration, task and notes in a model file's header. Raises CheckpointError."""
+    try:
+        config = from_dict(ModelConfig, from_json(header["model"]))
+        task = from_dict(Task, from_json(header["task"]))
+        info = from_json(header["info"])
+        require_types("the notes", info, {})
+    except (*NOT_VALID, UsageError) as error:
+        reason = in_one_line(error)
+        raise CheckpointError(f"{path}: the configuration inside is not valid: {reason}") from error
+    if task.scale != config.scale:
+        raise CheckpointError(f"{path}: a network for ×{config.scale} with the task {task}")
+    return config, task, info
 
 
 def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -212,9 +224,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, s
     write_atomically(Path(path), save(plain, metadata={"format": FORMAT, **header}))
 
 
-def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the header of a safetensors file of FORMAT and of this kind. Raises
-    CheckpointError, which names the right file."""
+def read_tensors(
+    path: Path, kind: str, wanted: bool = True
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors, if wanted, and the header of a safetensors file of FORMAT and of this kind.
+    Raises CheckpointError, which names the right file."""
     path, expected = Path(path), FILES[kind]
     if path.is_dir():
         raise CheckpointError(f"{path}: that is a folder; the file wanted is {expected} in it")
@@ -224,7 +238,8 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, st
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             # Cloned: arithmetic on memory of another alignment may round differently.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            names = file.keys() if wanted else ()
+            tensors = {name: file.get_tensor(name).clone() for name in names}
     except (SafetensorError, OSError, ValueError) as error:
         hint = ""
         if path.suffix in PYTORCH:

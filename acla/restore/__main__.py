@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from acla.cli import DEVICES, add_task_flags, pick_device, run, task_from_flags
-from acla.config import SETTING_FLAG
+from acla.config import SETTING_FLAG, Task
 from acla.console import notice, plural, printable, say
 from acla.data.image import FORMATS
-from acla.data.jpeg import LumaCells
+from acla.data.jpeg import Cells
 from acla.errors import AclaError, Stopped, UsageError, out_of_memory
 from acla.models.serialization import Checkpoint
 from acla.restore import photo
@@ -30,8 +30,10 @@ from acla.restore.inference import (
 )
 from acla.restore.jobs import find_jobs
 from acla.restore.photo import Photo
-from acla.restore.pretrained import PretrainedModels
+from acla.restore.pretrained import Choice, PretrainedModels
 from acla.restore.progress import PixelBar, Sizes, announce, sizes_of
+
+BLIND = Task("denoise", 0, 55)  # without --sigma
 
 # The command
 
@@ -46,7 +48,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--checkpoint",
         type=Path,
         metavar="FILE",
-        help="the network (default: a pretrained model, by --task and the JPEG's quality)",
+        help="the network (default: a pretrained model, by --task, the JPEG's quality and --sigma)",
     )
     add_task_flags(parser, "the network's")
     parser.add_argument(
@@ -103,10 +105,11 @@ def main(argv: list[str] | None = None) -> None:
         raise UsageError(
             f"--{flag} {task.value}: a photo has one of them: give it, or leave --{flag} out"
         )
+    if task and task.name == "denoise" and args.task_sigma is None:
+        task = BLIND
     models = PretrainedModels(args.checkpoint, task, pick_device(args.device))
     keep_memory(models.device)
-    for task in models.files:
-        check_ensemble(args.ensemble, task)
+    check_ensemble(args.ensemble, models.task)
     jobs = find_jobs(args.source, args.out, args.suffix, args.overwrite, args.skip_existing)
     for text in jobs.notices:
         notice(printable(text))
@@ -122,11 +125,20 @@ def main(argv: list[str] | None = None) -> None:
         raise AclaError("\n  ".join(lines))
 
 
+def choose(
+    path: Path, quality: int | None, models: PretrainedModels, args: argparse.Namespace
+) -> Choice:
+    """The model for a photo, of this JPEG quality. Raises UsageError, PictureError."""
+    setting = {"car": quality, "denoise": args.task_sigma and args.task_sigma[0]}
+    return models.pick(setting.get(models.task.name), photo.in_colour(path))
+
+
 def foresee(sizes: Sizes, models: PretrainedModels, args: argparse.Namespace) -> None:
     """Announce how long the photos will take with the network of the first one."""
-    quality = args.task_q[0] if args.task_q else photo.jpeg_quality(next(iter(sizes)))
+    path = next(iter(sizes))
+    quality = args.task_q[0] if args.task_q else photo.jpeg_quality(path)
     try:
-        _, network, _ = models.pick(quality)
+        network = choose(path, quality, models, args).network
     except UsageError:
         return  # each photo says why
     with computing_in(pick_precision(args.precision, models.device), models.device):
@@ -183,8 +195,10 @@ def run_job(
         told = "not a JPEG with Y, so it is left as it is; --task, --q or --checkpoint restores it"
         show(path, [told, *photo.copy(path, target).notices])
         return f"{target}: not restored"
-    file, network, outside = models.pick(quality)
-    source = photo.read(path, ycc=network.config.channels == 1)
+    chosen = choose(path, quality, models, args)
+    network = chosen.network
+    ycc = network.config.channels == 1 or network.task.name == "car"
+    source = photo.read(path, ycc)
     # A good JPEG, written at quality 95, would lose more than it gained
     source.quality = max(95, min(100, (own or 0) + 10))
     check_mosaic(source, network.task)
@@ -195,9 +209,10 @@ def run_job(
     with computing_in(precision, models.device):
         restored = restore_photo(source, network, tile, args.ensemble, jpeg, advance, cells=cells)
     photo.save(restored, target)
-    show(path, [*([outside] if outside else []), *restored.notices])
-    name = args.checkpoint or file.stem
-    result = f"{target}: {network.task}, {name}" + f", {precision}" * (precision != "fp32")
+    show(path, [*([chosen.notice] if chosen.notice else []), *restored.notices])
+    result = f"{target}: {network.task}, {args.checkpoint or chosen.path.stem}"
+    result += f" ({chosen.reason})" * bool(chosen.reason)
+    result += f", {precision}" * (precision != "fp32")
     if not args.compare:
         return result
     if tile is None:
@@ -218,7 +233,7 @@ def difference(
     network: Checkpoint,
     ensemble: bool,
     jpeg: bool,
-    cells: LumaCells | None,
+    cells: Cells | None,
 ) -> str:
     """How far a result lies from the one without tiles, in levels of what is written."""
     try:

@@ -1,7 +1,8 @@
 """From a photo to a network's input, and from its output to a photo.
 
 A network of one channel sees Y; a colour photo keeps its Cb and Cr. JPEG networks see the Y that
-the file holds (full range), which was quantised; the others were trained on MATLAB's.
+the file holds (full range), which was quantised; the others were trained on MATLAB's. Networks of
+three channels see RGB; what they make of a JPEG's becomes Y, Cb, Cr again.
 """
 
 import dataclasses
@@ -13,8 +14,17 @@ from torch import Tensor
 
 from acla.config import Task
 from acla.data.degradations import mosaic
-from acla.data.image import from_levels, luma, to_full, to_levels, to_rgb, to_studio, ycc_to_rgb
-from acla.data.jpeg import LumaCells, projected
+from acla.data.image import (
+    from_levels,
+    luma,
+    rgb_to_ycc,
+    to_full,
+    to_levels,
+    to_rgb,
+    to_studio,
+    ycc_to_rgb,
+)
+from acla.data.jpeg import Cells, projected
 from acla.errors import CheckpointError, PictureError
 from acla.models.serialization import Checkpoint
 from acla.restore import photo
@@ -38,6 +48,7 @@ def network_input(photo: Photo, task: Task, channels: int) -> Tensor:
     """The picture [channels, H, W] in 0..1 that a network sees of a photo; gray as it is."""
     if photo.levels.shape[2] == 1 or channels == 3:
         picture = planes(photo.levels)
+        picture = ycc_to_rgb(picture).clamp_(0, 1) if photo.ycc else picture
         return to_rgb(picture) if channels == 3 else picture
     height = photo.levels.shape[0]
     bands = (photo.levels[top : top + ROWS] for top in range(0, height, ROWS))
@@ -51,16 +62,17 @@ def output_levels(
     """Levels [H, W, 1 or 3], rounded once, of a network's answer [C, H, W].
 
     colour: the photo's levels there, at the answer's size: one channel makes the answer gray, three
-    give a lone Y its colour. ycc: they are Y, Cb, Cr, and stay so for a `jpeg`, else become RGB.
+    give a lone Y its colour. ycc: they, and an answer of three channels, are Y, Cb, Cr, and stay so
+    for a `jpeg`, else become RGB.
     """
     if colour.shape[2] == 1:
         levels = to_levels(answer.mean(0, keepdim=True), colour.dtype)
-    elif len(answer) == 3:
+    elif len(answer) == 3 and not ycc:
         levels = to_levels(answer, colour.dtype)
     else:
         y = answer if task.name == "car" else to_full(answer)
         if ycc:
-            own = torch.cat([y, planes(colour[:, :, 1:])])
+            own = y if len(y) == 3 else torch.cat([y, planes(colour[:, :, 1:])])
             levels = to_levels(own if jpeg else ycc_to_rgb(own), colour.dtype)
         else:
             # Adding to R, G and B alike moves Y by as much and leaves Cb and Cr
@@ -79,14 +91,14 @@ def restore_photo(
     jpeg: bool = False,
     advance: Callable[[float], object] = float,
     smaller_tiles: bool = True,
-    cells: LumaCells | None = None,
+    cells: Cells | None = None,
 ) -> Photo:
     """The restored photo, with everything that the source carries.
 
     jpeg: it will be written as one, so that a JPEG's own Y, Cb, Cr stay what they are. advance:
     called with the share done, 0..1, after each tile. smaller_tiles: go on with smaller ones when
-    memory runs out. cells: those of a JPEG's Y, which the answer is projected onto. Raises
-    CheckpointError for an answer that is not finite.
+    memory runs out. cells: those of a JPEG, which the answer is projected onto; chroma stays as it
+    is where they are of Y alone. Raises CheckpointError for an answer that is not finite.
     """
     config, task = network.config, network.task
     picture = network_input(source, task, config.channels)
@@ -95,6 +107,10 @@ def restore_photo(
     def whole(tile: int | None) -> np.ndarray:
         levels = np.empty_like(around.levels)
         rows = strips(network.model, picture, tile, ensemble, advance)
+        if source.ycc and config.channels == 3:
+            rows = map(rgb_to_ycc, rows)
+        if cells and config.channels == 3:
+            rows = (known(strip, source, cells) for strip in rows)
         rows = projected(rows, cells, picture.shape[1]) if cells else rows
         top = 0
         for strip in rows:
@@ -107,6 +123,12 @@ def restore_photo(
 
     levels = within_memory(whole, tile, picture) if smaller_tiles else whole(tile)
     return dataclasses.replace(around, levels=levels, ycc=source.ycc and jpeg)
+
+
+def known(answer: Tensor, source: Photo, cells: Cells) -> Tensor:
+    """The planes of an answer [3, H, W] whose cells are known; a gray photo's as gray."""
+    gray = source.levels.shape[2] == 1
+    return answer.mean(0, keepdim=True) if gray else answer[: len(cells.planes)]
 
 
 def check_mosaic(source: Photo, task: Task) -> None:

@@ -24,7 +24,7 @@ from acla.data.image import (
     to_array,
     write,
 )
-from acla.data.jpeg import END, LumaCells, luma_steps, whole_blocks
+from acla.data.jpeg import END, Cells, Plane, decode_cells, steps_of
 from acla.errors import PictureError
 from acla.files import write_atomically
 from acla.restore.metadata import LONGEST, fitting, note_options, read_notes
@@ -76,11 +76,17 @@ def jpeg_quality(path: Path) -> int | None:
     Exact for IJG's encoders; for others least squares over the logarithms. Raises PictureError.
     """
     with opened(path, READABLE) as picture:
-        steps = luma_steps(picture)
+        steps = steps_of(picture)
         if steps is None:
             return None
         table = np.log(np.maximum(steps.reshape(-1).astype(np.float64), 1))
         return int(((luma_tables() - table) ** 2).sum(1).argmin()) + 1
+
+
+def in_colour(path: Path) -> bool:
+    """Whether a photo has colour. Raises PictureError."""
+    with opened(path, READABLE) as picture:
+        return picture.mode not in GRAY_MODES and picture.mode[0] not in "IF"
 
 
 def read(path: Path, ycc: bool = False) -> Photo:
@@ -143,28 +149,31 @@ def read_whole(path: Path, ycc: bool, data: bytes | None = None) -> Photo:
     return Photo(np.atleast_3d(levels), False, alpha, exif, icc, dpi, notices, notes)
 
 
-def read_cells(path: Path) -> LumaCells | None:
-    """The cells of a JPEG's Y, turned as `read` turns it.
+def read_cells(path: Path) -> Cells | None:
+    """The cells of a JPEG's Y, Cb, Cr, turned as `read` turns it.
 
-    None where they are not known: Y is not in the file, or not at full size. Raises PictureError.
+    Y alone where those of chroma are not known; None where those of Y are not: it is not in the
+    file, or not at full size. Raises PictureError.
     """
-    try:
-        data = whole_blocks(path.read_bytes())
-    except IndexError:
-        return None
-    with opened(path, READABLE, data + END) as picture:
-        sampling = np.array([layer[1:3] for layer in picture.layer])
-        if not (picture.mode == "L" or stores_ycc(picture)) or (sampling[0] < sampling).any():
+    with opened(path, READABLE) as picture:
+        if not (picture.mode == "L" or stores_ycc(picture)):
             return None
         _, orientation = read_exif(picture, [])
-        picture.draft("L", None)
-        y, steps = np.asarray(picture), luma_steps(picture)
-    with opened(path, READABLE) as picture:
-        across, down = y.shape[1] - picture.width, y.shape[0] - picture.height
+        size = picture.height, picture.width
+    try:
+        cells = decode_cells(path, path.read_bytes())
+    except IndexError:
+        return None
+    if cells is None:
+        return None
+    down, across = np.subtract(cells.planes[0].levels.shape, size)
     top = {3: down, 4: down, 7: across, 8: across}.get(orientation, 0)
     left = {2: across, 3: across, 6: down, 7: down}.get(orientation, 0)
-    steps = steps.T if orientation > 4 else steps
-    return LumaCells(turned(y, orientation), steps, top, left)
+    planes = [
+        Plane(turned(p.levels, orientation), p.steps.T if orientation > 4 else p.steps)
+        for p in cells.planes
+    ]
+    return Cells(planes, int(top), int(left), cells.ratio)
 
 
 def stores_ycc(picture: Image.Image) -> bool:

@@ -1,40 +1,70 @@
-"""The model for a task: a checkpoint, or the pretrained one that fits best."""
+"""The model for a photo: a checkpoint, or the pretrained one that fits best."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from acla.config import SETTING_FLAG, Task
 from acla.errors import UsageError
-from acla.models.serialization import Checkpoint, load_model
+from acla.models.serialization import Checkpoint, load_model, read_header
 
 # In the installed package, or in a clone of the repository
 FOLDERS = (Path(__file__).parents[1] / "trained", Path(__file__).parents[2] / "weights")
-FILES = {
-    Task("car", 10): "car-q10-acla.safetensors",
-    Task("car", 5, 60): "car-q5-60-acla.safetensors",
-}
-REACH = 5  # a model for one JPEG quality serves those this near: papers train at 10, 20, 30, 40
+SETTINGS = {"car": "JPEG quality", "denoise": "noise level"}
+UNKNOWN = {"car": "not a JPEG, so that its quality", "denoise": "the noise level"}
+REACH = 5  # a model for one setting serves those this near: papers train at 10, 20, 30, 40
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model file, its task and the channels of its pictures."""
+
+    path: Path
+    task: Task
+    channels: int
+
+
+class Choice(NamedTuple):
+    """A model, why it was taken ("" if it was named), and a notice if it does not quite fit."""
+
+    path: Path
+    network: Checkpoint
+    reason: str
+    notice: str | None
 
 
 class PretrainedModels:
-    """The candidates for a call: `files` by task; each is read when `pick` first chooses it.
+    """The candidates for a call; each is read when `pick` first chooses it.
 
     checkpoint: the only candidate. Without it, the pretrained models for the task, by default JPEG
-    artifacts, there of every quality. task: that of the flags; it must be the checkpoint's. Raises
-    UsageError, CheckpointError.
+    artifacts, of every setting but the scale. task: that of the flags; it must be the checkpoint's.
+    channels: of the pretrained models, by default any. Raises UsageError, CheckpointError.
     """
 
-    def __init__(self, checkpoint: Path | None, task: Task | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        checkpoint: Path | None,
+        task: Task | None,
+        device: torch.device,
+        channels: int | None = None,
+    ) -> None:
         self.device = device
         self.loaded: dict[Path, Checkpoint] = {}
-        if checkpoint is None:
-            self.files = pretrained_files(task or Task("car"))
+        self.named = checkpoint is not None
+        if not self.named:
+            self.candidates = candidates_for(task or Task("car"), channels)
             return
-        trained = self.load(checkpoint).task
-        if task and (task.name, task.scale) != (trained.name, trained.scale):
-            raise UsageError(f"{checkpoint} was trained for {trained}, not for {task}")
-        self.files = {trained: checkpoint}
+        network = self.load(checkpoint)
+        if task and (task.name, task.scale) != (network.task.name, network.task.scale):
+            raise UsageError(f"{checkpoint} was trained for {network.task}, not for {task}")
+        self.candidates = [Candidate(checkpoint, network.task, network.config.channels)]
+
+    @property
+    def task(self) -> Task:
+        """That of the first candidate; the others differ in quality or noise level alone."""
+        return self.candidates[0].task
 
     def load(self, path: Path) -> Checkpoint:
         """A model, on the device, read once."""
@@ -43,47 +73,71 @@ class PretrainedModels:
             self.loaded[path].model.to(self.device)
         return self.loaded[path]
 
-    def pick(self, quality: int | None) -> tuple[Path, Checkpoint, str | None]:
-        """(file, model, notice if it was trained for other qualities) for a picture of a JPEG
-        quality; where that is not known, the model of the widest range. Raises UsageError where
-        there is none and the quality is needed."""
-        if quality is None:
-            ranges = [task for task in self.files if task.until]
-            if len(self.files) > 1 and not ranges:
-                raise UsageError("not a JPEG, so that its quality is not known: give --q N")
-            task = max(ranges or self.files, key=lambda task: task.until - task.setting)
-            return self.files[task], self.load(self.files[task]), None
-        task = min(self.files, key=lambda task: preference(task, quality))
-        notice = None
-        if task.name == "car" and distance(task, quality) > (0 if task.until else REACH):
-            notice = f"JPEG quality {quality} is outside what the network was trained for ({task})"
-        return self.files[task], self.load(self.files[task]), notice
+    def pick(self, setting: float | None, colour: bool) -> Choice:
+        """The model for a picture of a JPEG quality or noise level, gray or in colour; where that
+        is not known, the model of the widest range. Raises UsageError where there is none and the
+        setting is needed."""
+        name = self.task.name
+        if setting is None:
+            ranges = [one for one in self.candidates if one.task.until]
+            if len(self.candidates) > 1 and not ranges and name in UNKNOWN:
+                raise UsageError(f"{UNKNOWN[name]} is not known: give --{SETTING_FLAG[name]} N")
+            chosen = max(ranges or self.candidates, key=lambda one: breadth(one, colour))
+        else:
+            chosen = min(self.candidates, key=lambda one: preference(one, setting, colour))
+        notice, reason = None, f"--task {name}"
+        if name in SETTINGS:
+            what = SETTINGS[name]
+            reason = f"{what} unknown" if setting is None else f"{what} {setting:g}"
+            reason += ", colour" if colour else ", gray"
+            own = chosen.task
+            if setting is not None and distance(own, setting) > (0 if own.until else REACH):
+                notice = f"{what} {setting:g} is outside what the network was trained for ({own})"
+        return Choice(chosen.path, self.load(chosen.path), "" if self.named else reason, notice)
 
 
-def pretrained_files(task: Task) -> dict[Task, Path]:
-    """The pretrained models for a task: for car of every quality, else those that cover its
-    setting. Raises UsageError where there is none."""
+def candidates_for(task: Task, channels: int | None) -> list[Candidate]:
+    """The pretrained models for a task, of every quality or noise level. Raises UsageError where
+    there is none."""
     folder = next((folder for folder in FOLDERS if folder.is_dir()), FOLDERS[-1])
-    fitting = [one for one in FILES if one.covers(task) or one.name == task.name == "car"]
-    files = {one: folder / FILES[one] for one in fitting if (folder / FILES[one]).is_file()}
-    if files:
-        return files
+    shipped = []
+    for path in sorted(folder.glob("*.safetensors")):
+        config, trained, _ = read_header(path)
+        shipped.append(Candidate(path, trained, config.channels))
+    fitting = [
+        one
+        for one in shipped
+        if (one.task.name, one.task.scale) == (task.name, task.scale)
+        and channels in (None, one.channels)
+    ]
+    if fitting:
+        return fitting
     flag = f"--task {task.name}"
     if task.name in SETTING_FLAG:
         flag += f" --{SETTING_FLAG[task.name]} {task.value}"
+    there = ", ".join(dict.fromkeys(str(one.task) for one in shipped)) or "none"
     raise UsageError(
-        f"no pretrained model for {task} in {folder}; train one (python train.py {flag} --out DIR) "
-        "and name it: --checkpoint DIR/model.safetensors"
+        f"no pretrained model for {task} in {folder} (models there: {there}); train one (python "
+        f"train.py {flag} --out DIR) and name it: --checkpoint DIR/model.safetensors"
     )
 
 
-def preference(task: Task, quality: int) -> tuple[float, bool, float]:
-    """Sort key of a model for a JPEG quality: the distance beyond REACH, one quality before a
-    range, the distance."""
-    away = distance(task, quality)
-    return max(away - REACH, 0), task.until > 0, away
+def breadth(candidate: Candidate, colour: bool) -> tuple[bool, float]:
+    """Sort key of a model where the setting is not known: the kind of picture, the range."""
+    return (candidate.channels == 3) == colour, candidate.task.until - candidate.task.setting
 
 
-def distance(task: Task, quality: int) -> float:
-    """Distance of a JPEG quality from those that a model was trained for; 0 for its own."""
-    return max(task.setting - quality, quality - (task.until or task.setting), 0)
+def preference(
+    candidate: Candidate, setting: float, colour: bool
+) -> tuple[float, bool, bool, float]:
+    """Sort key of a model for a setting: the distance beyond REACH, the other kind of picture, one
+    setting before a range, the distance."""
+    away = distance(candidate.task, setting)
+    other = (candidate.channels == 3) != colour
+    return max(away - REACH, 0), other, candidate.task.until > 0, away
+
+
+def distance(task: Task, setting: float) -> float:
+    """Distance of a JPEG quality or noise level from those that a model was trained for; 0 for its
+    own."""
+    return max(task.setting - setting, setting - (task.until or task.setting), 0)

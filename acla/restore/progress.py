@@ -8,7 +8,7 @@ import torch
 
 from acla.console import notice, plural, progress
 from acla.data.image import opened
-from acla.data.jpeg import luma_steps
+from acla.data.jpeg import steps_of
 from acla.errors import PictureError
 from acla.models.backbones import Backbone
 from acla.restore.inference import TILE, default_tile, predict, tile_grid
@@ -29,7 +29,7 @@ def sizes_of(paths: Iterable[Path], jpegs_alone: bool) -> Sizes:
     for path in paths:
         try:
             with opened(path, READABLE) as picture:
-                if not jpegs_alone or luma_steps(picture) is not None:
+                if not jpegs_alone or steps_of(picture) is not None:
                     sizes[path] = picture.height, picture.width
         except (PictureError, OSError):
             continue  # restoring it says why
