@@ -39,7 +39,7 @@ class Config(NamedTuple):
 
 # Tiles of one warp come first: it waits for no other warp, and for few rows' longest lists. Its
 # threads have eight values each; those of `_spread` and `_dots` four, for want of registers.
-GATHER = [(2, 64, 1), (4, 64, 1), (4, 128, 2), (16, 64, 4), (8, 128, 4), (1, 256, 1)]
+GATHER = [(2, 64, 1), (4, 64, 1), (4, 128, 2), (8, 128, 4), (1, 256, 1), (32, 64, 8)]
 KEYS = [(32, 0, 8), (16, 0, 4), (16, 0, 2)]
 CONFIGS: dict[str, list[Config]] = {
     name: [Config(*values) for values in listed]
@@ -52,7 +52,7 @@ CONFIGS: dict[str, list[Config]] = {
         "_dots": [(4, 32, 1), (2, 64, 1), (8, 64, 2), (4, 128, 2), (16, 32, 4), (32, 32, 8)],
         "_scatter": GATHER,
         "_sum_rows": [(4, 64, 1), (8, 64, 2), (8, 128, 4)],
-        "_sum_maps": [(8, 0, 1), (4, 0, 1), (16, 0, 2)],
+        "_sum_maps": [(8, 0, 1), (4, 0, 1), (32, 0, 4)],
     }.items()
 }
 
