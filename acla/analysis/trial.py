@@ -11,7 +11,6 @@ together. The table gives the PSNR on the validation sets: the mean over the see
 deviation, and the mean gain over the first network of the same seed."""
 
 import argparse
-import contextlib
 import itertools
 import json
 import shlex
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from acla import cli, console
+from acla.analysis.truth import beside
 from acla.data.datasets import Loader
 from acla.distributed import Processes
 from acla.errors import UsageError
@@ -69,28 +69,28 @@ class Run:
         gpu = processes.device.type == "cuda"
         self.stream = torch.cuda.Stream(processes.device) if gpu else None
 
-    def advance(self, step: int) -> None:
-        """One step, and the validation that is due after it."""
-        batch = self.loader.batch(step)
-        with self.on_stream(batch):
-            self.trainer.step(step, self.data.sampler.indices, *batch)
-        done = step + 1
-        if done % self.plan.train.val_every == 0 or done == self.plan.train.steps:
+    def batch(self, step: int) -> tuple[Tensor, Tensor] | None:
+        """The patches of a step, None after the last one."""
+        return self.loader.batch(step) if step < self.plan.train.steps else None
+
+    def validate(self, done: int) -> None:
+        """The validation that is due after so many steps, if one is."""
+        steps, every = self.plan.train.steps, self.plan.train.val_every
+        if done == steps or (done < steps and done % every == 0):
             psnr = train.validate(self.trainer, self.plan, self.data)
             self.folder.write(self.trainer, done, psnr)
 
-    @contextlib.contextmanager
-    def on_stream(self, batch: Sequence[Tensor]) -> Iterator[None]:
-        """Work that is queued here follows all that was queued before, and runs beside what other
-        networks queue."""
-        if self.stream is None:
-            yield
-            return
-        self.stream.wait_stream(torch.cuda.current_stream())
-        for tensor in batch:
-            tensor.record_stream(self.stream)
-        with torch.cuda.stream(self.stream):
-            yield
+
+def advance(runs: Sequence[Run], step: int) -> None:
+    """One step of every network that has it, side by side, and the validations after it."""
+    batches = [run.batch(step) for run in runs]
+    with beside([run.stream for run in runs]):
+        for run, batch in zip(runs, batches, strict=True):
+            if batch:
+                with torch.cuda.stream(run.stream):
+                    run.trainer.step(step, run.data.sampler.indices, *batch)
+    for run in runs:
+        run.validate(step + 1)
 
 
 def row(name: str, run: Run) -> dict[str, Any]:
@@ -163,9 +163,7 @@ def main(argv: list[str] | None = None) -> None:
         runs[name, seed] = Run([*common, *shlex.split(flags), *out], processes, loaders)
     steps = max(run.plan.train.steps for run in runs.values())
     for step in console.progress(range(steps), unit="step", desc="trial"):
-        for run in runs.values():
-            if step < run.plan.train.steps:
-                run.advance(step)
+        advance([*runs.values()], step)
     rows = [row(name, run) for (name, _), run in runs.items()]
     if args.json:
         lines = "".join(json.dumps(r) + "\n" for r in rows)
