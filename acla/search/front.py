@@ -16,7 +16,8 @@ from acla.search.architecture import SIDE, Candidate, macs
 from acla.search.supernet import Supernet
 from acla.training.trainer import LEAST_MSE, draw_seed
 
-PATCHES = 64  # held-out ones, at least, that score a network
+PATCHES = 48  # held-out ones, at least, that score a network
+AT_ONCE = 16
 SECONDS = 0.3  # of timing a network
 Batch = tuple[Tensor, Tensor, Tensor]
 Positions = tuple[int, ...]
@@ -42,9 +43,11 @@ def patch_psnr(
     net: Supernet, batches: Sequence[Batch], processes: Processes, positions: Positions
 ) -> np.ndarray:
     """PSNR in dB of every patch of all processes, with modules at these positions only."""
-    gates, psnr = gates_at(positions, net.config.blocks, processes.device), []
-    for low, target, _ in batches:
-        mse = (net(low, gates)[0].clamp(0, 1) - target).square().mean((1, 2, 3))
+    network, psnr = net.derive(positions).eval(), []  # faster than the supernet with gates
+    lows = torch.cat([low for low, _, _ in batches]).split(AT_ONCE)
+    targets = torch.cat([target for _, target, _ in batches]).split(AT_ONCE)
+    for low, target in zip(lows, targets, strict=True):
+        mse = (network(low).clamp(0, 1) - target).square().mean((1, 2, 3))
         psnr += (-10 * (mse + LEAST_MSE).log10()).tolist()
     return np.concatenate([rows["psnr"] for rows in processes.all_rows({"psnr": psnr})])
 
