@@ -11,6 +11,7 @@ import importlib.util
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -109,6 +110,29 @@ def trace(inputs: tuple, run: bool) -> list[Call]:
         finally:
             torch.use_deterministic_algorithms(before)
     return calls
+
+
+def compile_all(kinds: Sequence[tuple], device: torch.device, workers: int) -> None:
+    """Compile what `tune` will time, in processes. kinds: (size, type) of each problem."""
+    shares = [(i, workers, kinds, device) for i in range(workers)]
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        pool.starmap(compile_share, shares, 1)
+
+
+def compile_share(
+    share: int, workers: int, kinds: Sequence[tuple], device: torch.device
+) -> list[tuple[str, Config]]:
+    """One process's part of the compilations; returns their keys and configurations. Grids are
+    arguments of the kernels, so that a small one does for all."""
+    lanes, todo = hardware(device)[1], []
+    for C, L, K, dtype in sorted({(*size[3:], str(dtype)) for size, dtype in kinds}):
+        inputs = problem((1, 4, 4, C, L, K), getattr(torch, dtype.removeprefix("torch.")), device)
+        for call in trace(inputs, run=False):
+            todo += [(call, config) for config in candidates(call, lanes)]
+    mine = todo[share::workers]
+    for call, config in mine:
+        call.compile(config, lanes)
+    return [(call_key(call), config) for call, config in mine]
 
 
 def save_choices(path: Path, gpu: str, chosen: dict[str, list[int]]) -> None:
@@ -210,9 +234,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gpu, lanes = hardware(device)
     # Graphs, since a launch takes longer than most of these kernels
     timer = functools.partial(do_bench_cudagraph, rep=20, return_mode="median")
+    kinds = [*itertools.product(options.sizes, [DTYPES[name] for name in options.dtypes])]
     with torch.cuda.device(device):
-        for size, name in itertools.product(options.sizes, options.dtypes):
-            tried = tune(trace(problem(size, DTYPES[name], device), run=True), lanes, timer)
+        compile_all(kinds, device, os.cpu_count() or 1)
+        for size, dtype in kinds:
+            tried = tune(trace(problem(size, dtype, device), run=True), lanes, timer)
             save_choices(options.out, gpu, {key: list(next(iter(t))) for key, t in tried.items()})
             for key, times in tried.items():
                 best, default = next(iter(times)), CONFIGS[f"_{key.split()[0]}"][0]

@@ -102,9 +102,19 @@ class Call(NamedTuple):
         return tiles * chunks, layers, images
 
     def run(self, config: Config, lanes: int) -> None:
-        blocks = self.blocks(config, lanes)
-        options = {"num_warps": config.warps, "enable_fp_fusion": True}
+        blocks, options = self.blocks(config, lanes), options_of(config)
         self.kernel[self.programs(blocks)](**self.arguments, **blocks, **options)
+
+    def compile(self, config: Config, lanes: int) -> None:
+        """Fill Triton's cache on disk; nothing runs."""
+        blocks, options = self.blocks(config, lanes), options_of(config)
+        grid = self.programs(blocks)
+        self.kernel.warmup(grid=grid, **self.arguments, **blocks, **options)
+
+
+def options_of(config: Config) -> dict[str, Any]:
+    """What the compiler is told besides the tile."""
+    return {"num_warps": config.warps, "enable_fp_fusion": True}
 
 
 hooks: list[Callable[[Call], None]] = []  # the last one gets the calls instead of the GPU

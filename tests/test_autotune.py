@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,19 @@ def test_a_kernel_that_is_launched_twice_is_timed_as_a_whole(calls):
     plans = [call for call in calls if call.name == "_plan"][:2]
     (tried,) = autotune.tune(plans, 32, lambda run: next(times)).values()
     assert next(iter(tried.items())) == (launch.CONFIGS["_plan"][2], 2)
+
+
+def test_processes_share_the_compilations(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(
+        launch.Call, "compile", lambda call, config, lanes: compiled.append((call.name, config))
+    )
+    kinds = [((16, 48, 48, 64, 5, 16), torch.float32), ((1, 9, 9, 64, 5, 16), torch.float32)]
+    shares = [autotune.compile_share(i, 3, kinds, torch.device("cpu")) for i in range(3)]
+    calls = autotune.trace(autotune.problem((1, 4, 4, 64, 5, 16), torch.float32, "cpu"), run=False)
+    everything = Counter((c.name, config) for c in calls for config in autotune.candidates(c, 1))
+    assert Counter(compiled) == everything
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_choices_are_saved_and_the_users_come_first(calls, tmp_path):
