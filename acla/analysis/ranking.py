@@ -19,6 +19,7 @@ import torch
 from scipy.stats import kendalltau
 
 from acla import cli, console
+from acla.analysis.results import mean_and_deviation
 from acla.analysis.truth import Row, read_truth
 from acla.config import ModelConfig, SearchConfig, Task, format_positions, from_dict
 from acla.distributed import Processes
@@ -105,13 +106,13 @@ def score_lines(
     truth, seeds = means(rows), {row["seed"] for row in rows}
     for name, searches in by_method.items():
         taus = [(*tau(one, truth), regret(best_by(one), truth)) for one in searches]
-        yield [name, str(len(searches)), *map(mean_and_spread, zip(*taus, strict=True))]
+        yield [name, str(len(searches)), *map(mean_and_deviation, zip(*taus, strict=True))]
     if len(seeds) > 1:
         taus = []
         for seed in sorted(seeds):
             one, others = means(rows, {seed}), means(rows, seeds - {seed})
             taus.append((*tau(one, others), regret(best_by(one), others)))
-        shown = map(mean_and_spread, zip(*taus, strict=True))
+        shown = map(mean_and_deviation, zip(*taus, strict=True))
         yield ["a seed of the truth", str(len(seeds)), *shown]
     even = regret(lambda group: even_spread(blocks, len(group[0])), truth)
     yield ["even positions", "–", "–", "–", f"{even:.3f}"]
@@ -123,11 +124,6 @@ def score_lines(
 
 def best_by(scores: Scores) -> Callable[[list[Positions]], Positions]:
     return lambda group: max(group, key=scores.__getitem__)
-
-
-def mean_and_spread(values: Sequence[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{spread}"
 
 
 # Searches

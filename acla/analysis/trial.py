@@ -7,15 +7,13 @@
 
 Every network is what train.py makes of the flags of all, those of --network and the seed; its files
 lie in --out/NAME-SEED. On a GPU each has a stream of its own, so that small networks fill it
-together. The table gives the PSNR on the validation sets: the mean over the seeds and its standard
-deviation, and the mean gain over the first network of the same seed."""
+together. The table gives the PSNR on the validation sets, and the gain over the first network."""
 
 import argparse
 import itertools
 import json
 import shlex
-import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ import torch
 from torch import Tensor
 
 from acla import cli, console
+from acla.analysis.results import mean_and_deviation
 from acla.analysis.truth import beside
 from acla.data.datasets import Loader
 from acla.distributed import Processes
@@ -102,31 +101,25 @@ def row(name: str, run: Run) -> dict[str, Any]:
     return about | sizes | last
 
 
-def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Markdown: networks down, validation sets across."""
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Networks down, validation sets across: PSNR in dB (mean ± standard deviation over seeds) and
+    the gain over the first network, paired by seed (mean ± standard error)."""
     sets = [key for key in rows[0] if key.startswith("val_psnr_")] or ["val_psnr"]
-    names = list(dict.fromkeys(r["network"] for r in rows))
-    first = {r["seed"]: r for r in rows if r["network"] == names[0]}
-    titles = [key.removeprefix("val_psnr_").replace("val_psnr", "PSNR") for key in sets]
-    yield (
-        "| network | parameters | multiply-adds | "
-        + " | ".join(f"{t} | gain" for t in titles)
-        + " |"
-    )
-    yield "|---" * (3 + 2 * len(sets)) + "|"
-    for name in names:
-        own = [r for r in rows if r["network"] == name]
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for one in rows:
+        groups.setdefault(one["network"], []).append(one)
+    base = {one["seed"]: one for one in next(iter(groups.values()))}
+    head, lines = ["network", "parameters", "multiply-adds"], []
+    for key in sets:
+        head += [key.removeprefix("val_psnr_").replace("val_psnr", "PSNR"), "gain"]
+    for name, own in groups.items():
         cells = [name, f"{own[0]['params']:,}", f"{own[0][MACS] / 1e9:.2f} G"]
         for key in sets:
-            values = [r[key] for r in own]
-            gains = [r[key] - first[r["seed"]][key] for r in own]
-            cells += [f"{statistics.mean(values):.2f}{spread(values)}"]
-            cells += [f"{statistics.mean(gains):+.3f}{spread(gains)}"]
-        yield f"| {' | '.join(cells)} |"
-
-
-def spread(values: Sequence[float]) -> str:
-    return f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+            cells.append(mean_and_deviation([one[key] for one in own]))
+            gains = [one[key] - base[one["seed"]][key] for one in own]
+            cells.append(mean_and_deviation(gains, "+", of_mean=True))
+        lines.append(cells)
+    return console.markdown(head, lines)
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -171,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
     by_task = dict.fromkeys(r["task"] for r in rows)
     for task in by_task:
         console.say(f"{task}, {steps} steps:")
-        console.say("\n".join(table([r for r in rows if r["task"] == task])))
+        console.say(table([r for r in rows if r["task"] == task]))
 
 
 if __name__ == "__main__":

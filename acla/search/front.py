@@ -17,9 +17,9 @@ from acla.search.supernet import Supernet
 from acla.training.trainer import LEAST_MSE, draw_seed
 
 PATCHES = 48  # held-out ones, at least, that score a network
-AT_ONCE = 16
+AT_ONCE = 16  # of them
 SECONDS = 0.3  # of timing a network
-Batch = tuple[Tensor, Tensor, Tensor]
+Pairs = Sequence[tuple[Tensor, Tensor]]  # degraded and clean patches, AT_ONCE each
 Positions = tuple[int, ...]
 
 
@@ -40,13 +40,11 @@ def gates_at(positions: Sequence[int], modules: int, device: torch.device) -> Te
 
 @torch.no_grad()
 def patch_psnr(
-    net: Supernet, batches: Sequence[Batch], processes: Processes, positions: Positions
+    net: Supernet, pairs: Pairs, processes: Processes, positions: Positions
 ) -> np.ndarray:
     """PSNR in dB of every patch of all processes, with modules at these positions only."""
     network, psnr = net.derive(positions).eval(), []  # faster than the supernet with gates
-    lows = torch.cat([low for low, _, _ in batches]).split(AT_ONCE)
-    targets = torch.cat([target for _, target, _ in batches]).split(AT_ONCE)
-    for low, target in zip(lows, targets, strict=True):
+    for low, target in pairs:
         mse = (network(low).clamp(0, 1) - target).square().mean((1, 2, 3))
         psnr += (-10 * (mse + LEAST_MSE).log10()).tolist()
     return np.concatenate([rows["psnr"] for rows in processes.all_rows({"psnr": psnr})])
@@ -67,15 +65,14 @@ def eliminate(
 
 
 def search_front(
-    net: Supernet, batches: Sequence[Batch], processes: Processes, cost: str, budget: float | None
+    net: Supernet, pairs: Pairs, processes: Processes, cost: str, budget: float | None
 ) -> tuple[Candidate, tuple[Candidate, ...]]:
     """The chosen network and the front, the cheapest first: no network of it has another one beside
     it that is cheaper and not worse. Chosen is the best one within `budget` multiply-adds, or
     without one the cheapest whose PSNR is within a standard error of the best, patch by patch.
     cost: macs, or ms as measured here."""
     net.eval()
-    everywhere = tuple(range(1, net.config.blocks + 1))
-    chain = eliminate(everywhere, functools.partial(patch_psnr, net, batches, processes))
+    chain = eliminate(net.config.positions, functools.partial(patch_psnr, net, pairs, processes))
     every = [
         Candidate(positions, float(psnr.mean()), macs(net.config, len(positions)))
         for positions, psnr in chain

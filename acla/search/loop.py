@@ -23,7 +23,7 @@ from acla.models.cost import full_attention_flops
 from acla.models.gumbel import draw_gates, expected_gates
 from acla.models.serialization import load_state, save_model, save_state
 from acla.search.architecture import SIDE, Architecture, macs
-from acla.search.front import PATCHES, Batch, fair_gates, gates_at, search_front
+from acla.search.front import AT_ONCE, PATCHES, Pairs, fair_gates, gates_at, search_front
 from acla.search.supernet import Supernet
 from acla.training import run_dir, trainer, validation
 from acla.training.run_dir import Stop
@@ -191,7 +191,7 @@ class Search:
     def positions(self) -> tuple[int, ...]:
         """Those of the network derived now: of open gates; while a front is trained, all."""
         if self.config.method == "front":
-            return tuple(range(1, self.plan.model.blocks + 1))
+            return self.net.config.positions
         return self.net.open_positions()
 
 
@@ -340,10 +340,12 @@ def gate_report(search: Search, step: int) -> dict[str, Any]:
     }
 
 
-def held_out(search: Search) -> list[Batch]:
+def held_out(search: Search) -> Pairs:
     """Patches of α's pictures that no step has had."""
     count = -(-PATCHES // search.config.batch_size)
-    return [search.batch(search.config.steps + i, ALPHA) for i in range(count)]
+    drawn = [search.batch(search.config.steps + i, ALPHA)[:2] for i in range(count)]
+    lows, targets = (torch.cat(part).split(AT_ONCE) for part in zip(*drawn, strict=True))
+    return list(zip(lows, targets, strict=True))
 
 
 def derive(
@@ -354,8 +356,8 @@ def derive(
     positions, front = search.positions(), ()
     net.eval()
     if config.method == "front":
-        patches = held_out(search)
-        best, front = search_front(net, patches, search.processes, config.cost, budget)
+        pairs = held_out(search)
+        best, front = search_front(net, pairs, search.processes, config.cost, budget)
         positions = best.positions
     low, _, _ = search.batch(config.steps, ALPHA)
     with torch.no_grad():
@@ -363,9 +365,8 @@ def derive(
         counts = search.mean_counts(net(low, gates)[1])
         cost = net.cost(counts, n, gates).item()
     derived = net.derive(positions)
-    everywhere = tuple(range(1, plan.model.blocks + 1))
     psnr = folder.psnr(derived)
-    none, dense = (float(np.mean(folder.psnr(net.derive(p)))) for p in ((), everywhere))
+    none, dense = (float(np.mean(folder.psnr(net.derive(p)))) for p in ((), net.config.positions))
     evidence = {
         **provenance(search.processes.device),
         "processes": search.processes.world,
