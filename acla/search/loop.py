@@ -30,7 +30,7 @@ from acla.training.run_dir import Stop
 
 STATE, LOG, ARCHITECTURE = "supernet.safetensors", "search.jsonl", "arch.json"
 WEIGHTS, ALPHA = 0, 1  # the streams of noise of the two kinds of step
-MAX_SCORED = 16  # pictures for the PSNR of an epoch
+MAX_SCORED = 16  # pictures for the PSNR of an epoch and of the last table
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class Sets:
 @dataclass(frozen=True)
 class SearchResult:
     """The architecture; PSNR in dB of the derived network, with the supernet's weights, on each
-    picture that scores; the share of keys kept by each module; for comparison the mean PSNR without
-    attention and with a module behind every block."""
+    picture that scores; the share of keys kept by each module; for comparison, on the first
+    MAX_SCORED pictures, the mean PSNR without attention and with a module behind every block."""
 
     architecture: Architecture
     psnr: tuple[float, ...]
@@ -366,7 +366,9 @@ def derive(
         cost = net.cost(counts, n, gates).item()
     derived = net.derive(positions)
     psnr = folder.psnr(derived)
-    none, dense = (float(np.mean(folder.psnr(net.derive(p)))) for p in ((), net.config.positions))
+    none, dense = (
+        float(np.mean(folder.psnr(net.derive(p), MAX_SCORED))) for p in ((), net.config.positions)
+    )
     evidence = {
         **provenance(search.processes.device),
         "processes": search.processes.world,
@@ -398,13 +400,15 @@ def table(result: SearchResult) -> str:
     size = architecture.patch
     dense = full_attention_flops(model.blocks, size**2, model.width, model.keys, masked=True)
     saved = 1 - architecture.cost / dense
+    shown = console.plural(min(len(result.psnr), MAX_SCORED), "validation picture")
     lines += [
         f"positions: {format_positions(model.positions)}",
         f"attention costs {architecture.cost / 2e6:.1f} M multiply-adds for {size}×{size} pixels, "
         f"{saved:.1%} less than a module behind every block ({dense / 2e6:.1f} M)",
-        f"{architecture.task}, PSNR on the validation pictures with the supernet's weights:",
+        f"{architecture.task}, PSNR on {shown} with the supernet's weights:",
     ]
-    rows = [("none", 0, result.none_psnr), ("found", len(model.positions), result.mean_psnr)]
+    found = float(np.mean(result.psnr[:MAX_SCORED]))
+    rows = [("none", 0, result.none_psnr), ("found", len(model.positions), found)]
     rows = [
         (name, str(modules), f"{macs(model, modules) / 1e6:.1f} M", psnr)
         for name, modules, psnr in [*rows, ("dense", model.blocks, result.dense_psnr)]
