@@ -1,14 +1,15 @@
 """Import of published PyTorch files, as model files of this project (their format:
-acla/models/serialization.py):
+acla/models/serialization.py), and model files of half the size, with weights in float16:
 
     python -m acla.checkpoint import edsr_x2.pt edsr_x2.safetensors
+    python -m acla.checkpoint half runs/train/model.safetensors small.safetensors
 
-Supported are EDSR, RCAN, HAN, A2N and A2N-M, in the parameter names of their public PyTorch
-releases. Published networks work on pictures in 0..255, ours on 0..1: with biases divided by 255,
-convolutions and ReLUs turn pictures 255 times smaller into features 255 times smaller. Not so the
-convolutions whose output a sigmoid turns into factors, which must stay the same: they keep their
-biases, and our modules multiply their input by 255 (`FactorConvolution`, HAN's attentions). The
-function is the same, to rounding."""
+Published files may be of EDSR, RCAN, HAN, A2N and A2N-M, in the parameter names of their public
+PyTorch releases. Published networks work on pictures in 0..255, ours on 0..1: with biases divided
+by 255, convolutions and ReLUs turn pictures 255 times smaller into features 255 times smaller. Not
+so the convolutions whose output a sigmoid turns into factors, which must stay the same: they keep
+their biases, and our modules multiply their input by 255 (`FactorConvolution`, HAN's attentions).
+The function is the same, to rounding."""
 
 import argparse
 import hashlib
@@ -30,7 +31,14 @@ from acla.console import say
 from acla.errors import CheckpointError, UsageError
 from acla.models.backbones import LEVELS, Backbone
 from acla.models.factory import build_network
-from acla.models.serialization import FORMAT, in_one_line, load_strictly, save_model
+from acla.models.serialization import (
+    FORMAT,
+    in_one_line,
+    load_model,
+    load_strictly,
+    save_model,
+    widened,
+)
 
 # A tensor by which a network is recognised; HAN has RCAN's too
 MARKS = {
@@ -110,8 +118,7 @@ def read_published(path: Path) -> dict[str, Tensor]:
     for prefix in 2 * PREFIXES:  # nested too
         if all(name.startswith(prefix) for name in content):
             content = {name.removeprefix(prefix): tensor for name, tensor in content.items()}
-    halves = (torch.float16, torch.bfloat16)
-    return {name: t.float() if t.dtype in halves else t for name, t in content.items()}
+    return widened(content)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -225,24 +232,23 @@ def to_unit_range(network: Backbone) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m acla.checkpoint")
-    commands = parser.add_subparsers(required=True, metavar="import")
-    summary = f"convert a published PyTorch file to a model file: {SUPPORTED}"
-    command = commands.add_parser("import", help=summary, description=summary)
-    command.add_argument("file", type=Path, metavar="FILE", help="a .pt, .pth or .safetensors file")
-    command.add_argument("out", type=Path, metavar="OUT", help="the file to write, .safetensors")
-    command.add_argument(
-        "--task",
-        choices=("sr",),
-        default="sr",
-        help="the network's task: all supported ones enlarge",
-    )
-    command.add_argument(
-        "--scale",
-        type=int,
-        choices=(2, 3, 4),
-        help="enlargement per side; needed for A2N ×2 and ×3, whose shapes are the same",
-    )
-    command.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
+    commands = parser.add_subparsers(required=True, dest="command", metavar="import|half")
+    published = f"convert a published PyTorch file to a model file: {SUPPORTED}"
+    half = "store a model file's weights in float16, at half the size; they are read as float32"
+    for name, summary, kind in (
+        ("import", published, "a .pt, .pth or .safetensors file"),
+        ("half", half, "a model file"),
+    ):
+        command = commands.add_parser(name, help=summary, description=summary)
+        command.add_argument("file", type=Path, metavar="FILE", help=kind)
+        text = "the file to write, .safetensors"
+        command.add_argument("out", type=Path, metavar="OUT", help=text)
+        command.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
+    command = commands.choices["import"]
+    text = "the network's task: all supported ones enlarge"
+    command.add_argument("--task", choices=("sr",), default="sr", help=text)
+    text = "enlargement per side; needed for A2N ×2 and ×3, whose shapes are the same"
+    command.add_argument("--scale", type=int, choices=(2, 3, 4), help=text)
     return parser.parse_args(argv)
 
 
@@ -252,13 +258,17 @@ def main(argv: list[str] | None = None) -> None:
         raise UsageError(f"{args.file} and {args.out} are the same; OUT needs a place of its own")
     if os.path.lexists(args.out) and not args.overwrite:
         raise UsageError(f"{args.out} is there already; --overwrite replaces it")
-    network = convert(args.file, args.scale)
-    with open(args.file, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    config = network.config
-    task = Task(args.task, config.scale)
-    save_model(args.out, network, config, task, {"imported": args.file.name, "sha256": digest})
-    params = sum(parameter.numel() for parameter in network.parameters())
+    if args.command == "half":
+        whole = load_model(args.file)
+        model, config, task, info = whole.model.half(), whole.config, whole.task, whole.info
+    else:
+        model = convert(args.file, args.scale)
+        config, task = model.config, Task(args.task, model.config.scale)
+        with open(args.file, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        info = {"imported": args.file.name, "sha256": digest}
+    save_model(args.out, model, config, task, info)
+    params = sum(parameter.numel() for parameter in model.parameters())
     say(
         f"{args.out}: {task}, {config.backbone} of {config.blocks} blocks × {config.width}, "
         f"{params:,} parameters"

@@ -292,6 +292,18 @@ def test_nothing_is_overwritten(publish, tmp_path, capsys):
     assert load_model(out).config.blocks == 2
 
 
+def test_a_model_file_of_half_the_size_is_the_same_network_with_rounded_weights(publish, tmp_path):
+    path = publish()[0]
+    whole, half = tmp_path / "whole.safetensors", tmp_path / "half.safetensors"
+    main(["import", str(path), str(whole)])
+    main(["half", str(whole), str(half)])
+    one, other = load_model(whole), load_model(half)
+    assert (one.config, one.task, one.info) == (other.config, other.task, other.info)
+    assert half.stat().st_size < 0.6 * whole.stat().st_size
+    for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(a.half().float(), b)
+
+
 def test_exit_status_of_wrong_calls_and_files(publish, tmp_path, capsys):
     path, _ = publish("a2n", 2)
     out = tmp_path / "out.safetensors"

@@ -164,8 +164,8 @@ def test_tensors_must_be_the_networks(written):
     rewrite(written, lambda t: {**t, "head.0.bias": torch.ones(9)})
     with pytest.raises(CheckpointError, match=r"head\.0\.bias is torch\.float32 \[9\]"):
         load_model(written)
-    rewrite(written, lambda t: {**t, "head.0.bias": torch.ones(8, dtype=torch.float16)})
-    with pytest.raises(CheckpointError, match=r"head\.0\.bias is torch\.float16"):
+    rewrite(written, lambda t: {**t, "head.0.bias": torch.ones(8, dtype=torch.float64)})
+    with pytest.raises(CheckpointError, match=r"head\.0\.bias is torch\.float64"):
         load_model(written)
 
 

@@ -3,9 +3,10 @@ atomically, read as untrusted data.
 
 The header holds `format` (FORMAT) and `kind`. A model file (`model`) rebuilds its network alone:
 besides the tensors, under the network's own names, its header holds three JSON texts, `model` (a
-ModelConfig), `task` (a Task) and `info` (notes). A state file (`state`) is what resuming a run
-needs: tensors of network, optimiser and averages, and the JSON text `progress`.
-`python -m acla.checkpoint import` converts published PyTorch files to model files."""
+ModelConfig), `task` (a Task) and `info` (notes); its tensors may be of half the size, and are read
+as float32. A state file (`state`) is what resuming a run needs: tensors of network, optimiser and
+averages, and the JSON text `progress`. `python -m acla.checkpoint` converts published PyTorch files
+and makes files of half the size."""
 
 import dataclasses
 import json
@@ -30,6 +31,7 @@ FILES = {
     "model": "model.safetensors",
     "state": "state.safetensors of train.py or supernet.safetensors of search.py",
 }
+HALVES = (torch.float16, torch.bfloat16)
 PROGRESS = {"step": int, "seconds": float, "plan": dict, "data": dict}
 START_OVER = "; start over with --out DIR"  # how messages about a state end
 PYTORCH = {".pt", ".pth", ".bin", ".ckpt"}  # suffixes of PyTorch files
@@ -95,8 +97,13 @@ def load_model(path: Path) -> Checkpoint:
         )
     with torch.device("meta"):  # allocates nothing before names and shapes are compared
         model = build_network(config)
-    load_strictly(model, tensors, path)
+    load_strictly(model, widened(tensors), path)
     return Checkpoint(model.eval(), config, task, info)
+
+
+def widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, float32 where they are of half the size."""
+    return {name: t.float() if t.dtype in HALVES else t for name, t in tensors.items()}
 
 
 def read_header(path: Path) -> tuple[ModelConfig, Task, dict[str, Any]]:
