@@ -9,7 +9,7 @@ import torch
 from acla.scripts import train
 
 from acla.analysis import trial
-from acla.errors import UsageError
+from acla.errors import AclaError, UsageError
 from acla.models.serialization import load_model
 
 FLAGS = ["--preset", "tiny", "--task", "demosaic", "--blocks", "2", "--width", "4", "--steps", "2"]
@@ -39,6 +39,9 @@ def test_networks_side_by_side_are_those_of_train_alone(tmp_path, capsys):
     (line,) = re.findall(r"^\| acla .*$", printed, re.MULTILINE)
     assert f"{(acla - plain + other) / 2:+.3f} ±" in line
     assert f"| {rows[1]['params']:,} " in line
+    capsys.readouterr()
+    trial.main(["--show", str(tmp_path / "rows.jsonl")])
+    assert capsys.readouterr().out in printed
 
 
 @pytest.mark.parametrize(
@@ -46,8 +49,17 @@ def test_networks_side_by_side_are_those_of_train_alone(tmp_path, capsys):
     [
         (["--network", "a: --attention none"] * 2, "--network: every NAME and every seed once"),
         (["--network", "a: --attention none --ring 3"], "--offset-radius"),
+        ([], "--network"),
+        (["--network", "a: --attention none", "--show", "rows.jsonl"], "--show"),
     ],
 )
 def test_refused_calls(tmp_path, flags, message):
     with pytest.raises(UsageError, match=message):
         trial.main([*flags, "--out", str(tmp_path), *FLAGS])
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"network": 1}', "{"])
+def test_other_files_have_no_table(tmp_path, text):
+    (tmp_path / "rows.jsonl").write_text(text)
+    with pytest.raises(AclaError, match="not a file of --json"):
+        trial.main(["--show", str(tmp_path / "rows.jsonl")])

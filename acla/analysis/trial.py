@@ -7,7 +7,8 @@
 
 Every network is what train.py makes of the flags of all, those of --network and the seed; its files
 lie in --out/NAME-SEED. On a GPU each has a stream of its own, so that small networks fill it
-together. The table gives the PSNR on the validation sets, and the gain over the first network."""
+together. The table gives the PSNR on the validation sets, and the gain over the first network.
+--show prints it once more from a file of --json."""
 
 import argparse
 import itertools
@@ -25,7 +26,7 @@ from acla.analysis.results import mean_and_deviation
 from acla.analysis.truth import beside
 from acla.data.datasets import Loader
 from acla.distributed import Processes
-from acla.errors import UsageError
+from acla.errors import NOT_VALID, AclaError, UsageError
 from acla.models.factory import describe
 from acla.scripts import train
 from acla.training import run_dir
@@ -108,7 +109,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     groups: dict[str, list[dict[str, Any]]] = {}
     for one in rows:
         groups.setdefault(one["network"], []).append(one)
-    base = {one["seed"]: one for one in next(iter(groups.values()))}
+    first = next(iter(groups))
+    base = {one["seed"]: one for one in groups[first]}
     head, lines = ["network", "parameters", "multiply-adds"], []
     for key in sets:
         head += [key.removeprefix("val_psnr_").replace("val_psnr", "PSNR"), "gain"]
@@ -117,7 +119,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         for key in sets:
             cells.append(mean_and_deviation([one[key] for one in own]))
             gains = [one[key] - base[one["seed"]][key] for one in own]
-            cells.append(mean_and_deviation(gains, "+", of_mean=True))
+            cells.append("–" if name == first else mean_and_deviation(gains, "+", of_mean=True))
         lines.append(cells)
     return console.markdown(head, lines)
 
@@ -132,18 +134,36 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--network",
         action="append",
-        required=True,
+        default=[],
         metavar="'NAME: FLAGS'",
         help="a network by flags of train.py, once for each",
     )
     parser.add_argument("--seeds", default="0", help="seeds of every network (default: 0)")
     parser.add_argument("--out", type=Path, default=OUT, help=f"folder (default: {OUT})")
     parser.add_argument("--json", type=Path, help="write a line for each network there")
-    return parser.parse_known_args(argv)
+    text = "the table of a file of --json; nothing is trained"
+    parser.add_argument("--show", type=Path, metavar="FILE", help=text)
+    args, common = parser.parse_known_args(argv)
+    if bool(args.network) == bool(args.show):
+        raise UsageError("give --network for each network to train, or --show FILE")
+    return args, common
 
 
-def main(argv: list[str] | None = None) -> None:
-    args, common = parse(argv)
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of --json. Raises AclaError."""
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if not {"network", "task", "seed", "step", "params", MACS} <= set.intersection(
+            *map(set, rows)
+        ):
+            raise ValueError("rows of something else")
+        return rows
+    except (OSError, TypeError, *NOT_VALID) as error:
+        raise AclaError(f"{path}: not a file of --json: {error!r}") from error
+
+
+def train_all(args: argparse.Namespace, common: list[str]) -> list[dict[str, Any]]:
+    """Train the networks; their rows."""
     processes = Processes(cli.pick_device(train.parse(common).device))
     named = [text.partition(":")[::2] for text in args.network]
     keys = [(name, seed) for seed in args.seeds.split(",") for name, _ in named]
@@ -157,14 +177,20 @@ def main(argv: list[str] | None = None) -> None:
     steps = max(run.plan.train.steps for run in runs.values())
     for step in console.progress(range(steps), unit="step", desc="trial"):
         advance([*runs.values()], step)
-    rows = [row(name, run) for (name, _), run in runs.items()]
+    return [row(name, run) for (name, _), run in runs.items()]
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, common = parse(argv)
+    rows = read(args.show) if args.show else train_all(args, common)
     if args.json:
         lines = "".join(json.dumps(r) + "\n" for r in rows)
         args.json.write_text(lines, encoding="utf-8")
     by_task = dict.fromkeys(r["task"] for r in rows)
     for task in by_task:
-        console.say(f"{task}, {steps} steps:")
-        console.say(table([r for r in rows if r["task"] == task]))
+        own = [r for r in rows if r["task"] == task]
+        console.say(f"{task}, {max(r['step'] for r in own)} steps:")
+        console.say(table(own))
 
 
 if __name__ == "__main__":
