@@ -29,6 +29,13 @@ from acla.kernels import available_backends, why_not
 DEVICES = ("auto", "cpu", "cuda")
 
 
+def parser(module: str, description: str | None, **more: Any) -> argparse.ArgumentParser:
+    """The empty parser of `python -m module`; the line breaks of its description stay."""
+    keep = argparse.RawDescriptionHelpFormatter
+    prog = f"python -m {module}"
+    return argparse.ArgumentParser(prog, description=description, formatter_class=keep, **more)
+
+
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
     """--device and --data, common to every script."""
     parser.add_argument(

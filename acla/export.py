@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.export import Dim
 
-from acla.cli import run
+from acla import cli
 from acla.console import say
 from acla.errors import AclaError, UsageError
 from acla.files import write_atomically
@@ -145,11 +145,7 @@ def compare(network: Checkpoint, data: bytes) -> float:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m acla.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser("acla.export", __doc__)
     parser.add_argument("file", type=Path, metavar="FILE", help="a model file, .safetensors")
     parser.add_argument("out", type=Path, metavar="OUT", help="the file to write, .onnx")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
@@ -179,4 +175,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

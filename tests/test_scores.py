@@ -5,7 +5,7 @@ import json
 import pytest
 
 from acla.analysis import results
-from acla.errors import AclaError
+from acla.errors import AclaError, UsageError
 
 
 def result(dataset="LIVE1", q=10, checkpoint="weights/car-q10-a.safetensors", psnr=29.4567, **more):
@@ -34,6 +34,21 @@ def table(capsys, *argv):
     results.main(["scores", *argv])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_short_table_has_a_row_for_each_result(capsys, write):
+    paper = {"EDSR+ACLA": {"psnr": 38.31}, "EDSR": {"psnr": 38.11}, "RDN": {"psnr": 38.24}}
+    one = write("a.json", result(), result("Classic5"))
+    enlarged = {"task": "sr", "published": paper, "protocol": "sr x2: Y"}
+    other = write("b.json", result("Set5", 2, "sr.safetensors", 37.4022, **enlarged))
+    head, *rows = table(capsys, "--short", "--dataset", "LIVE1,Set5", one, other)
+    assert head[2:] == ["the paper's EDSR", "the paper's EDSR + ACLA", "ours"]
+    assert rows[1:] == [
+        ["car q10, LIVE1", "29.19", "–", "–", "29.46"],
+        ["sr x2, Set5", "–", "38.11", "38.31", "37.40"],
+    ]
+    with pytest.raises(UsageError, match="--dataset Set14"):
+        results.main(["scores", "--dataset", "Set14", one])
 
 
 def test_methods_are_rows_and_sets_are_columns(capsys, write):

@@ -138,11 +138,7 @@ def table(rows: list[Row]) -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m acla.analysis.alternatives",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser("acla.analysis.alternatives", __doc__)
     add = parser.add_argument
     add("--data", type=Path, metavar="DIR", help=f"folder that holds {SET} (default: time alone)")
     add("--cores", type=int, nargs="+", default=[1, 2], metavar="N", help="(default: 1 2)")

@@ -18,7 +18,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from acla.cli import run
+from acla import cli
 from acla.config import PAPER_POSITIONS, ModelConfig, Task, model_preset, train_preset
 from acla.data.datasets import Loader, PatchSampler, Pictures, sample
 from acla.distributed import Processes
@@ -272,11 +272,7 @@ def ratios(rows: list[Row]) -> Iterator[str]:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m acla.analysis.benchmark",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser("acla.analysis.benchmark", __doc__)
     add_flags(parser)
     parser.add_argument("--only", choices=PARTS, help="one part (default: all four)")
     parser.add_argument(
@@ -303,4 +299,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

@@ -159,11 +159,7 @@ def read_search(
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m acla.analysis.ranking",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser("acla.analysis.ranking", __doc__)
     cli.add_common_flags(parser)
     parser.add_argument("truth", type=Path, metavar="FILE", help="of acla.analysis.truth")
     text = "of search.py's --out, of one seed; the supernet's state must be there"

@@ -31,6 +31,12 @@ METRICS = {"psnr": ".2f", "ssim": ".4f"}
 NOT_COMPARED = {"seed", "epoch_steps", "val_every"}  # do not change the network, or are the run's
 OF_KEYS = {"keys", "offset_radius", "offset_lr_mult"}
 OF_MASKS = {"mask_bias", "mask_temperature", "mask_noise"}
+# Columns of the short table and the names that published methods have in them
+SHORT = {
+    "VDSR, DnCNN or IRCNN": ("VDSR", "DnCNN", "IRCNN"),
+    "the paper's EDSR": ("EDSR", "baseline"),
+    "the paper's EDSR + ACLA": ("EDSR+ACLA", "ACLA"),
+}
 
 
 # Files of evaluate.py
@@ -107,12 +113,27 @@ def scores_table(scores: list[Score], metric: str) -> str:
             raise AclaError(f"{score.column} of {score.label} is there twice: leave out one file")
         row[score.column] = score.mean[metric]
 
-    def cell(figure: float | None) -> str:
-        return "–" if figure is None else f"{figure:{METRICS[metric]}}"
-
     columns = list(dict.fromkeys(score.column for score in scores))
-    lines = [[name, *(cell(row.get(c)) for c in columns)] for (name, _), row in rows.items()]
+    lines = [
+        [name, *(cell(row.get(c), metric) for c in columns)] for (name, _), row in rows.items()
+    ]
     return console.markdown(["", *columns], lines)
+
+
+def short_table(scores: list[Score], metric: str) -> str:
+    """A row for each result, beside the published methods of SHORT."""
+    lines = []
+    for score in scores:
+        line = [f"{score.task}, {score.dataset}"]
+        for names in SHORT.values():
+            found = (score.published[name].get(metric) for name in names if name in score.published)
+            line.append(cell(next(found, None), metric))
+        lines.append([*line, cell(score.mean[metric], metric)])
+    return console.markdown(["", *SHORT, "ours"], lines)
+
+
+def cell(figure: float | None, metric: str) -> str:
+    return "–" if figure is None else f"{figure:{METRICS[metric]}}"
 
 
 def protocol_lines(scores: list[Score]) -> str:
@@ -295,11 +316,7 @@ def pictures_table(groups: list[list[Run]]) -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m acla.analysis.results",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser("acla.analysis.results", __doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="compare|scores")
     add = commands.add_parser("compare", help="runs of train.py, seeds together").add_argument
     text = f"a folder of train.py, with evaluate.py's --json RUN/{SCORES}, or a file of --json; "
@@ -313,6 +330,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("paths", nargs="+", type=Path, metavar="FILE", help="of evaluate.py --json")
     text = "PSNR in dB or SSIM (default: psnr)"
     add("--metric", choices=METRICS, default="psnr", help=text)
+    add("--dataset", metavar="A,B", help="these sets alone")
+    text = "a row for each result, beside the paper's EDSR and a few others alone"
+    add("--short", action="store_true", help=text)
     return parser.parse_args(argv)
 
 
@@ -320,7 +340,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.command == "scores":
         scores = [score for path in args.paths for score in read_scores(path)]
-        console.say(f"{scores_table(scores, args.metric)}\n\n{protocol_lines(scores)}")
+        if args.dataset:
+            scores = [score for score in scores if score.dataset in args.dataset.split(",")]
+        if not scores:
+            raise UsageError(f"--dataset {args.dataset}: no result of it in these files")
+        table = (short_table if args.short else scores_table)(scores, args.metric)
+        console.say(f"{table}\n\n{protocol_lines(scores)}")
         return
     console.check_json(args.json)
     runs = [run for path in args.paths for run in read_runs(path)]

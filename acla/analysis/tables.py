@@ -193,11 +193,7 @@ def text(rows: Sequence[Row], preset: str, timed_on: str | None) -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m acla.analysis.tables",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser("acla.analysis.tables", __doc__)
     add = parser.add_argument
     text = f"one or more of {', '.join(map(str, TABLES))}"
     add("tables", nargs="+", type=int, choices=TABLES, metavar="N", help=text)

@@ -125,12 +125,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        prog="python -m acla.analysis.trial",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = cli.parser("acla.analysis.trial", __doc__, allow_abbrev=False)
     parser.add_argument(
         "--network",
         action="append",

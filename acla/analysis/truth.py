@@ -203,11 +203,7 @@ def begin(path: Path, space: Space) -> set[tuple[tuple[int, ...], int]]:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m acla.analysis.truth",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser("acla.analysis.truth", __doc__)
     add = parser.add_argument
     add("file", type=Path, metavar="FILE", help="JSON lines to write, or to go on with")
     cli.add_common_flags(parser)
