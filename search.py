@@ -188,7 +188,8 @@ def report(result: SearchResult, out: Path) -> None:
     if result.undecided:
         console.notice(
             f"{result.undecided} of {len(result.architecture.alpha)} gates are still undecided "
-            "(chance between 0.1 and 0.9): a longer search, --steps, settles them"
+            "(chance between 0.1 and 0.9): a longer search, --steps, settles them, or less noise "
+            "at its end, --gate-noise-end 0.1"
         )
     console.say(f"written: {out / loop.ARCHITECTURE} · {out / loop.LOG} · {out / run_dir.MODEL}")
 

@@ -26,7 +26,7 @@ RENAMED = {
 }
 # Older files mean the defaults
 LATER = ("until", "offset_radius", "mask_bias", "offset_lr_mult", "mask_temperature", "mask_noise")
-LATER += ("cuda_graph", "method", "cost", "draws")
+LATER += ("cuda_graph", "method", "cost", "draws", "gate_noise_end")
 AMP_FORMATS = ("bf16", "fp16")
 MASK_NOISE = "draw the key masks with noise (Eq. 7); without it is not the paper's"
 
@@ -323,6 +323,13 @@ class SearchConfig:
     )
     tau: float = option(1.0, "gate temperature until the second stage", POSITIVE, shown="1")
     tau_end: float = option(0.1, "gate temperature at the end", POSITIVE, shown="0.1")
+    gate_noise_end: float = option(
+        1.0,
+        "share of the gates' noise that is left at the end; below 1, not the paper's, they end "
+        "decided",
+        ("above 0 and at most 1", lambda value: 0 < value <= 1),
+        shown="1",
+    )
     draws: int = option(1, "draws of the gates in a step on α (paper: 1)", POSITIVE, shown="1")
     mask_noise: bool = option(True, MASK_NOISE, shown="on")
     train_set: str = option(

@@ -102,7 +102,9 @@ def test_the_two_commands_are_there():
     [
         (document, call)
         for document, call in commands()
-        if call[0] == "acla.analysis.results" and all((ROOT / file).is_file() for file in call[2:])
+        if call[0] in ("acla.analysis.results", "acla.analysis.trial")
+        and (files := [word for word in call if word.endswith((".json", ".jsonl"))])
+        and all(file.startswith("results/") for file in files)
     ],
     ids=lambda value: str(value)[:80],
 )
@@ -117,7 +119,7 @@ def test_tables_of_results_are_those_of_the_commands(document, call, capsys, mon
 
 def test_every_trial_has_its_table():
     shown = {file for _, call in commands() for file in call if file.startswith("results/trial-")}
-    assert shown == {f"results/{path.name}" for path in (ROOT / "results").glob("trial-*.json")}
+    assert shown == {f"results/{path.name}" for path in (ROOT / "results").glob("trial-*.json*")}
 
 
 def test_sizes_are_those_of_the_commands(capsys):

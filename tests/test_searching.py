@@ -9,7 +9,7 @@ from acla.data.datasets import Loader, sample
 from acla.distributed import Processes
 from acla.models.cost import full_attention_flops
 from acla.models.gumbel import draw_gates
-from acla.search.loop import ALPHA, WEIGHTS, Search, SearchPlan, Sets, temperature
+from acla.search.loop import ALPHA, WEIGHTS, Search, SearchPlan, Sets, gate_report, temperature
 from acla.training import trainer
 
 ALONE = Processes(torch.device("cpu"))
@@ -138,6 +138,19 @@ def test_tau_falls_in_the_second_stage_only():
     assert taus[:6] == [2.0] * 6
     assert taus == sorted(taus, reverse=True)
     assert taus[-1] == pytest.approx(0.1)
+
+
+def test_gates_end_decided_where_little_noise_is_left():
+    search = make_search(blocks=4, steps=10, gate_noise_end=0.05)
+    alpha = torch.linspace(-1, 1, len(search.net.alpha))
+    search.net.alpha.data.copy_(alpha)
+    assert torch.equal(search.alpha_at(5), alpha)  # the second stage begins with all the noise
+    end = search.alpha_at(9).detach()
+    torch.testing.assert_close(end, alpha / 0.05)
+    torch.testing.assert_close(search.draw(end, 9, WEIGHTS), (alpha > 0).float())
+    shown = gate_report(search, 9)["gates"]
+    assert all(min(chance, 1 - chance) < 0.01 for chance in shown)
+    assert shown == pytest.approx((alpha / 0.05).sigmoid().tolist())
 
 
 def test_patches_for_weights_and_alpha_never_share_a_seed():

@@ -60,13 +60,20 @@ class Sets:
 class SearchResult:
     """The architecture; PSNR in dB of the derived network, with the supernet's weights, on each
     picture that scores; the share of keys kept by each module; for comparison, on the first
-    MAX_SCORED pictures, the mean PSNR without attention and with a module behind every block."""
+    MAX_SCORED pictures, the mean PSNR without attention and with a module behind every block; the
+    share of the gates' noise at the end."""
 
     architecture: Architecture
     psnr: tuple[float, ...]
     kept: dict[int, float] = field(default_factory=dict)
     none_psnr: float = math.nan
     dense_psnr: float = math.nan
+    noise: float = 1.0
+
+    @property
+    def chances(self) -> list[float]:
+        """The probability that a gate drawn at the end is open."""
+        return (torch.tensor(self.architecture.alpha) / self.noise).sigmoid().tolist()
 
     @property
     def mean_psnr(self) -> float:
@@ -78,7 +85,7 @@ class SearchResult:
         has none."""
         if self.architecture.front:
             return 0
-        return sum(0.1 < 1 / (1 + math.exp(-alpha)) < 0.9 for alpha in self.architecture.alpha)
+        return sum(0.1 < chance < 0.9 for chance in self.chances)
 
 
 def search_sets(name: str, root: Path | None) -> Sets:
@@ -130,7 +137,7 @@ class Search:
     def weight_step(self, step: int) -> Tensor:
         """Descend ∇_w of Eq. 14 on training patches, with gates drawn and α fixed: modules whose
         gate is drawn 0 are not computed."""
-        config, alpha = self.config, self.net.alpha.detach()
+        config, alpha = self.config, self.alpha_at(step).detach()
         trainer.set_rate(self.weights, trainer.cosine(config.lr, step, config.steps))
         gates = self.draw(alpha, step, WEIGHTS)
         mse, cost = self.mse_and_cost(step, WEIGHTS, gates, expected_gates(alpha))
@@ -144,12 +151,17 @@ class Search:
         rate = trainer.cosine(config.alpha_lr, step - first, config.steps - first)
         trainer.set_rate(self.alpha, rate)
         with self.net.weights_fixed():
-            losses = []
+            losses, alpha = [], self.alpha_at(step)
             for draw in range(config.draws):
-                gates = self.draw(self.net.alpha, step, ALPHA, draw)
-                mse, cost = self.mse_and_cost(step, ALPHA, gates, None)
+                gates = self.draw(alpha, step, ALPHA, draw)
+                mse, cost = self.mse_and_cost(step, ALPHA, gates, expected_gates(alpha))
                 losses.append(mse + config.lam * cost.log())
             self.descend(self.alpha, [self.net.alpha], sum(losses) / len(losses))
+
+    def alpha_at(self, step: int) -> Tensor:
+        """α as a step's gates see it: divided by the share of the noise that is left, which makes
+        the same gates as less noise."""
+        return self.net.alpha / at(self.config, step, 1.0, self.config.gate_noise_end)
 
     def draw(self, alpha: Tensor, step: int, stream: int, draw: int = 0) -> Tensor:
         """The gates of a step, the same in every process: its first draw, or another one."""
@@ -159,7 +171,7 @@ class Search:
         return draw_gates(alpha, seed, temperature(self.config, step), opposite=draw % 2 == 1)
 
     def mse_and_cost(
-        self, step: int, stream: int, gates: Tensor, expected: Tensor | None
+        self, step: int, stream: int, gates: Tensor, expected: Tensor
     ) -> tuple[Tensor, Tensor]:
         """MSE on 0..255 of this process's patches, and the expected cost in FLOPs at the mask
         density of all processes' patches."""
@@ -196,9 +208,14 @@ class Search:
 
 
 def temperature(config: SearchConfig, step: int) -> float:
-    """τ of Eq. 10: constant in the first stage, then falling geometrically to its end."""
+    """τ of Eq. 10."""
+    return at(config, step, config.tau, config.tau_end)
+
+
+def at(config: SearchConfig, step: int, first: float, last: float) -> float:
+    """A value that is constant in the first stage, then changes geometrically."""
     share = max(0, step - config.first_stage) / max(1, config.steps - 1 - config.first_stage)
-    return config.tau * (config.tau_end / config.tau) ** share
+    return first * (last / first) ** share
 
 
 # The files of a search
@@ -325,8 +342,8 @@ def gate_report(search: Search, step: int) -> dict[str, Any]:
     expected cost in FLOPs; the share of keys kept, in all and by position."""
     net, config = search.net, search.config
     with torch.no_grad():
-        probabilities = expected_gates(net.alpha)
-        cost = net.cost({}, config.patch_size**2)
+        probabilities = expected_gates(search.alpha_at(step))
+        cost = net.cost({}, config.patch_size**2, probabilities)
     layers = torch.arange(1, len(probabilities) + 1, device=probabilities.device)
     density = net.density.tril().sum(1)
     return {
@@ -389,7 +406,7 @@ def derive(
         save_model(network, derived, derived.config, plan.task, evidence)
         write_atomically(folder.folder / ARCHITECTURE, architecture.to_json().encode())
     kept = {j: count.mean().item() / (n * plan.model.keys) for j, count in counts.items()}
-    return SearchResult(architecture, tuple(psnr), kept, none, dense)
+    return SearchResult(architecture, tuple(psnr), kept, none, dense, config.gate_noise_end)
 
 
 def table(result: SearchResult) -> str:
@@ -420,8 +437,9 @@ def table(result: SearchResult) -> str:
 
 def gate_lines(result: SearchResult) -> list[str]:
     lines = ["position   alpha  chance  keys kept  module"]
-    for j, alpha in enumerate(result.architecture.alpha, 1):
-        chance = torch.tensor(alpha).sigmoid().item()
+    for j, (alpha, chance) in enumerate(
+        zip(result.architecture.alpha, result.chances, strict=True), 1
+    ):
         kept = f"{result.kept[j]:9.1%}" if j in result.kept else "        –"
         shown = "open" if j in result.architecture.model.positions else "–"
         lines.append(f"{j:8d}  {alpha:+.3f}  {chance:6.2f}  {kept}  {shown}")
