@@ -43,10 +43,14 @@ def before_and_after(task: Task) -> list[tuple[Tensor, float | None]]:
     return [*scored, (target, None)]
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, metavar="OUT.png")
-    out = parser.parse_args(argv).out
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    out = parse(argv).out
     pyplot = require_pyplot()
     rows = {}
     for name, task in TASKS.items():

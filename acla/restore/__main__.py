@@ -141,7 +141,8 @@ def foresee(sizes: Sizes, models: PretrainedModels, args: argparse.Namespace) ->
         network = choose(path, quality, models, args).network
     except UsageError:
         return  # each photo says why
-    with computing_in(pick_precision(args.precision, models.device), models.device):
+    precision = pick_precision(args.precision, models.device, network.task)
+    with computing_in(precision, models.device):
         announce(network.model, sizes, args.tile, args.ensemble)
 
 
@@ -205,7 +206,7 @@ def run_job(
     tile = args.tile or default_tile(network.config.scale, *source.levels.shape[:2])
     jpeg = FORMATS[target.suffix.lower()] == "JPEG"
     cells = cells if network.task.name == "car" else None
-    precision = pick_precision(args.precision, models.device)
+    precision = pick_precision(args.precision, models.device, network.task)
     with computing_in(precision, models.device):
         restored = restore_photo(source, network, tile, args.ensemble, jpeg, advance, cells=cells)
     photo.save(restored, target)
