@@ -189,7 +189,7 @@ def report(result: SearchResult, out: Path) -> None:
         console.notice(
             f"{result.undecided} of {len(result.architecture.alpha)} gates are still undecided "
             "(chance between 0.1 and 0.9): a longer search, --steps, settles them, or less noise "
-            "at its end, --gate-noise-end 0.1"
+            "at its end, as with --gate-noise-end 0.1"
         )
     console.say(f"written: {out / loop.ARCHITECTURE} · {out / loop.LOG} · {out / run_dir.MODEL}")
 

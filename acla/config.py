@@ -326,7 +326,7 @@ class SearchConfig:
     gate_noise_end: float = option(
         1.0,
         "share of the gates' noise that is left at the end; below 1, not the paper's, they end "
-        "decided",
+        "decided; a front has no such noise",
         ("above 0 and at most 1", lambda value: 0 < value <= 1),
         shown="1",
     )

@@ -20,11 +20,11 @@ from acla.models.serialization import widened
 
 
 class Acla(Architecture[Backbone]):
-    """EDSR with ACLA, CLA or no attention. Spandrel reads no headers: its tensors tell all."""
+    """EDSR with ACLA, CLA or no attention. Spandrel reads no headers: the tensors tell all but a
+    `--residual-scale` of one's own."""
 
     def __init__(self) -> None:
-        names = {"head.0.weight", "body.0.body.2.bias", "sub_mean.bias"}
-        super().__init__(id="ACLA", detect=lambda t: names <= t.keys())
+        super().__init__(id="ACLA", detect=is_ours)
 
     def load(self, state_dict: Mapping[str, Tensor]) -> ImageModelDescriptor[Backbone]:
         config = config_of(dict(state_dict))
@@ -40,6 +40,12 @@ class Acla(Architecture[Backbone]):
             input_channels=config.channels,
             output_channels=config.channels,
         )
+
+
+def is_ours(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether these are an EDSR's for pictures in 0..1; published ones have the same names."""
+    names = {"head.0.weight", "body.0.body.2.bias", "sub_mean.bias"}
+    return names <= tensors.keys() and bool((tensors["sub_mean.bias"].abs() <= 1).all())
 
 
 def config_of(tensors: dict[str, Tensor]) -> ModelConfig:

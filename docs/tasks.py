@@ -15,7 +15,6 @@ from acla.data.datasets import find_set
 from acla.data.degradations import pair
 from acla.data.image import load, round_8bit, to_rgb
 from acla.data.metrics import score
-from acla.errors import UsageError
 from acla.restore.inference import restore
 from acla.restore.pretrained import PretrainedModels
 
@@ -30,7 +29,7 @@ TASKS = {
 
 def before_and_after(task: Task) -> list[tuple[Tensor, float | None]]:
     """(picture [3, SIDE, SIDE], PSNR in dB) of the input, enlarged by repeating pixels, and of the
-    restored picture; the original. Raises UsageError without a pretrained model."""
+    restored picture; the original."""
     setting = None if task.scale > 1 else task.setting
     network = PretrainedModels(None, task, torch.device("cpu")).pick(setting, True).network
     path = next(path for path in find_set("sample", None) if path.name == PICTURE)
@@ -52,12 +51,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     out = parse(argv).out
     pyplot = require_pyplot()
-    rows = {}
-    for name, task in TASKS.items():
-        try:
-            rows[name] = before_and_after(task)
-        except UsageError:
-            continue  # no model of it ships
+    rows = {name: before_and_after(task) for name, task in TASKS.items()}
     figure, axes = pyplot.subplots(
         3, len(rows), figsize=(2.2 * len(rows), 7.2), layout="constrained", squeeze=False
     )

@@ -107,7 +107,8 @@ def test_flags_name_the_network(tmp_path, capsys, make_scene, networks):
         (90, 3, "colour"),
         (10, 1, "ten"),
         (40, 1, "many"),
-        (80, 1, "colour"),  # no gray one reaches so far
+        (63, 1, "colour"),  # no gray one reaches so far
+        (80, 1, "colour"),
     ],
 )
 def test_photos_in_colour_get_the_network_of_colour(

@@ -44,11 +44,16 @@ def test_the_short_table_has_a_row_for_each_result(capsys, write):
     head, *rows = table(capsys, "--short", "--dataset", "LIVE1,Set5", one, other)
     assert head[2:] == ["the paper's EDSR", "the paper's EDSR + ACLA", "ours"]
     assert rows[1:] == [
-        ["car q10, LIVE1", "29.19", "–", "–", "29.46"],
-        ["sr x2, Set5", "–", "38.11", "38.31", "37.40"],
+        ["car LIVE1 q10", "29.19", "–", "–", "29.46"],
+        ["sr Set5 x2", "–", "38.11", "38.31", "37.40"],
     ]
-    with pytest.raises(UsageError, match="--dataset Set14"):
-        results.main(["scores", "--dataset", "Set14", one])
+    with pytest.raises(UsageError, match=r"--dataset: .*Set14"):
+        results.main(["scores", "--dataset", "Set14,LIVE1", one])
+    with pytest.raises(AclaError, match="LIVE1 q10 is there twice"):
+        results.main(["scores", "--short", one, one])
+    untouched = write("c.json", result(model={"kind": "baseline"}))
+    with pytest.raises(UsageError, match="--short"):
+        results.main(["scores", "--short", untouched])
 
 
 def test_methods_are_rows_and_sets_are_columns(capsys, write):

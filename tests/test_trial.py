@@ -51,6 +51,7 @@ def test_networks_side_by_side_are_those_of_train_alone(tmp_path, capsys):
         (["--network", "a: --attention none --ring 3"], "--offset-radius"),
         ([], "--network"),
         (["--network", "a: --attention none", "--show", "rows.jsonl"], "--show"),
+        (["--show", "rows.jsonl"], "--show trains nothing"),
     ],
 )
 def test_refused_calls(tmp_path, flags, message):

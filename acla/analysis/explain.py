@@ -167,7 +167,7 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m acla.analysis.explain", description=__doc__)
+    parser = cli.parser("acla.analysis.explain", __doc__)
     add = parser.add_argument
     add("picture", type=Path, metavar="PICTURE", help="a clean picture")
     text = "the network, with its task"

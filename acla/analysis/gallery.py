@@ -190,7 +190,7 @@ def logged(path: Path, log: list[str]) -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m acla.analysis.gallery", description=__doc__)
+    parser = cli.parser("acla.analysis.gallery", __doc__)
     parser.add_argument("before", type=Path, metavar="BEFORE", help="a photo, or a folder of them")
     parser.add_argument("after", type=Path, metavar="AFTER", help="the same, restored")
     parser.add_argument("out", type=Path, metavar="OUT.html", help="the page to write")

@@ -91,7 +91,7 @@ def draw(rows: list[dict[str, Any]], path: Path, rgb: bool) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m acla.analysis.qualities", description=__doc__)
+    parser = cli.parser("acla.analysis.qualities", __doc__)
     parser.add_argument("--dataset", required=True, metavar="NAME[,NAME...]", help="sets")
     parser.add_argument(
         "--q", type=int, nargs="+", default=[*range(5, 100, 5)], help="(default: 5 10 … 95)"

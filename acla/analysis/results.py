@@ -121,15 +121,20 @@ def scores_table(scores: list[Score], metric: str) -> str:
 
 
 def short_table(scores: list[Score], metric: str) -> str:
-    """A row for each result, beside the published methods of SHORT."""
-    lines = []
+    """A row for each network's result, beside the published methods of SHORT. Raises UsageError for
+    results of something else, AclaError where two belong in one row."""
+    lines: dict[str, list[str]] = {}
     for score in scores:
-        line = [f"{score.task}, {score.dataset}"]
+        if score.model["kind"] != "network":
+            raise UsageError(f"--short is for networks: leave out {score.label}")
+        line = [f"{score.task.name} {score.column}"]
+        if line[0] in lines:
+            raise AclaError(f"{score.column} is there twice: leave out one file")
         for names in SHORT.values():
             found = (score.published[name].get(metric) for name in names if name in score.published)
             line.append(cell(next(found, None), metric))
-        lines.append([*line, cell(score.mean[metric], metric)])
-    return console.markdown(["", *SHORT, "ours"], lines)
+        lines[line[0]] = [*line, cell(score.mean[metric], metric)]
+    return console.markdown(["", *SHORT, "ours"], lines.values())
 
 
 def cell(figure: float | None, metric: str) -> str:
@@ -341,9 +346,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.command == "scores":
         scores = [score for path in args.paths for score in read_scores(path)]
         if args.dataset:
-            scores = [score for score in scores if score.dataset in args.dataset.split(",")]
-        if not scores:
-            raise UsageError(f"--dataset {args.dataset}: no result of it in these files")
+            names = args.dataset.split(",")
+            if missing := set(names) - {score.dataset for score in scores}:
+                raise UsageError(f"--dataset: these files have no {', '.join(sorted(missing))}")
+            scores = [score for score in scores if score.dataset in names]
         table = (short_table if args.short else scores_table)(scores, args.metric)
         console.say(f"{table}\n\n{protocol_lines(scores)}")
         return

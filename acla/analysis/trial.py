@@ -141,6 +141,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     args, common = parser.parse_known_args(argv)
     if bool(args.network) == bool(args.show):
         raise UsageError("give --network for each network to train, or --show FILE")
+    if args.show and common:
+        raise UsageError(f"--show trains nothing: leave out {' '.join(common)}")
     return args, common
 
 
@@ -181,11 +183,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.json:
         lines = "".join(json.dumps(r) + "\n" for r in rows)
         args.json.write_text(lines, encoding="utf-8")
-    by_task = dict.fromkeys(r["task"] for r in rows)
-    for task in by_task:
+    parts = []
+    for task in dict.fromkeys(r["task"] for r in rows):
         own = [r for r in rows if r["task"] == task]
-        console.say(f"{task}, {max(r['step'] for r in own)} steps:")
-        console.say(table(own))
+        parts.append(f"{task}, {max(r['step'] for r in own)} steps:\n\n{table(own)}")
+    console.say("\n\n".join(parts))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def pick_precision(name: str, device: torch.device, task: Task) -> str:
     """The number format that a network computes in: "auto" is the short one that this device
     multiplies faster than fp32, without timing anything. GPUs with tensor cores: fp16, which has
     eight times bf16's precision at its speed; CPUs with instructions for bf16: bf16, except for
-    demosaicing, which would lose 0.1 dB at 40."""
+    demosaicing, where the network's output is no small correction and its rounding shows."""
     if name != "auto":
         return name
     if device.type == "cuda":

@@ -130,11 +130,11 @@ def breadth(candidate: Candidate, colour: bool) -> tuple[bool, float]:
 def preference(
     candidate: Candidate, setting: float, colour: bool
 ) -> tuple[float, bool, bool, float]:
-    """Sort key of a model for a setting: the distance beyond REACH, the other kind of picture, one
-    setting before a range, the distance."""
-    away = distance(candidate.task, setting)
-    other = (candidate.channels == 3) != colour
-    return max(away - REACH, 0), other, candidate.task.until > 0, away
+    """Sort key of a model for a setting: the distance beyond a range, or beyond REACH of a setting,
+    the other kind of picture, one setting within its reach before a range, the distance."""
+    away, ranged = distance(candidate.task, setting), candidate.task.until > 0
+    beyond = max(away - (0 if ranged else REACH), 0)
+    return beyond, (candidate.channels == 3) != colour, ranged and not beyond, away
 
 
 def distance(task: Task, setting: float) -> float:

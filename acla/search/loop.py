@@ -338,8 +338,9 @@ def run(
 
 
 def gate_report(search: Search, step: int) -> dict[str, Any]:
-    """The gates for the log: τ; α, the probabilities σ(α) and the positions open without noise; the
-    expected cost in FLOPs; the share of keys kept, in all and by position."""
+    """The gates for the log: τ; α, the probabilities that a gate of this step is open, and the
+    positions open without noise; the expected cost in FLOPs; the share of keys kept, in all and by
+    position."""
     net, config = search.net, search.config
     with torch.no_grad():
         probabilities = expected_gates(search.alpha_at(step))
