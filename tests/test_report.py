@@ -62,6 +62,9 @@ def test_fronts_and_the_truth_are_gains_over_no_attention(tmp_path):
     assert list(truth.get_ydata()) == pytest.approx([0, 0.1, 0.4, 0.3])
     assert [text.get_text() for text in axis.texts] == ["none", "2"]
     pyplot.close()
+    plots.main([str(tmp_path)])
+    with Image.open(tmp_path / "search.png") as alone:
+        assert alone.size == (660, 440)
 
 
 def test_positions_that_end_open_are_named(tmp_path):

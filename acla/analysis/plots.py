@@ -1,6 +1,7 @@
 """Draw how searches went: `python -m acla.analysis.plots DIR [DIR…]` (extra `report`).
 
-Fronts of --method front are drawn too, and with --truth the networks of `acla.analysis.truth`."""
+Fronts of --method front are drawn in one panel, and with --truth the networks of
+`acla.analysis.truth`."""
 
 import argparse
 import json
@@ -14,7 +15,7 @@ from acla.analysis.ranking import means, pareto
 from acla.analysis.truth import read_truth
 from acla.config import format_positions
 from acla.errors import NOT_VALID, AclaError, UsageError
-from acla.search.architecture import read_architecture
+from acla.search.architecture import Candidate, read_architecture
 from acla.search.loop import ARCHITECTURE
 
 COST = "expected cost (M multiply-adds of a patch)"
@@ -35,8 +36,15 @@ def read_log(folder: Path) -> dict[str, np.ndarray]:
 def draw(folders: list[Path], out: Path, truth: Path | None = None) -> None:
     """A column for each search: α over steps, a line a position; expected cost, keys kept and τ
     over steps. In a last column, validation PSNR over cost, a curve for each search that ends in a
-    dot; below it gain over cost of fronts and of a file of `acla.analysis.truth`."""
+    dot; below it gain over cost of fronts and of a file of `acla.analysis.truth`. Of fronts alone,
+    whose α never moves, this last panel."""
     pyplot = require_pyplot()
+    if all(front_of(folder) for folder in folders):
+        figure, axis = pyplot.subplots(figsize=(6, 4), layout="constrained")
+        draw_fronts(axis, folders, truth)
+        figure.savefig(out, dpi=110)
+        pyplot.close(figure)
+        return
     logs = [read_log(folder) for folder in folders]
     figure, axes = pyplot.subplots(
         2, len(logs) + 1, figsize=(5 * len(logs) + 5, 8), squeeze=False, layout="constrained"
@@ -54,12 +62,17 @@ def draw(folders: list[Path], out: Path, truth: Path | None = None) -> None:
     pyplot.close(figure)
 
 
+def front_of(folder: Path) -> tuple[Candidate, ...]:
+    """The networks of a search's front; none of the paper's method, or before its end."""
+    path = folder / ARCHITECTURE
+    return read_architecture(path).front if path.is_file() else ()
+
+
 def draw_fronts(axis: Any, folders: list[Path], truth: Path | None) -> None:
     """The gain in dB over no attention, over the attention's multiply-adds: of the networks of each
     front by the supernet; of every network of the truth and, named, its best ones."""
     for folder in folders:
-        path = folder / ARCHITECTURE
-        front = read_architecture(path).front if path.is_file() else ()
+        front = front_of(folder)
         gains = [one.psnr - front[0].psnr for one in front]
         if front:
             axis.plot([one.macs / 1e6 for one in front], gains, "o-", label=folder.name)
