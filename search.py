@@ -21,7 +21,8 @@ from acla.errors import UsageError
 from acla.files import write_atomically
 from acla.search import lambda_selection, loop
 from acla.search.architecture import for_task
-from acla.search.loop import SearchPlan, SearchResult, Sets
+from acla.search.loop import SearchPlan, Sets
+from acla.search.result import SearchResult, table
 from acla.training import run_dir, validation
 
 OUT = Path("runs/search")
@@ -184,7 +185,7 @@ def search(
 
 def report(result: SearchResult, out: Path) -> None:
     """Print the result, and a notice of gates that are not settled."""
-    console.say(loop.table(result))
+    console.say(table(result))
     if result.undecided:
         console.notice(
             f"{result.undecided} of {len(result.architecture.alpha)} gates are still undecided "

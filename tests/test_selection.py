@@ -14,7 +14,7 @@ from acla.data.image import save
 from acla.errors import AclaError, DataError, UsageError
 from acla.search import lambda_selection
 from acla.search.architecture import Architecture, read_architecture
-from acla.search.loop import SearchResult
+from acla.search.result import SearchResult
 
 
 def result(

@@ -127,13 +127,14 @@ def short_table(scores: list[Score], metric: str) -> str:
     for score in scores:
         if score.model["kind"] != "network":
             raise UsageError(f"--short is for networks: leave out {score.label}")
-        line = [f"{score.task.name} {score.column}"]
-        if line[0] in lines:
+        row = f"{score.task.name} {score.column}"
+        if row in lines:
             raise AclaError(f"{score.column} is there twice: leave out one file")
+        figures = []
         for names in SHORT.values():
             found = (score.published[name].get(metric) for name in names if name in score.published)
-            line.append(cell(next(found, None), metric))
-        lines[line[0]] = [*line, cell(score.mean[metric], metric)]
+            figures.append(next(found, None))
+        lines[row] = [row, *(cell(figure, metric) for figure in (*figures, score.mean[metric]))]
     return console.markdown(["", *SHORT, "ours"], lines.values())
 
 

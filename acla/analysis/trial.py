@@ -150,12 +150,11 @@ def read(path: Path) -> list[dict[str, Any]]:
     """The rows of a file of --json. Raises AclaError."""
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if not {"network", "task", "seed", "step", "params", MACS} <= set.intersection(
-            *map(set, rows)
-        ):
+        wanted = {"network", "task", "seed", "step", "params", MACS}
+        if not wanted <= set.intersection(*map(set, rows)):
             raise ValueError("rows of something else")
         return rows
-    except (OSError, TypeError, *NOT_VALID) as error:
+    except (OSError, *NOT_VALID) as error:
         raise AclaError(f"{path}: not a file of --json: {error!r}") from error
 
 

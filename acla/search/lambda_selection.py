@@ -18,7 +18,8 @@ from acla.distributed import Processes
 from acla.errors import AclaError, DataError
 from acla.files import write_atomically
 from acla.search.architecture import macs
-from acla.search.loop import ARCHITECTURE, LOG, SearchPlan, SearchResult, Sets, run
+from acla.search.loop import ARCHITECTURE, LOG, SearchPlan, Sets, run
+from acla.search.result import SearchResult
 from acla.training.run_dir import MODEL
 
 GRID = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)

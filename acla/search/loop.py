@@ -1,10 +1,9 @@
 """One search: two stages of steps on a supernet, its log and its result (Section 3.2)."""
 
-import math
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,24 +12,23 @@ import torch
 from torch import Tensor
 
 from acla import console
-from acla.config import ModelConfig, SearchConfig, Task, format_positions
+from acla.config import ModelConfig, SearchConfig, Task
 from acla.data import datasets
 from acla.data.datasets import Loader, PatchSampler, Pictures, find_set, sample, split_for_search
 from acla.distributed import Processes, means
 from acla.files import provenance, write_atomically
 from acla.models.backbones import Backbone
-from acla.models.cost import full_attention_flops
 from acla.models.gumbel import draw_gates, expected_gates
 from acla.models.serialization import load_state, save_model, save_state
-from acla.search.architecture import SIDE, Architecture, macs
+from acla.search.architecture import Architecture
 from acla.search.front import AT_ONCE, PATCHES, Pairs, fair_gates, gates_at, search_front
+from acla.search.result import MAX_SCORED, SearchResult
 from acla.search.supernet import Supernet
 from acla.training import run_dir, trainer, validation
 from acla.training.run_dir import Stop
 
 STATE, LOG, ARCHITECTURE = "supernet.safetensors", "search.jsonl", "arch.json"
 WEIGHTS, ALPHA = 0, 1  # the streams of noise of the two kinds of step
-MAX_SCORED = 16  # pictures for the PSNR of an epoch and of the last table
 
 
 @dataclass(frozen=True)
@@ -54,38 +52,6 @@ class Sets:
     weights: Sequence[Path]
     alpha: Sequence[Path]
     score: Sequence[Path] = ()
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """The architecture; PSNR in dB of the derived network, with the supernet's weights, on each
-    picture that scores; the share of keys kept by each module; for comparison, on the first
-    MAX_SCORED pictures, the mean PSNR without attention and with a module behind every block; the
-    share of the gates' noise at the end."""
-
-    architecture: Architecture
-    psnr: tuple[float, ...]
-    kept: dict[int, float] = field(default_factory=dict)
-    none_psnr: float = math.nan
-    dense_psnr: float = math.nan
-    noise: float = 1.0
-
-    @property
-    def chances(self) -> list[float]:
-        """The probability that a gate drawn at the end is open."""
-        return (torch.tensor(self.architecture.alpha) / self.noise).sigmoid().tolist()
-
-    @property
-    def mean_psnr(self) -> float:
-        return sum(self.psnr) / len(self.psnr)
-
-    @property
-    def undecided(self) -> int:
-        """Gates that are neither open nor shut for certain: a probability of 0.1 to 0.9. A front
-        has none."""
-        if self.architecture.front:
-            return 0
-        return sum(0.1 < chance < 0.9 for chance in self.chances)
 
 
 def search_sets(name: str, root: Path | None) -> Sets:
@@ -408,49 +374,3 @@ def derive(
         write_atomically(folder.folder / ARCHITECTURE, architecture.to_json().encode())
     kept = {j: count.mean().item() / (n * plan.model.keys) for j, count in counts.items()}
     return SearchResult(architecture, tuple(psnr), kept, none, dense, config.gate_noise_end)
-
-
-def table(result: SearchResult) -> str:
-    """The positions, one a line, or the networks of a front; then the cost of the network and what
-    it gains, beside no attention and a module behind every block."""
-    architecture, model = result.architecture, result.architecture.model
-    lines = front_lines(architecture) if architecture.front else gate_lines(result)
-    size = architecture.patch
-    dense = full_attention_flops(model.blocks, size**2, model.width, model.keys, masked=True)
-    saved = 1 - architecture.cost / dense
-    shown = console.plural(min(len(result.psnr), MAX_SCORED), "validation picture")
-    lines += [
-        f"positions: {format_positions(model.positions)}",
-        f"attention costs {architecture.cost / 2e6:.1f} M multiply-adds for {size}×{size} pixels, "
-        f"{saved:.1%} less than a module behind every block ({dense / 2e6:.1f} M)",
-        f"{architecture.task}, PSNR on {shown} with the supernet's weights:",
-    ]
-    found = float(np.mean(result.psnr[:MAX_SCORED]))
-    rows = [("none", 0, result.none_psnr), ("found", len(model.positions), found)]
-    rows = [
-        (name, str(modules), f"{macs(model, modules) / 1e6:.1f} M", psnr)
-        for name, modules, psnr in [*rows, ("dense", model.blocks, result.dense_psnr)]
-    ]
-    head = ("network", "modules", f"multiply-adds of {SIDE}×{SIDE}", "PSNR, dB", "gain")
-    gains = [(*cells, f"{psnr:.3f}", f"{psnr - result.none_psnr:+.3f}") for *cells, psnr in rows]
-    return "\n".join([*lines, console.markdown(head, gains)])
-
-
-def gate_lines(result: SearchResult) -> list[str]:
-    lines = ["position   alpha  chance  keys kept  module"]
-    for j, (alpha, chance) in enumerate(
-        zip(result.architecture.alpha, result.chances, strict=True), 1
-    ):
-        kept = f"{result.kept[j]:9.1%}" if j in result.kept else "        –"
-        shown = "open" if j in result.architecture.model.positions else "–"
-        lines.append(f"{j:8d}  {alpha:+.3f}  {chance:6.2f}  {kept}  {shown}")
-    return lines
-
-
-def front_lines(architecture: Architecture) -> list[str]:
-    lines = ["multiply-adds  held-out PSNR  positions"]
-    for one in architecture.front:
-        ms = f", {one.ms:.2f} ms" if one.ms else ""
-        shown = f"{format_positions(one.positions)}{ms}"
-        lines.append(f"{one.macs / 1e6:11.1f} M  {one.psnr:10.3f} dB  {shown}")
-    return lines
