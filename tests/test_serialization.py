@@ -15,7 +15,14 @@ from acla.errors import CheckpointError
 from acla.models import serialization
 from acla.models.backbones import Backbone
 from acla.models.factory import build_network
-from acla.models.serialization import Checkpoint, load_model, load_state, save_model, save_state
+from acla.models.serialization import (
+    Checkpoint,
+    compatible_weights,
+    load_model,
+    load_state,
+    save_model,
+    save_state,
+)
 
 RUN = {"step": 3, "seconds": 0.5, "plan": {}, "data": {}}  # the progress of a search
 SMALL = ModelConfig(blocks=3, width=8, group_blocks=1, reduction=2, keys=3, positions=(1, 3))
@@ -52,6 +59,35 @@ def test_a_network_comes_back_to_the_bit(tmp_path, backbone, attention, scale):
     pictures = torch.rand(1, 3, 7, 4)
     with torch.no_grad():
         assert torch.equal(result.model(pictures), net(pictures))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "scale"), [*((b, 1) for b in BACKBONES), ("edsr", 2), ("rcan", 4), ("a2n", 2)]
+)
+def test_a_network_in_colour_begins_a_gray_one(tmp_path, backbone, scale):
+    net = random_network(backbone=backbone, scale=scale, attention="none", positions=(), keys=0)
+    for name, p in net.named_parameters():
+        if "_mean." in name:  # the same for every channel
+            p.data = torch.full_like(p, 0.3) if p.ndim == 1 else torch.eye(3)[..., None, None]
+    task, path = Task("sr", scale) if scale > 1 else Task("demosaic", 0), tmp_path / "m.safetensors"
+    save_model(path, net, net.config, task, {})
+    config = replace(net.config, channels=1)
+    weights, was = compatible_weights(path, config)
+    gray = build_network(config).eval()
+    gray.load_state_dict({**gray.state_dict(), **weights})
+    for name, p in gray.named_parameters():
+        if "_mean.bias" in name:
+            p.data.fill_(0.3)
+    pictures = torch.rand(2, 1, 7, 4)
+    with torch.no_grad():
+        expected = net(pictures.expand(-1, 3, -1, -1)).mean(1, keepdim=True)
+        torch.testing.assert_close(
+            gray(pictures), expected, rtol=0, atol=1e-4 * expected.abs().max().item()
+        )
+    assert was == task
+    save_model(path, gray, config, task, {})
+    with pytest.raises(CheckpointError, match="channels is 1, not 3"):
+        compatible_weights(path, net.config)
 
 
 def test_a_folder_in_the_form_of_the_hub_comes_back(tmp_path):

@@ -152,10 +152,14 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -
 def compatible_weights(path: Path, config: ModelConfig) -> tuple[dict[str, Tensor], Task]:
     """The weights of a model file with which a network can be initialised, and the file's task: the
     whole backbone, which must be equal, and the attention modules of the same kind and size at the
-    same position that refer to the same layers. Raises CheckpointError."""
+    same position that refer to the same layers. A network in colour can begin a gray one. Raises
+    CheckpointError."""
     source = load_model(path)
+    to_gray = (source.config.channels, config.channels) == (3, 1)
     for name, value in dataclasses.asdict(config).items():
-        if name not in OF_ATTENTION and getattr(source.config, name) != value:
+        if name in OF_ATTENTION or (to_gray and name == "channels"):
+            continue
+        if getattr(source.config, name) != value:
             raise CheckpointError(
                 f"{path}: another backbone than the one to begin, its {name} is "
                 f"{getattr(source.config, name)}, not {value}: give the flags of that network, or "
@@ -167,7 +171,25 @@ def compatible_weights(path: Path, config: ModelConfig) -> tuple[dict[str, Tenso
         for name, tensor in source.model.state_dict().items()
         if not name.startswith("attention.") or ".".join(name.split(".")[:2]) in same
     }
-    return tensors, source.task
+    return folded(tensors, config) if to_gray else tensors, source.task
+
+
+def folded(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """The tensors of a network in colour for a gray one: it restores a gray picture as the network
+    in colour restores its three equal channels, and returns their mean; but for one mean colour,
+    which is subtracted from all channels."""
+    with torch.device("meta"):
+        wanted = build_network(config).state_dict()
+    gray = {}
+    for name, tensor in tensors.items():
+        if "_mean." in name:  # fixed, of one channel already
+            continue
+        if tensor.shape[0] != wanted[name].shape[0]:
+            tensor = tensor.mean(0, keepdim=True)
+        if tensor.shape[1:] != wanted[name].shape[1:]:
+            tensor = tensor.sum(1, keepdim=True)
+        gray[name] = tensor
+    return gray
 
 
 def same_module(one: ModelConfig, other: ModelConfig, position: int) -> bool:
