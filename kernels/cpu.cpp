@@ -20,100 +20,141 @@ namespace {
 
 // ---- features: image is the layer's image, gradient rows are p.aggregate's
 
+// Keeps pointers in registers: GCC would take them for one and distances, too many, and spill them.
+// For the same reason the loops over keys are functions of their own.
+template <class T>
+inline void hold(T*& a, T*& b, T*& c) {
+  asm("" : "+r"(a), "+r"(b), "+r"(c));
+}
+
+// The weighted sum of a query's open keys' corners, V vectors of channels from `image` on.
+template <int V, bool part, class T, class A>
+__attribute__((noinline)) void sum_keys(const Entries<A>& at, int begin, int end, const T* image,
+                                        int64_t down, int64_t right, int count, Vector<A>* total) {
+  // With few vectors to a key, more sums hide the latency of the additions.
+  constexpr int lanes = kLanes<A>, S = V >= 8 ? 1 : V == 4 ? 2 : 4;
+  const int32_t *next = at.picked + begin, *last = at.picked + end;
+  const int64_t* corner = at.corner;
+  const A* w = at.w0;
+  const int64_t apart = at.w1 - at.w0;  // of w0, w1, w2 and w3
+  Vector<A> sum[S][V] = {};
+  for (; next < last; ++next) {
+    const int64_t i = *next;
+    const T* c0 = image + corner[i];
+    const T *c1 = c0 + right, *c2 = c0 + down, *c3 = c1 + down;
+    hold(c1, c2, c3);
+    const A w0 = w[i], w1 = w[i + apart], w2 = w[i + 2 * apart], w3 = w[i + 3 * apart];
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) {
+      sum[0][v] += w0 * load<A, part>(c0 + v * lanes, count);
+      sum[1 % S][v] += w1 * load<A, part>(c1 + v * lanes, count);
+      sum[2 % S][v] += w2 * load<A, part>(c2 + v * lanes, count);
+      sum[3 % S][v] += w3 * load<A, part>(c3 + v * lanes, count);
+    }
+  }
+#pragma GCC unroll 16
+  for (int v = 0; v < V; ++v) {
+    if constexpr (S == 2) sum[0][v] += sum[1][v];
+    if constexpr (S == 4) sum[0][v] = (sum[0][v] + sum[1][v]) + (sum[2][v] + sum[3][v]);
+    total[v] = sum[0][v];
+  }
+}
+
 // Weighted sums of the open keys' corners; sink(part, query, channel, vector, count) takes them.
 template <class T, class A, class F>
 void gather(const Problem& p, const Tile<A>& tile, const T* image, F&& sink) {
   constexpr int lanes = kLanes<A>;
-  const Entries<A> at = tile.at;
   const int64_t down = p.feature_strides[tile.l * 3 + 1], right = p.feature_strides[tile.l * 3 + 2];
   over_channels<lanes>(int(p.C), [&](auto block, auto part, int c) {
-    // With few vectors to a key, more sums hide the latency of the additions.
-    constexpr int V = decltype(block)::value, S = V >= 8 ? 1 : V == 4 ? 2 : 4;
+    constexpr int V = decltype(block)::value;
     const int count = int(p.C) - c, queries = tile.queries();
     for (int q = 0; q < queries; ++q) {
-      Vector<A> sum[S][V] = {};
-      for (int e = tile.first[q]; e < tile.first[q + 1]; ++e) {
-        const int i = at.picked[e];
-        const T *from = image + at.corner[i] + c, *under = from + down;
-        const A w0 = at.w0[i], w1 = at.w1[i], w2 = at.w2[i], w3 = at.w3[i];
+      Vector<A> sum[V];
+      sum_keys<V, part>(tile.at, tile.first[q], tile.first[q + 1], image + c, down, right, count,
+                        sum);
 #pragma GCC unroll 16
-        for (int v = 0; v < V; ++v) {
-          sum[0][v] += w0 * load<A, part>(from + v * lanes, count);
-          sum[1 % S][v] += w1 * load<A, part>(from + right + v * lanes, count);
-          sum[2 % S][v] += w2 * load<A, part>(under + v * lanes, count);
-          sum[3 % S][v] += w3 * load<A, part>(under + right + v * lanes, count);
-        }
-      }
-#pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) {
-        if constexpr (S == 2) sum[0][v] += sum[1][v];
-        if constexpr (S == 4) sum[0][v] = (sum[0][v] + sum[1][v]) + (sum[2][v] + sum[3][v]);
-        sink(part, q, c + v * lanes, sum[0][v], count);
-      }
+      for (int v = 0; v < V; ++v) sink(part, q, c + v * lanes, sum[v], count);
     }
   });
 }
 
-// Adds to d four dots a key, open or not: of the gradient's row with each corner's feature.
+// Adds to d four dots a key, open or not, of query q: of its gradient with each corner's feature.
+template <int V, bool part, class T, class A>
+__attribute__((noinline)) void dot_keys(const Entries<A>& at, int begin, int end, const T* image,
+                                        int64_t down, int64_t right, int count, const T* row) {
+  constexpr int lanes = kLanes<A>;
+  const int64_t *corner = at.corner + begin, *last = at.corner + end;
+  A* d = at.d + begin * 4;
+  Vector<A> gradient[V];
+#pragma GCC unroll 16
+  for (int v = 0; v < V; ++v) gradient[v] = load<A, part>(row + v * lanes, count);
+  for (; corner < last; ++corner, d += 4) {
+    const T* c0 = image + *corner;
+    const T *c1 = c0 + right, *c2 = c0 + down, *c3 = c1 + down;
+    hold(c1, c2, c3);
+    Vector<A> s0 = {}, s1 = {}, s2 = {}, s3 = {};
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) {
+      s0 += gradient[v] * load<A, part>(c0 + v * lanes, count);
+      s1 += gradient[v] * load<A, part>(c1 + v * lanes, count);
+      s2 += gradient[v] * load<A, part>(c2 + v * lanes, count);
+      s3 += gradient[v] * load<A, part>(c3 + v * lanes, count);
+    }
+    add_totals<A>(s0, s1, s2, s3, d);
+  }
+}
+
 template <class T, class A>
 void dots(const Problem& p, Tile<A>& tile, const T* image) {
-  constexpr int lanes = kLanes<A>;
-  const Entries<A> at = tile.at;
   const int64_t down = p.feature_strides[tile.l * 3 + 1], right = p.feature_strides[tile.l * 3 + 2];
-  const int queries = tile.queries(), K = tile.K;
-  over_channels<lanes>(int(p.C), [&](auto block, auto part, int c) {
-    constexpr int V = decltype(block)::value;
-    const int count = int(p.C) - c;
-    for (int q = 0; q < queries; ++q) {
+  over_channels<kLanes<A>>(int(p.C), [&](auto block, auto part, int c) {
+    for (int q = 0; q < tile.queries(); ++q) {
       const T* row = static_cast<const T*>(p.aggregate) + tile.pair(p, q) * p.C + c;
-      Vector<A> gradient[V];
-#pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) gradient[v] = load<A, part>(row + v * lanes, count);
-      for (int i = q * tile.slots; i < q * tile.slots + K; ++i) {
-        const T *from = image + at.corner[i] + c, *under = from + down;
-        Vector<A> s0 = {}, s1 = {}, s2 = {}, s3 = {};
-#pragma GCC unroll 16
-        for (int v = 0; v < V; ++v) {
-          s0 += gradient[v] * load<A, part>(from + v * lanes, count);
-          s1 += gradient[v] * load<A, part>(from + right + v * lanes, count);
-          s2 += gradient[v] * load<A, part>(under + v * lanes, count);
-          s3 += gradient[v] * load<A, part>(under + right + v * lanes, count);
-        }
-        add_totals<A>(s0, s1, s2, s3, at.d + i * 4);
-      }
+      dot_keys<decltype(block)::value, part>(tile.at, q * tile.slots, q * tile.slots + tile.K,
+                                             image + c, down, right, int(p.C) - c, row);
     }
   });
+}
+
+// Adds a query's gradient to the corners of its open keys, V vectors of channels from `image` on.
+template <int V, bool part, class T, class A>
+__attribute__((noinline)) void add_keys(const Entries<A>& at, int begin, int end, A* image,
+                                        int64_t down, int64_t right, int count, const T* row) {
+  constexpr int lanes = kLanes<A>;
+  const int32_t *next = at.picked + begin, *last = at.picked + end;
+  const Integer<A>*rows = at.row, *columns = at.column;
+  const A* w = at.w0;
+  const int64_t apart = at.w1 - at.w0;  // of w0, w1, w2 and w3
+  Vector<A> gradient[V];
+#pragma GCC unroll 16
+  for (int v = 0; v < V; ++v) gradient[v] = load<A, part>(row + v * lanes, count);
+  const auto add = [&](A* to, Vector<A> v) {
+    store<A, part>(to, load<A, part>(to, count) + v, count);
+  };
+  for (; next < last; ++next) {
+    const int64_t i = *next;
+    A* c0 = image + rows[i] * down + columns[i] * right;
+    A *c1 = c0 + right, *c2 = c0 + down, *c3 = c1 + down;
+    hold(c1, c2, c3);
+    const A w0 = w[i], w1 = w[i + apart], w2 = w[i + 2 * apart], w3 = w[i + 3 * apart];
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) {
+      const Vector<A> g = gradient[v];
+      add(c0 + v * lanes, w0 * g), add(c1 + v * lanes, w1 * g);
+      add(c2 + v * lanes, w2 * g), add(c3 + v * lanes, w3 * g);
+    }
+  }
 }
 
 // Adds the gradient's rows to the corners of the open keys in an image of the buffer [B,H+2,W+2,C].
 template <class T, class A>
 void scatter(const Problem& p, const Tile<A>& tile, A* image) {
-  constexpr int lanes = kLanes<A>;
-  const Entries<A> at = tile.at;
   const int64_t right = p.C, down = (p.W + 2) * right;
-  const int queries = tile.queries();
-  over_channels<lanes>(int(p.C), [&](auto block, auto part, int c) {
-    constexpr int V = decltype(block)::value;
-    const int count = int(p.C) - c;
-    const auto add = [&](A* to, Vector<A> v) {
-      store<A, part>(to, load<A, part>(to, count) + v, count);
-    };
-    for (int q = 0; q < queries; ++q) {
+  over_channels<kLanes<A>>(int(p.C), [&](auto block, auto part, int c) {
+    for (int q = 0; q < tile.queries(); ++q) {
       const T* row = static_cast<const T*>(p.aggregate) + tile.pair(p, q) * p.C + c;
-      Vector<A> gradient[V];
-#pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) gradient[v] = load<A, part>(row + v * lanes, count);
-      for (int e = tile.first[q]; e < tile.first[q + 1]; ++e) {
-        const int i = at.picked[e];
-        const A w0 = at.w0[i], w1 = at.w1[i], w2 = at.w2[i], w3 = at.w3[i];
-        A *to = image + at.row[i] * down + at.column[i] * right + c, *under = to + down;
-#pragma GCC unroll 16
-        for (int v = 0; v < V; ++v) {
-          const Vector<A> g = gradient[v];
-          add(to + v * lanes, w0 * g), add(to + right + v * lanes, w1 * g);
-          add(under + v * lanes, w2 * g), add(under + right + v * lanes, w3 * g);
-        }
-      }
+      add_keys<decltype(block)::value, part>(tile.at, tile.first[q], tile.first[q + 1], image + c,
+                                             down, right, int(p.C) - c, row);
     }
   });
 }

@@ -249,9 +249,10 @@ inline void over_channels(int C, F&& body) {
   if (c < C) body(std::integral_constant<int, 1>{}, std::true_type{}, c);
 }
 
-// out[r] = start[r] + Σ in[r][c] · weight[c] for R rows and V vectors of columns.
+// out[r] = start[r] + Σ in[r][c] · weight[c] for R rows and V vectors of columns. Not inline, so that
+// the sums have all registers.
 template <int R, int V, bool part, class T, class A>
-inline void multiply(const T* const (&in)[R], int inner, const A* weight, int64_t step,
+__attribute__((noinline)) void multiply(const T* const (&in)[R], int inner, const A* weight, int64_t step,
                      const A* const (&start)[R], A* const (&out)[R], int count) {
   constexpr int lanes = kLanes<A>;
   Vector<A> sum[R * V];
@@ -260,7 +261,10 @@ inline void multiply(const T* const (&in)[R], int inner, const A* weight, int64_
   for (int c = 0; c < inner; ++c, weight += step) {
     Vector<A> w[V];
 #pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) w[v] = load<A, part>(weight + v * lanes, count);
+    for (int v = 0; v < V; ++v) {
+      w[v] = load<A, part>(weight + v * lanes, count);
+      asm("" : "+x"(w[v]));
+    }
 #pragma GCC unroll 16
     for (int i = 0; i < R * V; ++i) sum[i] += widen(in[i / V][c]) * w[i % V];
   }
