@@ -5,10 +5,10 @@
 
 Trains as train.py does with the same flags, and writes no network. After every --val-every steps,
 one row for each part, over the last WINDOW steps: root mean square of weights and gradient; the
-agreement of the gradients, the norm of their mean over the mean of their norms, from 1/√WINDOW of
-independent ones to 1 of equal ones; the update of a step and the distance from the initial weights,
-both relative to the weights. One more row for each attention module: how its keys lie on the first
-validation picture."""
+agreement of the gradients, the norm of their mean over the mean of their norms (1 of equal ones,
+1/√WINDOW of independent ones, less of such that cancel); the update of a step and the distance from
+the initial weights, both relative to the weights. One more row for each attention module: how its
+keys lie on the first validation picture."""
 
 import json
 import math
