@@ -1,6 +1,10 @@
 """Errors that a user can mend: the scripts print their message in one line. Any other error is a
 bug and keeps its traceback."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 import torch
 
 # Errors of reading JSON of unknown origin
@@ -25,6 +29,16 @@ class DataError(AclaError):
 
 class CheckpointError(AclaError):
     """A checkpoint is missing, broken, of another kind or of another network."""
+
+
+@contextmanager
+def reading(path: Path, what: str) -> Iterator[None]:
+    """Inside, a JSON file of unknown origin is read: what is not as expected becomes an AclaError,
+    which names the file and `what` it is not."""
+    try:
+        yield
+    except (UsageError, AttributeError, *NOT_VALID) as error:
+        raise AclaError(f"{path}: not {what}: {error!r}") from error
 
 
 NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")

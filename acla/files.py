@@ -1,13 +1,17 @@
-"""Where a result comes from: the commit and the versions that made it."""
+"""Files: where a result comes from, atomic writing, rows of JSON."""
 
 import importlib.metadata
+import json
 import os
 import platform
 import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from acla.errors import reading
 from acla.kernels.timing import commit
 
 PACKAGES = ("torch", "triton", "numpy", "pillow", "scikit-image")
@@ -45,6 +49,20 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write JSON lines, one for each row."""
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def read_rows(path: Path, what: str, names: Iterable[str]) -> list[dict[str, Any]]:
+    """The rows of JSON lines, which hold at least these names. Raises AclaError: not `what`."""
+    with reading(path, what):
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if not set(names) <= set.intersection(*map(set, rows)):
+            raise ValueError("rows of something else")
+        return rows
 
 
 def clear_temporary(folder: Path) -> None:

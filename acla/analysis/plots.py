@@ -4,7 +4,6 @@ Fronts of --method front are drawn in one panel, and with --truth the networks o
 `acla.analysis.truth`."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +13,19 @@ from acla import cli, console
 from acla.analysis.ranking import means, pareto
 from acla.analysis.truth import read_truth
 from acla.config import format_positions
-from acla.errors import NOT_VALID, AclaError, UsageError
+from acla.errors import UsageError
+from acla.files import read_rows
 from acla.search.architecture import Candidate, read_architecture
-from acla.search.loop import ARCHITECTURE
+from acla.search.loop import ARCHITECTURE, LOG
 
 COST = "expected cost (M multiply-adds of a patch)"
 
 
 def read_log(folder: Path) -> dict[str, np.ndarray]:
     """The columns of a folder's search.jsonl, a row for each epoch. Raises AclaError."""
-    path = folder / "search.jsonl"
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        names = ("step", "alpha", "tau", "cost", "kept", "val_psnr")
-        log = {name: np.array([row[name] for row in rows]) for name in names}
-    except NOT_VALID as error:
-        raise AclaError(f"{path}: not a log of search.py: {error!r}") from error
+    path, names = folder / LOG, ("step", "alpha", "tau", "cost", "kept", "val_psnr")
+    rows = read_rows(path, "a log of search.py", names)
+    log = {name: np.array([row[name] for row in rows]) for name in names}
     return log | {"cost": log["cost"] / 2e6}
 
 
@@ -115,17 +111,12 @@ def draw_cost(axis: Any, log: dict[str, np.ndarray]) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m acla.analysis.plots",
-        description="Draw how searches went, a column for each.",
-    )
-    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="of search.py's --out")
-    parser.add_argument(
-        "--truth", type=Path, metavar="FILE", help="of acla.analysis.truth, to draw beside fronts"
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="picture to write (default: DIR/search.png)"
-    )
+    parser = cli.parser("acla.analysis.plots", __doc__)
+    add = parser.add_argument
+    add("folders", nargs="+", type=Path, metavar="DIR", help="of search.py's --out")
+    text = "of acla.analysis.truth, to draw beside fronts"
+    add("--truth", type=Path, metavar="FILE", help=text)
+    add("--out", type=Path, metavar="FILE", help="picture to write (default: DIR/search.png)")
     args = parser.parse_args(argv)
     args.out = args.out or args.folders[0] / "search.png"
     if args.out.suffix.lower() not in (".png", ".svg", ".pdf"):

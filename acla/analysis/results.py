@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from acla import cli, console
 from acla.config import MASKED, RENAMED, ModelConfig, Task, TrainConfig, from_dict
-from acla.errors import NOT_VALID, AclaError, UsageError
+from acla.errors import NOT_VALID, AclaError, UsageError, reading
 from acla.models.factory import describe
 from acla.models.serialization import load_model
 
@@ -82,10 +82,8 @@ class Score(NamedTuple):
 
 def read_json(path: Path, key: str, command: str, parse: Callable[[Any], Any]) -> list[Any]:
     """The parsed items of a list that a command wrote under `key`. Raises AclaError."""
-    try:
+    with reading(path, f"a file of {command}"):
         return [parse(item) for item in json.loads(path.read_text(encoding="utf-8"))[key]]
-    except (UsageError, AttributeError, *NOT_VALID) as error:
-        raise AclaError(f"{path}: not a file of {command}: {error!r}") from error
 
 
 def read_scores(path: Path) -> list[Score]:
@@ -284,10 +282,16 @@ def mean_and_deviation(values: Collection[float], sign: str = "", of_mean: bool 
     return f"{mean} ± {deviation:.3f}"
 
 
+def psnr_cells(ours: dict[int, float], base: dict[int, float]) -> list[str]:
+    """PSNR by seed in dB as cells: mean ± standard deviation; the gain over the base, paired by
+    seed: mean ± standard error."""
+    gained = mean_and_deviation(gains(ours, base), "+", of_mean=True)
+    return [mean_and_deviation(ours.values()), gained]
+
+
 def comparison_table(groups: list[list[Run]]) -> str:
     """What differs, parameters, multiply-adds for a 48×48 input, seconds per step (median), and for
-    each set PSNR in dB (mean ± standard deviation over seeds) and the gain over the first row,
-    paired by seed (mean ± standard error)."""
+    each set PSNR and the gain over the first row."""
     columns = list(groups[0][0].psnr)
     head = ["", "seeds", "parameters", "multiply-adds", "s/step"]
     head += [text for column in columns for text in (column, "gain")]
@@ -297,10 +301,8 @@ def comparison_table(groups: list[list[Run]]) -> str:
         line = [label, str(len(group)), f"{size['params']:,}", f"{size['macs_48x48'] / 1e9:.3f} G"]
         line.append(f"{statistics.median(run.seconds for run in group):.3f}")
         for column in columns:
-            ours = by_seed(group, column)
-            gained = gains(ours, {} if group is groups[0] else by_seed(groups[0], column))
-            line.append(mean_and_deviation(ours.values()))
-            line.append(mean_and_deviation(gained, "+", of_mean=True))
+            base = {} if group is groups[0] else by_seed(groups[0], column)
+            line += psnr_cells(by_seed(group, column), base)
         lines.append(line)
     return console.markdown(head, lines)
 

@@ -8,8 +8,8 @@ by validation set. Networks of one seed have the same initial backbone and the s
 with the same flags goes on where the file ends."""
 
 import argparse
-import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import multiprocessing
@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from acla import cli, config, console
 from acla.config import ATTENTIONS, ModelConfig, Task, TrainConfig
 from acla.data.datasets import Loader, PatchSampler, Pictures, training_sets
 from acla.distributed import Processes
-from acla.errors import NOT_VALID, AclaError, UsageError
+from acla.errors import UsageError, reading
 from acla.files import provenance
 from acla.models.factory import describe
 from acla.search.architecture import for_task
@@ -50,7 +51,7 @@ class Space:
     """A worker's task: the plan, its pictures by validation set, and its device."""
 
     plan: TrainPlan
-    pictures: Sequence[Path]
+    pictures: tuple[Path, ...]
     val_sets: dict[str, list[Path]]
     device: torch.device
 
@@ -61,48 +62,50 @@ class Space:
         length = dataclasses.replace(length, seed=group.seed)
         models = [with_positions(self.plan.model, positions) for positions in group.subsets]
         trainers = [Trainer(model, length, Processes(self.device)) for model in models]
-        sampler = PatchSampler(
-            decoded(self.pictures),
-            task,
-            length.patch_size,
-            length.batch_size,
-            length.seed,
-            channels=self.plan.model.channels,
-        )
-        loader, streams = Loader(sampler, self.device, workers=0), [None] * len(trainers)
-        if self.device.type == "cuda":
-            streams = [torch.cuda.Stream(self.device) for _ in trainers]
+        patches = length.patch_size, length.batch_size, length.seed
+        channels = self.plan.model.channels
+        sampler = PatchSampler(decoded(self.pictures), task, *patches, channels=channels)
+        loader = Loader(sampler, self.device, workers=0)
+        streams = make_streams(len(trainers), self.device)
         for step in range(length.steps):
-            batch = loader.batch(step)
-            with beside(streams):
-                for trainer, stream in zip(trainers, streams, strict=True):
-                    with torch.cuda.stream(stream):
-                        trainer.step(step, sampler.indices, *batch)
+            batches = [loader.batch(step)] * len(trainers)
+            step_side_by_side(trainers, streams, step, batches)
         seconds = round((time.monotonic() - begun) / len(trainers), 2)
         return [self.row(trainer, length.seed, seconds) for trainer in trainers]
 
     def row(self, trainer: Trainer, seed: int, seconds: float) -> Row:
         """A trained network's row. Raises AclaError where its loss diverged."""
-        paths = list(itertools.chain(*self.val_sets.values()))
+        paths = tuple(itertools.chain(*self.val_sets.values()))
         model, task = trainer.model.config, self.plan.task
         each = validation.each_psnr(trainer.result, decoded(paths), task, self.device)
         run_dir.require_finite(sum(each), 0, self.plan.train.steps, Path(f"seed {seed}"))
-        rest, psnr = iter(each), {}
-        for name, of_set in self.val_sets.items():
-            psnr[name] = round(sum(itertools.islice(rest, len(of_set))) / len(of_set), 4)
+        means = validation.means_by_set(each, self.val_sets)
+        psnr = {name: round(mean, 4) for name, mean in means.items()}
         size = describe(model)
         row = {"positions": list(model.positions), "seed": seed, "psnr": psnr}
         row |= {name: size[name] for name in ("macs_48x48", "attention_macs_48x48", "params")}
         return row | {"seconds": seconds}
 
 
-@contextlib.contextmanager
-def beside(streams: Sequence[torch.cuda.Stream | None]) -> Iterator[None]:
-    """Inside, the streams work after what the current stream has been given, which then goes on
-    after them: memory that it frees may be in use until then."""
+def make_streams(count: int, device: torch.device) -> list[torch.cuda.Stream | None]:
+    """A stream for each of several networks on a GPU; elsewhere there are none."""
+    return [torch.cuda.Stream(device) if device.type == "cuda" else None for _ in range(count)]
+
+
+def step_side_by_side(
+    trainers: Sequence[Trainer],
+    streams: Sequence[torch.cuda.Stream | None],
+    step: int,
+    batches: Sequence[tuple[Tensor, Tensor]],
+) -> None:
+    """A step of every network on its batch and in its stream, one of at least as many. The streams
+    work after what the current stream has been given, which then goes on after them: memory that it
+    frees may be in use until then."""
     for stream in filter(None, streams):
         stream.wait_stream(torch.cuda.current_stream())
-    yield
+    for trainer, stream, (low, target) in zip(trainers, streams, batches, strict=False):
+        with torch.cuda.stream(stream):
+            trainer.step(step, range(len(low)), low, target)
     for stream in filter(None, streams):
         torch.cuda.current_stream().wait_stream(stream)
 
@@ -116,22 +119,10 @@ def with_positions(model: ModelConfig, positions: Sequence[int]) -> ModelConfig:
 
 # The processes
 
-DECODED: dict[tuple[Path, ...], Pictures] = {}  # once in a process
-SPACE: list[Space] = []
 
-
-def decoded(paths: Sequence[Path]) -> Pictures:
-    return DECODED.setdefault(tuple(paths), Pictures(paths))
-
-
-def start(space: Space) -> None:
-    """Begin a worker process."""
-    torch.set_num_threads(1)
-    SPACE[:] = [space]
-
-
-def work(group: Group) -> list[Row]:
-    return SPACE[0].train(group)
+@functools.cache  # once in a process
+def decoded(paths: tuple[Path, ...]) -> Pictures:
+    return Pictures(paths)
 
 
 def train_all(space: Space, groups: Sequence[Group], jobs: int) -> Iterator[list[Row]]:
@@ -141,9 +132,9 @@ def train_all(space: Space, groups: Sequence[Group], jobs: int) -> Iterator[list
         return
     # A forked process could not use a GPU.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(jobs, len(groups)), context, start, (space,)) as pool:
+    with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
         try:
-            for ready in as_completed([pool.submit(work, group) for group in groups]):
+            for ready in as_completed([pool.submit(space.train, group) for group in groups]):
                 yield ready.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -154,11 +145,9 @@ def groups_left(blocks: int, seeds: Sequence[int], done: set, size: int) -> list
     """The networks not done yet, seed by seed, in groups of `size` of like cost, the most expensive
     first."""
     positions, groups = range(1, blocks + 1), []
+    counts = range(blocks, -1, -1)
+    subsets = [subset for n in counts for subset in itertools.combinations(positions, n)]
     for seed in seeds:
-        counts = range(blocks, -1, -1)
-        subsets = itertools.chain.from_iterable(
-            itertools.combinations(positions, n) for n in counts
-        )
         left = [subset for subset in subsets if (subset, seed) not in done]
         groups += [Group(seed, left[i : i + size]) for i in range(0, len(left), size)]
     return groups
@@ -170,16 +159,13 @@ def groups_left(blocks: int, seeds: Sequence[int], done: set, size: int) -> list
 def read_truth(path: Path) -> tuple[dict[str, Any], list[Row]]:
     """The plan and the rows of a file; an incomplete last line, of a call that was killed, is left
     out. Raises AclaError."""
-    try:
+    with reading(path, "a file of acla.analysis.truth"):
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         head, *rows = [json.loads(line) for line in lines if line.endswith("\n")]
-        plan = head["plan"]
         for row in rows:
             row["positions"] = tuple(map(int, row["positions"]))
             row["mean"] = sum(row["psnr"].values()) / len(row["psnr"])
-        return plan, rows
-    except (OSError, AttributeError, *NOT_VALID) as error:
-        raise AclaError(f"{path}: not a file of acla.analysis.truth: {error!r}") from error
+        return head["plan"], rows
 
 
 def begin(path: Path, space: Space) -> set[tuple[tuple[int, ...], int]]:
@@ -247,7 +233,7 @@ def main(argv: list[str] | None = None) -> None:
     training, val_sets = training_sets(plan.train.train_set, plan.train.val_set or None, args.data)
     paths = list(itertools.chain(*val_sets.values()))
     validation.validation_set(paths, plan.task, plan.model.channels)
-    space = Space(plan, training, val_sets, cli.pick_device(args.device))
+    space = Space(plan, tuple(training), val_sets, cli.pick_device(args.device))
     done = begin(args.file, space)
     seeds = range(plan.train.seed, plan.train.seed + args.seeds)
     groups = groups_left(plan.model.blocks, seeds, done, args.together)

@@ -10,7 +10,6 @@ agreement of the gradients, the norm of their mean over the mean of their norms 
 the initial weights, both relative to the weights. One more row for each attention module: how its
 keys lie on the first validation picture."""
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor
 from acla import cli, console
 from acla.distributed import Processes
 from acla.errors import UsageError
+from acla.files import write_rows
 from acla.models.attention import CrossLayerAttention, rings
 from acla.models.backbones import Backbone
 from acla.scripts import train
@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer, _ = train.restore_or_init(plan, flags, processes, data, None, None)
     rows = [row for some in observe(trainer, plan, data) for row in some]
     if args.json:
-        args.json.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        write_rows(args.json, rows)
     for kind in ("part", "module"):
         if own := [row for row in rows if kind in row]:
             console.say(table(own) + "\n")

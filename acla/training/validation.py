@@ -1,5 +1,6 @@
 """Validation: PSNR of a network on the middle of every picture, by the task's protocol."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -73,8 +74,15 @@ def each_psnr(
 def by_set(psnr: Sequence[float], sets: Mapping[str, Sequence[Path]]) -> dict[str, float]:
     """Mean PSNR of the pictures of several sets in a row: val_psnr of all and, of more than one
     set, val_psnr_NAME of each."""
-    means, rest = {"val_psnr": sum(psnr) / len(psnr)}, list(psnr)
-    for name, paths in sets.items() if len(sets) > 1 else ():
-        own, rest = rest[: len(paths)], rest[len(paths) :]
-        means[f"val_psnr_{name}"] = sum(own) / len(own)
+    means = {"val_psnr": sum(psnr) / len(psnr)}
+    if len(sets) > 1:
+        means |= {f"val_psnr_{name}": mean for name, mean in means_by_set(psnr, sets).items()}
     return means
+
+
+def means_by_set(psnr: Sequence[float], sets: Mapping[str, Sequence[Path]]) -> dict[str, float]:
+    """Mean PSNR of the pictures of each set, of all sets in a row."""
+    rest = iter(psnr)
+    return {
+        name: sum(itertools.islice(rest, len(paths))) / len(paths) for name, paths in sets.items()
+    }
