@@ -71,51 +71,36 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = cli.parser(None, __doc__)
     add = parser.add_argument
     names = "NAME[,NAME...]"
     add("--dataset", required=True, metavar=names, help="sets to score; 'sample' is built in")
     cli.add_task_flags(parser, "the network's, else the set's")
     group = parser.add_argument_group("What is scored (one of these)")
     source = group.add_mutually_exclusive_group()
-    source.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="FILE",
-        help=f"a network (default: {DEFAULT_CHECKPOINT} if there is one, else a pretrained one)",
-    )
+    text = f"a network (default: {DEFAULT_CHECKPOINT} if there is one, else a pretrained one)"
+    source.add_argument("--checkpoint", type=Path, metavar="FILE", help=text)
     source.add_argument("--baseline", action="store_true", help="the untouched input")
-    source.add_argument(
-        "--predictions",
-        type=Path,
-        metavar="DIR",
-        help="pictures made elsewhere, whose file stem starts with the original's "
-        "(with several sets: DIR/NAME)",
-    )
+    text = "pictures made elsewhere, whose file stem starts with the original's "
+    text += "(with several sets: DIR/NAME)"
+    source.add_argument("--predictions", type=Path, metavar="DIR", help=text)
     several = "there as PNG (with several sets: in DIR/NAME)"
     add("--save", type=Path, metavar="DIR", help=f"write the restored pictures {several}")
     add("--save-inputs", type=Path, metavar="DIR", help=f"write the degraded inputs {several}")
-    add("--json", metavar="FILE|-", help="write the results there; - is standard output")
-    add(
-        "--tile",
-        type=int,
-        metavar="N",
-        help="side of a tile in low-quality pixels (default: whole pictures; halved when memory "
-        "runs out)",
-    )
-    eight = "average the network over 8 flips and rotations: 8 times slower"
-    add("--ensemble", action="store_true", help=eight)
+    cli.add_json(parser, "the results")
+    text = "side of a tile in low-quality pixels (default: whole pictures; halved when memory "
+    text += "runs out)"
+    add("--tile", type=int, metavar="N", help=text)
+    text = "average the network over 8 flips and rotations: 8 times slower"
+    add("--ensemble", action="store_true", help=text)
     add("--seed", type=int, default=0, help="seed of the noise (default: 0)")
-    add(
-        "--precision",
-        choices=PRECISIONS,
-        default="fp32",
-        help="number format of the network; auto: the device's fastest (default: fp32)",
-    )
+    text = "number format of the network; auto: the device's fastest (default: fp32)"
+    add("--precision", choices=PRECISIONS, default="fp32", help=text)
     text = "car: the input and predictions are colour JPEGs, scored on RGB, as colour networks are"
     add("--colour", action="store_true", help=text)
-    own = "car: project the answer onto the file's quantisation cells, as acla.restore does"
-    add("--project", action="store_true", help=f"{own}; another protocol than the papers'")
+    text = "car: project the answer onto the file's quantisation cells, as acla.restore does; "
+    text += "another protocol than the papers'"
+    add("--project", action="store_true", help=text)
     cli.add_common_flags(parser)
     return parser.parse_args(argv)
 
@@ -123,18 +108,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def check(args: argparse.Namespace) -> None:
     """Refuse impossible flags before any work is done. Raises UsageError."""
     check_tile(args.tile)
-    if args.ensemble and (args.baseline or args.predictions):
-        raise UsageError("--ensemble needs a network: leave out --baseline and --predictions")
-    if args.precision != "fp32" and (args.baseline or args.predictions):
-        raise UsageError("--precision needs a network: leave out --baseline and --predictions")
+    of_network = {"ensemble": args.ensemble, "project": args.project}
+    of_network |= {"precision": args.precision != "fp32"}
+    no_network = args.baseline or args.predictions
+    for name, given in of_network.items():
+        if given and no_network:
+            raise UsageError(f"--{name} needs a network: leave out --baseline and --predictions")
     if args.predictions and args.save:
         raise UsageError("--save has nothing to write with --predictions")
     if args.predictions and not args.predictions.is_dir():
         raise UsageError(f"--predictions {args.predictions}: there is no such folder")
-    if args.colour and not (args.baseline or args.predictions):
+    if args.colour and not no_network:
         raise UsageError("--colour goes with --baseline or --predictions; a network has its colour")
-    if args.project and (args.baseline or args.predictions):
-        raise UsageError("--project needs a network: leave out --baseline and --predictions")
     check_json(args.json)
 
 
@@ -288,12 +273,7 @@ def make_folders(args: argparse.Namespace, name: str, sets: dict[str, list[Path]
 
 
 def score_set(
-    method: Method,
-    task: Task,
-    paths: list[Path],
-    folders: Folders,
-    seed: int,
-    processes: Processes,
+    method: Method, task: Task, paths: list[Path], folders: Folders, seed: int, processes: Processes
 ) -> list[dict[str, Any]]:
     """A row for each picture; processes divide the pictures."""
     rows = {}

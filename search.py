@@ -66,9 +66,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser(None, __doc__)
     cli.add_run_flags(parser, OUT, "search")
     add = parser.add_argument_group("Choosing λ, and several searches").add_argument
     text = "λ of Eq. 14, the weight of log cost, 0 or more; auto: by cross-validation on 20 %% of "

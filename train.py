@@ -55,53 +55,28 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser(None, __doc__)
     cli.add_run_flags(parser, OUT, "run")
-    parser.add_argument(
-        "--arch",
-        metavar="paper|none|FILE",
-        help="positions of the attention: the paper's, none, or those in a file of search.py "
-        f"(default: {SEARCHED} if it exists, else paper)",
-    )
-    parser.add_argument(
-        "--budget",
-        type=float,
-        metavar="X",
-        help="of a front in --arch FILE, the best network of at most X multiply-adds of attention "
-        "for a 48×48 picture (default: the search's choice)",
-    )
-    parser.add_argument(
-        "--init-supernet",
-        action="store_true",
-        default=None,
-        help="begin with the supernet's weights, the search's model.safetensors beside arch.json",
-    )
+    add = parser.add_argument
+    text = "positions of the attention: the paper's, none, or those in a file of search.py "
+    text += f"(default: {SEARCHED} if it exists, else paper)"
+    add("--arch", metavar="paper|none|FILE", help=text)
+    text = "of a front in --arch FILE, the best network of at most X multiply-adds of attention "
+    text += "for a 48×48 picture (default: the search's choice)"
+    add("--budget", type=float, metavar="X", help=text)
+    text = "begin with the supernet's weights, the search's model.safetensors beside arch.json"
+    add("--init-supernet", action="store_true", default=None, help=text)
     cli.add_alias(parser, "--inherit", "init_supernet", action="store_true")
-    parser.add_argument(
-        "--init",
-        metavar="FILE",
-        help="begin with the weights of a trained network of the same backbone; attention modules "
-        "that it lacks are new, and change nothing at first (except se and acla+se)",
-    )
-    parser.add_argument(
-        "--describe",
-        action="store_true",
-        default=None,
-        help="print the network's size and stop",
-    )
-    parser.add_argument(
-        "--log",
-        action="store_true",
-        help="write the log for TensorBoard too, to --out/tensorboard (extra `log`)",
-    )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        help="processes that prepare patches ahead; they change no bit of the result (default: 0 "
-        "on a CPU, up to 4 on a GPU)",
-    )
+    text = "begin with the weights of a trained network of the same backbone; attention modules "
+    text += "that it lacks are new, and change nothing at first (except se and acla+se)"
+    add("--init", metavar="FILE", help=text)
+    text = "print the network's size and stop"
+    add("--describe", action="store_true", default=None, help=text)
+    text = "write the log for TensorBoard too, to --out/tensorboard (extra `log`)"
+    add("--log", action="store_true", help=text)
+    text = "processes that prepare patches ahead; they change no bit of the result (default: 0 "
+    text += "on a CPU, up to 4 on a GPU)"
+    add("--workers", type=int, help=text)
     cli.add_flags(parser, TrainConfig)
     cli.add_flags(parser, ModelConfig)
     return parser.parse_args(argv)

@@ -25,7 +25,7 @@ from numpy._core.multiarray import scalar
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from acla.cli import run
+from acla import cli
 from acla.config import ModelConfig, Task
 from acla.console import say
 from acla.errors import CheckpointError, UsageError
@@ -231,7 +231,7 @@ def to_unit_range(network: Backbone) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m acla.checkpoint")
+    parser = cli.parser("acla.checkpoint", __doc__)
     commands = parser.add_subparsers(required=True, dest="command", metavar="import|half")
     published = f"convert a published PyTorch file to a model file: {SUPPORTED}"
     half = "store a model file's weights in float16, at half the size; they are read as float32"
@@ -243,7 +243,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         command.add_argument("file", type=Path, metavar="FILE", help=kind)
         text = "the file to write, .safetensors"
         command.add_argument("out", type=Path, metavar="OUT", help=text)
-        command.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
+        cli.add_overwrite(command, "OUT")
     command = commands.choices["import"]
     text = "the network's task: all supported ones enlarge"
     command.add_argument("--task", choices=("sr",), default="sr", help=text)
@@ -256,8 +256,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if os.path.realpath(args.file) == os.path.realpath(args.out):
         raise UsageError(f"{args.file} and {args.out} are the same; OUT needs a place of its own")
-    if os.path.lexists(args.out) and not args.overwrite:
-        raise UsageError(f"{args.out} is there already; --overwrite replaces it")
+    cli.check_output(args.out, args.overwrite)
     if args.command == "half":
         whole = load_model(args.file)
         model, config, task, info = whole.model.half(), whole.config, whole.task, whole.info
@@ -276,4 +275,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

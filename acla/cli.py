@@ -29,42 +29,60 @@ from acla.kernels import available_backends, why_not
 DEVICES = ("auto", "cpu", "cuda")
 
 
-def parser(module: str, description: str | None, **more: Any) -> argparse.ArgumentParser:
-    """The empty parser of `python -m module`; the line breaks of its description stay."""
+def parser(module: str | None, description: str | None, **more: Any) -> argparse.ArgumentParser:
+    """The empty parser of `python -m module`, or of a script; the line breaks of its description
+    stay."""
     keep = argparse.RawDescriptionHelpFormatter
-    prog = f"python -m {module}"
+    prog = f"python -m {module}" if module else None
     return argparse.ArgumentParser(prog, description=description, formatter_class=keep, **more)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    text = "where to compute (default: auto)"
+    parser.add_argument("--device", choices=DEVICES, default="auto", help=text)
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
     """--device and --data, common to every script."""
-    parser.add_argument(
-        "--device", choices=DEVICES, default="auto", help="where to compute (default: auto)"
-    )
-    parser.add_argument(
-        "--data",
-        type=Path,
-        metavar="DIR",
-        default=os.environ.get("ACLA_DATA") or None,
-        help="folder that holds the sets of pictures (default: the variable ACLA_DATA)",
-    )
+    add_device(parser)
+    text = "folder that holds the sets of pictures (default: the variable ACLA_DATA)"
+    default = os.environ.get("ACLA_DATA") or None
+    parser.add_argument("--data", type=Path, metavar="DIR", default=default, help=text)
+
+
+def add_json(parser: argparse.ArgumentParser, what: str) -> None:
+    """--json, the file that `console.publish` writes."""
+    text = f"write {what} there; - is standard output"
+    parser.add_argument("--json", metavar="FILE|-", help=text)
+
+
+def add_overwrite(parser: argparse.ArgumentParser, name: str) -> None:
+    """--overwrite, for `check_output`."""
+    parser.add_argument("--overwrite", action="store_true", help=f"replace {name} if it is there")
+
+
+def check_output(path: Path, overwrite: bool, *suffixes: str) -> None:
+    """Refuse a file to write that has another suffix, no folder, or is there. Raises UsageError."""
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise UsageError(f"{path}: the name must end in {' or '.join(suffixes)}")
+    if not path.parent.is_dir():
+        raise UsageError(f"{path}: there is no folder {path.parent}")
+    if os.path.lexists(path) and not overwrite:
+        raise UsageError(f"{path} is there already; --overwrite replaces it")
 
 
 def add_run_flags(parser: argparse.ArgumentParser, out: Path, name: str) -> None:
     """The flags of a script that begins or resumes a run, called `name` in --help, in a folder, by
     default `out`: the common ones, the task, the preset, the folder."""
     add_common_flags(parser)
-    parser.add_argument(
-        "--preset",
-        choices=PRESETS,
-        help="network size and schedule (default: paper on a GPU, else tiny)",
-    )
+    add = parser.add_argument
+    text = "network size and schedule (default: paper on a GPU, else tiny)"
+    add("--preset", choices=PRESETS, help=text)
     add_task_flags(parser)
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", default=out, help=f"folder of the run (default: {out})"
-    )
-    parser.add_argument("--resume", action="store_true", help=f"go on with the {name} in --out")
-    parser.add_argument("--epochs", type=int, help="length in epochs instead of --steps")
+    text = f"folder of the run (default: {out})"
+    add("--out", type=Path, metavar="DIR", default=out, help=text)
+    add("--resume", action="store_true", help=f"go on with the {name} in --out")
+    add("--epochs", type=int, help="length in epochs instead of --steps")
 
 
 def notice_sample(args: argparse.Namespace) -> None:

@@ -264,24 +264,15 @@ class TrainConfig:
         choices=AMP_FORMATS,
         shown="bf16",
     )
-    clip: float = option(
-        0.0,
-        "clip the gradient to this norm; 0: off",
-        NOT_NEGATIVE,
-        shown="off",
-    )
+    clip: float = option(0.0, "clip the gradient to this norm; 0: off", NOT_NEGATIVE, shown="off")
     compile: bool = option(
-        False,
-        "run the network through torch.compile; weights differ in bits",
-        shown="off",
+        False, "run the network through torch.compile; weights differ in bits", shown="off"
     )
     cuda_graph: bool = option(
         False, "on a GPU, replay the training step as one CUDA graph", shown="off"
     )
     ema: bool = option(
-        False,
-        "validate and save an exponential average of the weights (decay 0.999)",
-        shown="off",
+        False, "validate and save an exponential average of the weights (decay 0.999)", shown="off"
     )
     offset_lr_mult: float = option(
         1.0, "factor on the learning rate of the attention's offsets and weights", POSITIVE

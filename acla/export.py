@@ -148,16 +148,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.parser("acla.export", __doc__)
     parser.add_argument("file", type=Path, metavar="FILE", help="a model file, .safetensors")
     parser.add_argument("out", type=Path, metavar="OUT", help="the file to write, .onnx")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
+    cli.add_overwrite(parser, "OUT")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    if args.out.suffix.lower() != ".onnx":
-        raise UsageError(f"{args.out}: the file to write must end in .onnx")
-    if args.out.exists() and not args.overwrite:
-        raise UsageError(f"{args.out} is there already; --overwrite replaces it")
+    cli.check_output(args.out, args.overwrite, ".onnx")
     network = load_model(args.file)
     try:
         import onnxruntime  # noqa: F401

@@ -145,7 +145,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--crop", type=int, metavar="N", help="PSNR of the middle N pixels alone (default: all)")
     add("--side", type=int, default=192, help="of the tile that is timed (default: 192)")
     add("--seconds", type=float, default=60, help="least time for each count of cores (default 60)")
-    add("--json", metavar="FILE|-", help="write the rows there; - is standard output")
+    cli.add_json(parser, "the rows")
     return parser.parse_args(argv)
 
 

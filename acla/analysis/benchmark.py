@@ -275,12 +275,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.parser("acla.analysis.benchmark", __doc__)
     add_flags(parser)
     parser.add_argument("--only", choices=PARTS, help="one part (default: all four)")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="of attention's features; bfloat16 by automatic mixed precision (default: float32)",
-    )
+    text = "of attention's features; bfloat16 by automatic mixed precision (default: float32)"
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help=text)
     return parser.parse_args(argv)
 
 

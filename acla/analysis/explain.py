@@ -13,13 +13,7 @@ from torch.nn import functional as F
 
 from acla import cli, console
 from acla.analysis import plots
-from acla.analysis.attribution import (
-    Observed,
-    Scene,
-    diffusion_index,
-    local_attribution,
-    observe,
-)
+from acla.analysis.attribution import Observed, Scene, diffusion_index, local_attribution, observe
 from acla.analysis.figures import write_figures
 from acla.config import Task
 from acla.data.degradations import draw_setting, generator_for, pair
@@ -185,11 +179,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     text = "of larger pictures N restored pixels a side are looked at (default: 256)"
     add("--crop", type=int, default=256, metavar="N", help=text)
     add("--out", type=Path, metavar="DIR", help="write figures there")
-    text = "write the numbers there; - is standard output"
-    add("--json", metavar="FILE|-", help=text)
-    add("--overwrite", action="store_true", help="replace figures that are there")
-    text = "where to compute (default: auto)"
-    add("--device", choices=cli.DEVICES, default="auto", help=text)
+    cli.add_json(parser, "the numbers")
+    cli.add_overwrite(parser, "a figure")
+    cli.add_device(parser)
     args = parser.parse_args(argv)
     if args.steps < 1:
         raise UsageError(f"--steps must be above 0, not {args.steps}")

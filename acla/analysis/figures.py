@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from acla import console
+from acla.analysis import plots
 from acla.analysis.attribution import Keys, Observed, Scene, diffusion_index
 
 DRAWN = 6  # insert positions in keys.png; more would be too small to read
@@ -117,6 +118,5 @@ def write_figures(
     if observed.branches:
         figures["branches"] = draw_branches(pyplot, observed.branches)
     for name, figure in figures.items():
-        figure.savefig(folder / f"{name}.png", dpi=110)
-        pyplot.close(figure)
+        plots.save(figure, folder / f"{name}.png")
         console.notice(console.printable(f"written: {folder / name}.png"))

@@ -27,8 +27,6 @@ from acla.restore.photo import Photo
 TEMPLATE = Path(__file__).with_name("gallery.html")
 LIMIT = 256 << 20  # bytes of all pictures as the page holds them; making it takes four times that
 MIME = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}  # every browser's
-
-
 NOTICED = 0.4  # mean change in levels, about twice what rounding RGB makes of no change
 REGION = 256  # side of the region that changed most, in pixels
 
@@ -194,20 +192,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("before", type=Path, metavar="BEFORE", help="a photo, or a folder of them")
     parser.add_argument("after", type=Path, metavar="AFTER", help="the same, restored")
     parser.add_argument("out", type=Path, metavar="OUT.html", help="the page to write")
-    parser.add_argument(
-        "--log",
-        type=Path,
-        metavar="FILE",
-        help="what acla.restore printed, with the models",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace a page that is there")
+    text = "what acla.restore printed, with the models"
+    parser.add_argument("--log", type=Path, metavar="FILE", help=text)
+    cli.add_overwrite(parser, "OUT.html")
     args = parser.parse_args(argv)
-    if args.out.suffix.lower() not in (".html", ".htm"):
-        raise UsageError(f"{args.out}: the name of the page must end in .html")
-    if not args.out.parent.is_dir():
-        raise UsageError(f"{args.out}: there is no folder {args.out.parent}")
-    if args.out.exists() and not args.overwrite:
-        raise UsageError(f"{args.out} is there already; --overwrite replaces it")
+    cli.check_output(args.out, args.overwrite, ".html", ".htm")
     return args
 
 

@@ -38,8 +38,7 @@ def draw(folders: list[Path], out: Path, truth: Path | None = None) -> None:
     if all(front_of(folder) for folder in folders):
         figure, axis = pyplot.subplots(figsize=(6, 4), layout="constrained")
         draw_fronts(axis, folders, truth)
-        figure.savefig(out, dpi=110)
-        pyplot.close(figure)
+        save(figure, out)
         return
     logs = [read_log(folder) for folder in folders]
     figure, axes = pyplot.subplots(
@@ -54,8 +53,7 @@ def draw(folders: list[Path], out: Path, truth: Path | None = None) -> None:
         trade.plot("cost", "val_psnr", "o-", data=log, lw=0.8, markevery=[-1], label=folder.name)
     trade.set(xlabel=COST, ylabel="validation PSNR (dB)")
     trade.legend()
-    figure.savefig(out, dpi=110)
-    pyplot.close(figure)
+    save(figure, out)
 
 
 def front_of(folder: Path) -> tuple[Candidate, ...]:
@@ -119,8 +117,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, metavar="FILE", help="picture to write (default: DIR/search.png)")
     args = parser.parse_args(argv)
     args.out = args.out or args.folders[0] / "search.png"
-    if args.out.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise UsageError(f"--out {args.out}: the name must end in .png, .svg or .pdf")
+    cli.check_output(args.out, True, ".png", ".svg", ".pdf")
     return args
 
 
@@ -140,6 +137,12 @@ def require_pyplot() -> Any:
     from matplotlib import pyplot
 
     return pyplot
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure, and close it."""
+    figure.savefig(path, dpi=110)
+    require_pyplot().close(figure)
 
 
 if __name__ == "__main__":

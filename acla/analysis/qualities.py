@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from acla import cli, console
-from acla.analysis.plots import require_pyplot
+from acla.analysis import plots
 from acla.data.datasets import find_set
 from acla.data.image import load, luma, to_levels, to_rgb
 from acla.data.metrics import psnr
@@ -32,10 +32,7 @@ def measure(clean: dict[str, Tensor], quality: int, flags: list[str], rgb: bool)
         low.mkdir()
         for name, picture in clean.items():
             Image.fromarray(to_levels(picture)).save(low / f"{name}.jpg", quality=quality)
-        with (
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             restore.main([str(low), str(high), "--suffix", ".png", *flags])
         return {
             "quality": quality,
@@ -77,8 +74,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def draw(rows: list[dict[str, Any]], path: Path, rgb: bool) -> None:
     """Gain over quality: the mean, and the range of all pictures."""
-    pyplot = require_pyplot()
-    figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    figure, axis = plots.require_pyplot().subplots(figsize=(7, 4), layout="constrained")
     at = [row["quality"] for row in rows]
     own = [gains(row) for row in rows]
     axis.fill_between(at, list(map(min, own)), list(map(max, own)), alpha=0.25, label="pictures")
@@ -86,26 +82,22 @@ def draw(rows: list[dict[str, Any]], path: Path, rgb: bool) -> None:
     axis.axhline(0, color="black", lw=0.8)
     axis.set(xlabel="JPEG quality", ylabel=f"gain over the file (dB, {'RGB' if rgb else 'Y'})")
     axis.legend()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    plots.save(figure, path)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.parser("acla.analysis.qualities", __doc__)
-    parser.add_argument("--dataset", required=True, metavar="NAME[,NAME...]", help="sets")
-    parser.add_argument(
-        "--q", type=int, nargs="+", default=[*range(5, 100, 5)], help="(default: 5 10 … 95)"
-    )
-    parser.add_argument("--crop", type=int, metavar="N", help="of the middle alone (default: all)")
-    parser.add_argument(
-        "--project", action=argparse.BooleanOptionalAction, default=True, help="as of acla.restore"
-    )
-    parser.add_argument("--rgb", action="store_true", help="PSNR of RGB, not of Y")
-    parser.add_argument(
-        "--checkpoint", type=Path, metavar="FILE", help="the network (default: as acla.restore)"
-    )
-    parser.add_argument("--json", metavar="FILE|-", help="write the PSNR of every picture there")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="write the figure there")
+    add = parser.add_argument
+    add("--dataset", required=True, metavar="NAME[,NAME...]", help="sets")
+    add("--q", type=int, nargs="+", default=[*range(5, 100, 5)], help="(default: 5 10 … 95)")
+    add("--crop", type=int, metavar="N", help="of the middle alone (default: all)")
+    yes_or_no = argparse.BooleanOptionalAction
+    add("--project", action=yes_or_no, default=True, help="as of acla.restore")
+    add("--rgb", action="store_true", help="PSNR of RGB, not of Y")
+    text = "the network (default: as acla.restore)"
+    add("--checkpoint", type=Path, metavar="FILE", help=text)
+    cli.add_json(parser, "the PSNR of every picture")
+    add("--plot", type=Path, metavar="FILE", help="write the figure there")
     cli.add_common_flags(parser)
     return parser.parse_args(argv)
 
@@ -114,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     console.check_json(args.json)
     if args.plot:
-        require_pyplot()
+        plots.require_pyplot()
     clean = {
         f"{name}-{path.stem}": middle(load(path), args.crop)
         for name in args.dataset.split(",")

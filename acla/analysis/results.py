@@ -326,14 +326,14 @@ def pictures_table(groups: list[list[Run]]) -> str:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.parser("acla.analysis.results", __doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="compare|scores")
-    add = commands.add_parser("compare", help="runs of train.py, seeds together").add_argument
+    compare = commands.add_parser("compare", help="runs of train.py, seeds together")
+    add = compare.add_argument
     text = f"a folder of train.py, with evaluate.py's --json RUN/{SCORES}, or a file of --json; "
     text += "gains are over the first one's row"
     add("paths", nargs="+", type=Path, metavar="RUN_OR_FILE", help=text)
     text = "a second table: the gain of every picture, the highest of the last row first"
     add("--pictures", action="store_true", help=text)
-    text = "store the runs' figures there; - is standard output"
-    add("--json", metavar="FILE|-", help=text)
+    cli.add_json(compare, "the runs' figures")
     add = commands.add_parser("scores", help="scores beside the published ones").add_argument
     add("paths", nargs="+", type=Path, metavar="FILE", help="of evaluate.py --json")
     text = "PSNR in dB or SSIM (default: psnr)"

@@ -204,7 +204,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     text = "also time one picture through every network and its backbone, in turns; at the "
     text += "paper's size about a minute a table on a CPU, and up to 2 GB"
     add("--time", action="store_true", help=text)
-    add("--device", choices=cli.DEVICES, default="auto", help="where to time (default: auto)")
+    cli.add_device(parser)
     return parser.parse_args(argv)
 
 

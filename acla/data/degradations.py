@@ -182,10 +182,7 @@ def draw_setting(task: Task, generator: torch.Generator | None) -> float:
 
 
 def pair(
-    clean: Tensor,
-    task: Task,
-    generator: torch.Generator | None = None,
-    channels: int | None = None,
+    clean: Tensor, task: Task, generator: torch.Generator | None = None, channels: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """(degraded [c, h, w], target [c, h·scale, w·scale]) of a clean picture [1 or 3, H, W] in 0..1.
 
@@ -202,10 +199,7 @@ def pair(
 
 
 def untouched(
-    clean: Tensor,
-    task: Task,
-    generator: torch.Generator | None = None,
-    channels: int | None = None,
+    clean: Tensor, task: Task, generator: torch.Generator | None = None, channels: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """(prediction, target) with the input as the prediction: the first row of the papers' tables.
 

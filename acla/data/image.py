@@ -5,7 +5,6 @@ A picture is float32 [C, H, W] in 0..1, unless a docstring says levels (0..255 o
 
 import io
 import logging
-import os
 import struct
 import warnings
 import zlib
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from acla.data.deep_colour import is_deep_colour, read_deep
 from acla.errors import PictureError
+from acla.files import write_atomically
 
 FORMATS = {
     ".png": "PNG",
@@ -130,22 +130,26 @@ def save(image: Tensor, path: str | Path) -> None:
 
 
 def write(picture: Image.Image, path: str | Path, **options: object) -> None:
-    """Write a Pillow picture whole or not at all: to a temporary file, which is then renamed.
+    """Write a Pillow picture whole or not at all.
 
     `options` go to Pillow (quality, exif, icc_profile …). Raises PictureError, which names the
     file.
     """
-    path = Path(path)
-    if path.suffix.lower() not in FORMATS:
-        raise PictureError(f"{path}: unknown suffix {path.suffix!r}; known: {', '.join(SUFFIXES)}")
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    path, file = Path(path), io.BytesIO()
+    kind = format_of(path)
     try:
-        picture.save(part, format=FORMATS[path.suffix.lower()], **options)
-        os.replace(part, path)
+        picture.save(file, format=kind, **options)
+        write_atomically(path, file.getvalue())
     except BROKEN as error:
         raise PictureError(f"{path}: cannot be written ({one_line(error)})") from error
-    finally:
-        part.unlink(missing_ok=True)
+
+
+def format_of(path: Path) -> str:
+    """Pillow's format for a suffix. Raises PictureError, which names the file."""
+    kind = FORMATS.get(path.suffix.lower())
+    if kind is None:
+        raise PictureError(f"{path}: unknown suffix {path.suffix!r}; known: {', '.join(SUFFIXES)}")
+    return kind
 
 
 def one_line(error: Exception) -> str:

@@ -14,6 +14,7 @@ Attention over all positions needs memory that grows with N, or with N·(H + W) 
 attention is trained, never with N²."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -49,12 +50,7 @@ class NonLocal(nn.Module):
         self.output = zero_linear(inner, width)
 
     def forward(
-        self,
-        query: Tensor,
-        rows: Sequence[Tensor],
-        gates: Tensor | None = None,
-        seeds: Tensor | None = None,
-        temperature: float = 1.0,
+        self, query: Tensor, rows: Sequence[Tensor], gates: Tensor | None = None, *unused: object
     ) -> tuple[Tensor, Tensor]:
         """Arguments and results: see the module docstring."""
         H, W = query.shape[2:]
@@ -103,12 +99,7 @@ class MultiHeadAttention(nn.Module):
         nn.init.normal_(self.horizontal, std=per_head**-0.5)
 
     def forward(
-        self,
-        query: Tensor,
-        rows: Sequence[Tensor],
-        gates: Tensor | None = None,
-        seeds: Tensor | None = None,
-        temperature: float = 1.0,
+        self, query: Tensor, rows: Sequence[Tensor], *unused: object
     ) -> tuple[Tensor, Tensor]:
         """Arguments and results: see the module docstring."""
         H, W = query.shape[2:]
@@ -174,12 +165,7 @@ class SqueezeExcitation(nn.Module):
         self.excite = nn.Linear(inner, width)
 
     def forward(
-        self,
-        query: Tensor,
-        rows: Sequence[Tensor],
-        gates: Tensor | None = None,
-        seeds: Tensor | None = None,
-        temperature: float = 1.0,
+        self, query: Tensor, rows: Sequence[Tensor], *unused: object
     ) -> tuple[Tensor, Tensor]:
         """Arguments and results: see the module docstring."""
         s = self.excite(self.squeeze(query.mean((2, 3))).relu()).sigmoid()
@@ -195,17 +181,10 @@ class SqueezedAttention(CrossLayerAttention):
         self.excitation = SqueezeExcitation(width)
 
     def forward(
-        self,
-        query: Tensor,
-        rows: Sequence[Tensor],
-        gates: Tensor | None = None,
-        seeds: Tensor | None = None,
-        temperature: float = 1.0,
-        maps: Sequence[Tensor] | None = None,
-        counts: bool = True,
+        self, query: Tensor, rows: Sequence[Tensor], *others: Any, **named: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Arguments and results: see the module docstring."""
-        added, kept = super().forward(query, rows, gates, seeds, temperature, maps, counts)
+        added, kept = super().forward(query, rows, *others, **named)
         return added + self.excitation(query + added, rows)[0], kept
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from acla.cli import DEVICES, add_task_flags, pick_device, run, task_from_flags
+from acla import cli
 from acla.config import SETTING_FLAG, Task
 from acla.console import notice, plural, printable, say
 from acla.data.image import FORMATS
@@ -39,57 +39,32 @@ BLIND = Task("denoise", 0, 55)  # without --sigma
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m acla.restore", description=__doc__)
-    parser.add_argument("source", type=Path, metavar="IN", help="a photo, or a folder of them")
-    parser.add_argument(
-        "out", metavar="OUT", help="the file to write, whose suffix names its format, or a folder"
-    )
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="FILE",
-        help="the network (default: a pretrained model, by --task, the JPEG's quality and --sigma)",
-    )
-    add_task_flags(parser, "the network's")
-    parser.add_argument(
-        "--tile",
-        type=int,
-        metavar="N",
-        help=f"side of a tile in low-quality pixels (default: {TILE[1]} for photos of more than "
-        f"{TILE[1]}×{TILE[1]} pixels, less for super-resolution)",
-    )
-    parser.add_argument(
-        "--ensemble", action="store_true", help="average over 8 flips and rotations: 8 times slower"
-    )
-    parser.add_argument(
-        "--compare",
-        action="store_true",
-        help="also restore without tiles, whatever memory that needs, and print the difference",
-    )
-    parser.add_argument(
-        "--project",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="keep a JPEG's answer within what the file says of its photo (default: yes, unless "
-        "--q names another quality than the file's)",
-    )
-    parser.add_argument(
-        "--precision",
-        choices=PRECISIONS,
-        default="auto",
-        help="number format of the network (default: auto, the device's fastest)",
-    )
+    parser = cli.parser("acla.restore", __doc__)
+    add = parser.add_argument
+    add("source", type=Path, metavar="IN", help="a photo, or a folder of them")
+    text = "the file to write, whose suffix names its format, or a folder"
+    add("out", metavar="OUT", help=text)
+    text = "the network (default: a pretrained model, by --task, the JPEG's quality and --sigma)"
+    add("--checkpoint", type=Path, metavar="FILE", help=text)
+    cli.add_task_flags(parser, "the network's")
+    text = f"side of a tile in low-quality pixels (default: {TILE[1]} for photos of more than "
+    text += f"{TILE[1]}×{TILE[1]} pixels, less for super-resolution)"
+    add("--tile", type=int, metavar="N", help=text)
+    text = "average over 8 flips and rotations: 8 times slower"
+    add("--ensemble", action="store_true", help=text)
+    text = "also restore without tiles, whatever memory that needs, and print the difference"
+    add("--compare", action="store_true", help=text)
+    text = "keep a JPEG's answer within what the file says of its photo (default: yes, unless "
+    text += "--q names another quality than the file's)"
+    add("--project", action=argparse.BooleanOptionalAction, default=True, help=text)
+    text = "number format of the network (default: auto, the device's fastest)"
+    add("--precision", choices=PRECISIONS, default="auto", help=text)
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace files that are there")
-    existing.add_argument(
-        "--skip-existing", action="store_true", help="leave out photos whose result is there"
-    )
-    parser.add_argument(
-        "--suffix", metavar=".png", help="of the files written (default: as the names say)"
-    )
-    parser.add_argument(
-        "--device", choices=DEVICES, default="auto", help="where to compute (default: auto)"
-    )
+    text = "leave out photos whose result is there"
+    existing.add_argument("--skip-existing", action="store_true", help=text)
+    add("--suffix", metavar=".png", help="of the files written (default: as the names say)")
+    cli.add_device(parser)
     return parser.parse_args(argv)
 
 
@@ -98,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     check_tile(args.tile)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UsageError("photos are restored in one process: python, not torchrun")
-    task = task_from_flags(args)
+    task = cli.task_from_flags(args)
     args.asked = bool(task or args.checkpoint)
     if task and task.until:
         flag = SETTING_FLAG[task.name]
@@ -107,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     if task and task.name == "denoise" and args.task_sigma is None:
         task = BLIND
-    models = PretrainedModels(args.checkpoint, task, pick_device(args.device))
+    models = PretrainedModels(args.checkpoint, task, cli.pick_device(args.device))
     keep_memory(models.device)
     check_ensemble(args.ensemble, models.task)
     jobs = find_jobs(args.source, args.out, args.suffix, args.overwrite, args.skip_existing)
@@ -250,7 +225,7 @@ def difference(
     return f"tiles move {apart.max()} of {top} levels at most, {apart.mean():.2g} on average"
 
 
-command = functools.partial(run, main)  # acla-restore
+command = functools.partial(cli.run, main)  # acla-restore
 
 if __name__ == "__main__":
     command()

@@ -18,7 +18,7 @@ from acla.data.image import (
     BROKEN,
     FORMATS,
     GRAY_MODES,
-    SUFFIXES,
+    format_of,
     one_line,
     opened,
     to_array,
@@ -261,10 +261,7 @@ def sized_exif(exif: bytes, width: int, height: int, notices: list[str]) -> byte
         data = Image.Exif()
         data.load(exif)
         part = data.get_ifd(ExifTags.IFD.Exif)
-        sizes = {
-            ExifTags.Base.ExifImageWidth: width,
-            ExifTags.Base.ExifImageHeight: height,
-        }
+        sizes = {ExifTags.Base.ExifImageWidth: width, ExifTags.Base.ExifImageHeight: height}
         if not part.keys() & sizes.keys():
             return exif
         part.update({tag: size for tag, size in sizes.items() if tag in part})
@@ -295,13 +292,6 @@ def copy(source: Path, path: Path) -> Photo:
     return own
 
 
-def check_suffix(path: Path) -> None:
-    """Raise PictureError for a suffix that names no format."""
-    if path.suffix.lower() not in FORMATS:
-        known = ", ".join(SUFFIXES)
-        raise PictureError(f"{path}: unknown suffix {path.suffix!r}; known: {known}")
-
-
 def in_8_bits(levels: np.ndarray) -> np.ndarray:
     """Levels uint8 as they are, and uint16 rounded to uint8."""
     if levels.dtype == np.uint8:
@@ -315,8 +305,7 @@ def save(photo: Photo, path: Path) -> None:
     A photo in `ycc` can become a JPEG alone. What the format cannot hold is dropped, with a notice
     in the photo's list. Raises PictureError, which names the file.
     """
-    check_suffix(path)
-    kind = FORMATS[path.suffix.lower()]
+    kind = format_of(path)
     levels, alpha = photo.levels, photo.alpha
     if kind in ("JPEG", "BMP"):
         if alpha is not None:

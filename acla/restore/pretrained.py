@@ -18,7 +18,7 @@ REACH = 5  # a model for one setting serves those this near: papers train at 10,
 
 
 @dataclass(frozen=True)
-class Candidate:
+class ModelFile:
     """A model file, its task and the channels of its pictures."""
 
     path: Path
@@ -59,7 +59,7 @@ class PretrainedModels:
         network = self.load(checkpoint)
         if task and (task.name, task.scale) != (network.task.name, network.task.scale):
             raise UsageError(f"{checkpoint} was trained for {network.task}, not for {task}")
-        self.candidates = [Candidate(checkpoint, network.task, network.config.channels)]
+        self.candidates = [ModelFile(checkpoint, network.task, network.config.channels)]
 
     @property
     def task(self) -> Task:
@@ -96,14 +96,14 @@ class PretrainedModels:
         return Choice(chosen.path, self.load(chosen.path), "" if self.named else reason, notice)
 
 
-def candidates_for(task: Task, channels: int | None) -> list[Candidate]:
+def candidates_for(task: Task, channels: int | None) -> list[ModelFile]:
     """The pretrained models for a task, of every quality or noise level. Raises UsageError where
     there is none."""
     folder = next((folder for folder in FOLDERS if folder.is_dir()), FOLDERS[-1])
     shipped = []
     for path in sorted(folder.glob("*.safetensors")):
         config, trained, _ = read_header(path)
-        shipped.append(Candidate(path, trained, config.channels))
+        shipped.append(ModelFile(path, trained, config.channels))
     fitting = [
         one
         for one in shipped
@@ -122,13 +122,13 @@ def candidates_for(task: Task, channels: int | None) -> list[Candidate]:
     )
 
 
-def breadth(candidate: Candidate, colour: bool) -> tuple[bool, float]:
+def breadth(candidate: ModelFile, colour: bool) -> tuple[bool, float]:
     """Sort key of a model where the setting is not known: the kind of picture, the range."""
     return (candidate.channels == 3) == colour, candidate.task.until - candidate.task.setting
 
 
 def preference(
-    candidate: Candidate, setting: float, colour: bool
+    candidate: ModelFile, setting: float, colour: bool
 ) -> tuple[float, bool, bool, float]:
     """Sort key of a model for a setting: the distance beyond a range, or beyond REACH of a setting,
     the other kind of picture, one setting within its reach before a range, the distance."""

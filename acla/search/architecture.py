@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from acla.cli import task_from_flags
 from acla.config import ATTENTIONS, PAPER_POSITIONS, ModelConfig, Task, from_dict, model_preset
-from acla.errors import NOT_VALID, AclaError, UsageError
+from acla.errors import AclaError, UsageError, reading
 from acla.models.cost import full_attention_flops
 
 EVEN = 4  # modules at evenly spread positions
@@ -87,8 +87,10 @@ class Architecture:
 
 def read_architecture(path: Path) -> Architecture:
     """Read an arch.json. Raises AclaError with the file and what is wrong."""
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    if not path.is_file():
+        raise AclaError(f"{path}: there is no such file; search.py writes one")
+    with reading(path, "a valid arch.json"):
+        values = json.loads(path.read_text(encoding="utf-8"))
         task = Task(values["task"], values["setting"], values.get("until", 0))
         model = from_dict(ModelConfig, values["model"])
         for name in REPEATED:
@@ -99,10 +101,6 @@ def read_architecture(path: Path) -> Architecture:
         patch, evidence = int(values["patch"]), dict(values.get("evidence", {}))
         front = tuple(map(Candidate.from_dict, values.get("front", ())))
         return Architecture(task, model, lam, seed, alpha, cost, patch, evidence, front)
-    except FileNotFoundError as error:
-        raise AclaError(f"{path}: there is no such file; search.py writes one") from error
-    except (OSError, UsageError, *NOT_VALID) as error:
-        raise AclaError(f"{path}: not a valid arch.json: {error!r}") from error
 
 
 def paper_positions(task: Task, backbone: str) -> tuple[int, ...]:
