@@ -234,6 +234,11 @@ class ModelConfig:
         """The traits of its attention."""
         return ATTENTIONS[self.attention]
 
+    @property
+    def plain(self) -> "ModelConfig":
+        """The same backbone without attention."""
+        return dataclasses.replace(self, attention="none", keys=0, positions=())
+
 
 @dataclass(frozen=True)
 class TrainConfig:

@@ -52,12 +52,15 @@ class Processes:
         """Replace every gradient by its mean over all processes. The same parameters must have one
         in each, as they have where all draw the same gates."""
         gradients = [p.grad for p in parameters if p.grad is not None]
-        if self.world == 1 or not gradients:
-            return
-        flat = self.mean(torch.cat([gradient.flatten() for gradient in gradients]))
-        parts = flat.split([gradient.numel() for gradient in gradients])
-        for gradient, part in zip(gradients, parts, strict=True):
-            gradient.copy_(part.view_as(gradient))
+        if self.world > 1 and gradients:
+            for gradient, mean in zip(gradients, self.mean_of_each(gradients), strict=True):
+                gradient.copy_(mean)
+
+    def mean_of_each(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """`mean` of one or more tensors, by one exchange."""
+        flat = self.mean(torch.cat([tensor.flatten() for tensor in tensors]))
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
     def wait(self) -> None:
         """Wait for every process."""
@@ -97,9 +100,5 @@ def means(processes: Processes, tensors: Sequence[Tensor]) -> list[Tensor]:
     averaged gradients of any function of these are the gradients of the function of the mean."""
     if processes.world == 1 or not tensors:
         return list(tensors)
-    flat = processes.mean(torch.cat([tensor.flatten() for tensor in tensors]))
-    parts = flat.split([tensor.numel() for tensor in tensors])
-    return [
-        tensor + (part.view_as(tensor) - tensor.detach())
-        for tensor, part in zip(tensors, parts, strict=True)
-    ]
+    each = processes.mean_of_each(tensors)
+    return [own + (mean - own.detach()) for own, mean in zip(tensors, each, strict=True)]

@@ -55,10 +55,9 @@ class DnCNN(nn.Sequential):
 
 def without_attention(network: Checkpoint) -> Checkpoint:
     """The network with its attention modules taken out."""
-    config = dataclasses.replace(network.config, attention="none", positions=(), keys=0)
     model = copy.deepcopy(network.model)
-    model.config, model.attention = config, nn.ModuleDict()
-    return dataclasses.replace(network, model=model, config=config)
+    model.config, model.attention = network.config.plain, nn.ModuleDict()
+    return dataclasses.replace(network, model=model, config=model.config)
 
 
 def kilo_macs(network: Checkpoint | None) -> float:

@@ -71,11 +71,10 @@ def pair_of_networks(name: str, args: argparse.Namespace) -> dict[str, Backbone]
     """One of NETWORKS without and with attention, by name, fresh: with every mask open."""
     task, preset, backbone = NETWORKS[name]
     config = model_preset(preset, Task(task, {"sr": 2, "car": 10}[task]), backbone)
-    plain = replace(config, attention="none", keys=0)
     inserted = replace(config, positions=PAPER_POSITIONS[task, backbone])
     return {
         label: Backbone(of).eval().to(args.device, memory_format=torch.channels_last)
-        for label, of in ((name, plain), (f"{name} + acla", inserted))
+        for label, of in ((name, config.plain), (f"{name} + acla", inserted))
     }
 
 

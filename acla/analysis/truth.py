@@ -60,11 +60,11 @@ class Space:
         so that their small kernels overlap. Returns their rows."""
         begun, task, length = time.monotonic(), self.plan.task, self.plan.train
         length = dataclasses.replace(length, seed=group.seed)
-        models = [with_positions(self.plan.model, positions) for positions in group.subsets]
+        net = self.plan.model
+        models = [dataclasses.replace(net, positions=p) if p else net.plain for p in group.subsets]
         trainers = [Trainer(model, length, Processes(self.device)) for model in models]
         patches = length.patch_size, length.batch_size, length.seed
-        channels = self.plan.model.channels
-        sampler = PatchSampler(decoded(self.pictures), task, *patches, channels=channels)
+        sampler = PatchSampler(decoded(self.pictures), task, *patches, channels=net.channels)
         loader = Loader(sampler, self.device, workers=0)
         streams = make_streams(len(trainers), self.device)
         for step in range(length.steps):
@@ -108,13 +108,6 @@ def step_side_by_side(
             trainer.step(step, range(len(low)), low, target)
     for stream in filter(None, streams):
         torch.cuda.current_stream().wait_stream(stream)
-
-
-def with_positions(model: ModelConfig, positions: Sequence[int]) -> ModelConfig:
-    """The network with its attention at these positions; without any, without attention."""
-    if positions:
-        return dataclasses.replace(model, positions=tuple(positions))
-    return dataclasses.replace(model, attention="none", keys=0, positions=())
 
 
 # The processes

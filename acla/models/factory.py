@@ -1,6 +1,6 @@
 """Networks from configurations, and their sizes."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -29,10 +29,9 @@ def describe(config: ModelConfig, side: int = 48) -> dict[str, object]:
     shifts) and multiply-adds for one low-quality picture of side × side with every key kept; the
     attention's share of both; and the configuration. (The paper's "FLOPs (G)" are these
     multiply-adds.)"""
-    plain = replace(config, attention="none", positions=())
     with torch.device("meta"):
         params = sum(p.numel() for p in build_network(config).parameters())
-        backbone = build_network(plain)
+        backbone = build_network(config.plain)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             backbone(torch.empty(1, config.channels, side, side))
     kind, size, layers = config.attention, (config.width, config.keys), len(config.positions)
