@@ -280,9 +280,7 @@ def score_set(
     own = paths[processes.rank :: processes.world]
     quiet = None if processes.first else True  # None: where standard error is a file
 
-    def predict(clean: Tensor, path: Path) -> tuple[Tensor, Tensor]:
-        return method.predict(clean, path, task)
-
+    predict = functools.partial(method.predict, task=task)
     for scored in score_pictures(predict, own, task, desc=str(task), disable=quiet):
         path = scored.path
         if folders[0]:

@@ -263,8 +263,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         model = convert(args.file, args.scale)
         config, task = model.config, Task(args.task, model.config.scale)
-        with open(args.file, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256(args.file.read_bytes()).hexdigest()
         info = {"imported": args.file.name, "sha256": digest}
     save_model(args.out, model, config, task, info)
     params = sum(parameter.numel() for parameter in model.parameters())

@@ -166,9 +166,8 @@ def degrade(clean: Tensor, task: Task, generator: torch.Generator | None = None)
             return add_noise(clean, draw_setting(task, generator), generator)
         case "car":
             return jpeg(clean, int(draw_setting(task, generator)))
-        case "demosaic":
+        case _:  # demosaic
             return mosaic(clean)
-    raise ValueError(f"unknown task {task.name!r}")
 
 
 def draw_setting(task: Task, generator: torch.Generator | None) -> float:

@@ -266,16 +266,12 @@ def build_module(config: ModelConfig, layers: int) -> nn.Module:
             return NonLocal(config.width, layers)
         case "se":
             return SqueezeExcitation(config.width)
-        case "mha":
+        case _:  # mha
             return MultiHeadAttention(config.width)
-    raise ValueError(f"no attention module is called {config.attention!r}")
 
 
 def build_block(config: ModelConfig) -> nn.Module:
     """One block of EDSR or group of RCAN, behind which a module can be inserted."""
-    match config.backbone:
-        case "edsr":
-            return ResidualBlock(config.width, config.residual_scale)
-        case "rcan":
-            return ResidualGroup(config.width, config.group_blocks, config.reduction)
-    raise ValueError(f"no backbone is called {config.backbone!r}")
+    if config.backbone == "edsr":
+        return ResidualBlock(config.width, config.residual_scale)
+    return ResidualGroup(config.width, config.group_blocks, config.reduction)

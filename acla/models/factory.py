@@ -19,9 +19,8 @@ def build_network(config: ModelConfig) -> Backbone:
             return Backbone(config)
         case "han":
             return HAN(config)
-        case "a2n" | "a2n-m":
+        case _:  # a2n, a2n-m
             return A2N(config)
-    raise ValueError(f"no backbone is called {config.backbone!r}")
 
 
 def describe(config: ModelConfig, side: int = 48) -> dict[str, object]:
