@@ -34,8 +34,6 @@ from acla.training.run_dir import LOG, STATE, RunDir
 
 OUT = Path("runs/trial")
 MACS = "macs_48x48"
-
-
 Batches = Callable[[int], tuple[Tensor, Tensor]]  # of a step
 
 
@@ -58,9 +56,14 @@ class Run:
         )
         self.folder = RunDir(self.args.out, self.plan, progress, processes, self.data.sampler)
 
+    def batch(self, step: int) -> tuple[Tensor, Tensor] | None:
+        """The patches of a step, None after the last one."""
+        return self.batches(step) if step < self.plan.train.steps else None
+
     def validate(self, done: int) -> None:
         """The validation after so many steps, if one is due."""
-        if done == self.plan.train.steps or done % self.plan.train.val_every == 0:
+        steps, every = self.plan.train.steps, self.plan.train.val_every
+        if done == steps or (done < steps and done % every == 0):
             psnr = train.validate(self.trainer, self.plan, self.data)
             self.folder.write(self.trainer, done, psnr)
 
@@ -126,10 +129,9 @@ def train_all(args: argparse.Namespace, common: list[str]) -> list[dict[str, Any
     streams = make_streams(len(runs), processes.device)
     steps = max(run.plan.train.steps for run in runs.values())
     for step in console.progress(range(steps), unit="step", desc="trial"):
-        left = [run for run in runs.values() if step < run.plan.train.steps]
-        batches = [run.batches(step) for run in left]
-        step_side_by_side([run.trainer for run in left], streams, step, batches)
-        for run in left:
+        given = [run.batch(step) for run in runs.values()]
+        step_side_by_side([run.trainer for run in runs.values()], streams, step, given)
+        for run in runs.values():
             run.validate(step + 1)
     return [row(name, run) for (name, _), run in runs.items()]
 

@@ -96,16 +96,17 @@ def step_side_by_side(
     trainers: Sequence[Trainer],
     streams: Sequence[torch.cuda.Stream | None],
     step: int,
-    batches: Sequence[tuple[Tensor, Tensor]],
+    batches: Sequence[tuple[Tensor, Tensor] | None],
 ) -> None:
-    """A step of every network on its batch and in its stream, one of at least as many. The streams
-    work after what the current stream has been given, which then goes on after them: memory that it
-    frees may be in use until then."""
+    """A step of every network that has a batch, each in its stream. The streams work after what the
+    current stream has been given, which then goes on after them: memory that it frees may be in use
+    until then."""
     for stream in filter(None, streams):
         stream.wait_stream(torch.cuda.current_stream())
-    for trainer, stream, (low, target) in zip(trainers, streams, batches, strict=False):
-        with torch.cuda.stream(stream):
-            trainer.step(step, range(len(low)), low, target)
+    for trainer, stream, batch in zip(trainers, streams, batches, strict=True):
+        if batch:
+            with torch.cuda.stream(stream):
+                trainer.step(step, range(len(batch[0])), *batch)
     for stream in filter(None, streams):
         torch.cuda.current_stream().wait_stream(stream)
 
