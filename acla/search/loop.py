@@ -79,17 +79,10 @@ class Search:
 
     def loader(self, paths: Sequence[Path], stream: int) -> Loader:
         """The patches of one kind of step, with seeds that the other kind never has."""
-        config, processes = self.config, self.processes
-        sampler = PatchSampler(
-            Pictures(paths),
-            self.plan.task,
-            config.patch_size,
-            config.batch_size,
-            2 * config.seed + stream,
-            processes.rank,
-            processes.world,
-            channels=self.plan.model.channels,
-        )
+        config, processes, plan = self.config, self.processes, self.plan
+        patches = config.patch_size, config.batch_size, 2 * config.seed + stream
+        share, channels = (processes.rank, processes.world), plan.model.channels
+        sampler = PatchSampler(Pictures(paths), plan.task, *patches, *share, channels=channels)
         return Loader(sampler, processes.device)
 
     def step(self, step: int) -> Tensor:
