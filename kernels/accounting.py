@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Call, launch
-from .primitives import decide, layers
+from .inputs import Inputs
+from .launch import launch
+from .primitives import Keys, decide
 
 
 @triton.jit
@@ -29,12 +30,8 @@ def tally(kept_ptr, open):
 
 @triton.jit(do_not_specialize=["H", "W", "L"])
 def _count(
-    points_ptr,  # [B,H,W,L,3,K]
-    maps,  # L × [B,H+2,W+2,K]
-    seeds_ptr,  # [B], or None
+    keys,
     kept_ptr,  # [B,L], zeros to add to
-    points_strides,
-    map_strides,
     H,
     W,
     L,
@@ -48,9 +45,7 @@ def _count(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]  # [BLOCK_N,1]
     key = tl.arange(0, BLOCK_K)[None, :]  # [1,BLOCK_K]
     valid = (n < H * W) & (key < K)  # [BLOCK_N,BLOCK_K]
-    _, _, _, _, open, _ = decide(
-        points_ptr, maps, seeds_ptr, points_strides, map_strides, b, l, n, key, valid, H, W, L, K
-    )
+    _, _, _, _, open, _ = decide(keys, b, l, n, key, valid, H, W, L, K)
     tally(kept_ptr + b * L + l, open)
 
 
@@ -61,16 +56,8 @@ def count(points: Tensor, mask_maps: Sequence[Tensor], seeds: Tensor | None = No
     """
     B, H, W, L, _, K = points.shape
     kept = torch.zeros(B, L, dtype=torch.float64, device=points.device)
-    maps, map_strides = layers(mask_maps)
-    arguments = {
-        "points_ptr": points.detach(),
-        "maps": maps,
-        "seeds_ptr": None if seeds is None else seeds.contiguous(),
-        "kept_ptr": kept,
-        "points_strides": points.stride(),
-        "map_strides": map_strides,
-        **{"H": H, "W": W, "L": L, "K": K},
-    }
+    seeds = None if seeds is None else seeds.contiguous()
+    keys = Keys.of(Inputs((), points, mask_maps, seeds=seeds))
     with torch.cuda.device_of(points):
-        launch(Call(_count, arguments, (H * W, L, B)))
+        launch(_count, (H * W, L, B), keys=keys, kept_ptr=kept, H=H, W=W, L=L, K=K)
     return kept

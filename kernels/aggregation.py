@@ -14,34 +14,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Call, launch
+from .launch import launch
 from .primitives import (
+    Plan,
     entries_of,
+    entry_of,
     fill_up,
     gate_of,
     image_of,
     layers,
     load_corners,
     narrow,
+    new_sums,
     offset_of,
     pointer_of,
     reach,
     share_of,
-    shares,
     unit_of,
     unpack,
 )
-from .sampling import Plan, list_arguments, sort_by_pixel
+from .sampling import sort_by_pixel
 
 
 @triton.jit(do_not_specialize=["N", "L"])
 def _aggregate(
     features,  # L × [B,H+2,W+2,C]
-    corner_ptr,  # [B,L,N,K], like dy, dx and weight
-    dy_ptr,
-    dx_ptr,
-    weight_ptr,
-    count_ptr,  # [B,L,N]
+    plan,
     gates_ptr,  # [L], or None
     out_ptr,  # [B,N,L,C]
     strides,
@@ -63,21 +61,17 @@ def _aggregate(
     pointer, down, right = image_of(features, strides, b, l, UNIT, NARROW)
     gate = gate_of(gates_ptr, l)
     query = (b * L + l) * N + n
-    count = tl.load(count_ptr + query, mask=n < tl.where(gate != 0, N, 0), other=0)
+    count = tl.load(plan.count + query, mask=n < tl.where(gate != 0, N, 0), other=0)
     total = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     for slot in range(tl.max(count, 0)):
         open = slot < count  # [BLOCK_N]
         entry = query * K + slot
-        corner = tl.load(corner_ptr + entry, mask=open, other=0)
-        f = tl.load(weight_ptr + entry, mask=open, other=0.0)
-        dy = tl.load(dy_ptr + entry, mask=open, other=0.0)
-        dx = tl.load(dx_ptr + entry, mask=open, other=0.0)
-        s0, s1, s2, s3 = shares(dy, dx)
+        corner, w0, w1, w2, w3 = entry_of(plan, entry, open)
         offset = offset_of(corner, down, right)[:, None]
         mask = open[:, None] & (c < C)
         v0, v1, v2, v3 = load_corners(pointer, offset, c, down, right, mask, [1, UNIT])
-        total += (f * s0)[:, None] * v0 + (f * s1)[:, None] * v1
-        total += (f * s2)[:, None] * v2 + (f * s3)[:, None] * v3
+        total += w0[:, None] * v0 + w1[:, None] * v1
+        total += w2[:, None] * v2 + w3[:, None] * v3
     at = out_ptr + ((((b * N + n) * L + l) * C)[:, None] + c)
     tl.store(at, (gate * total).to(out_ptr.dtype.element_ty), mask=(n < N)[:, None] & (c < C))
 
@@ -90,24 +84,24 @@ def aggregate(
     C = features[0].shape[-1]
     tensors, strides = layers(features)
     out = torch.empty(B, H, W, L, C, dtype=tensors[0].dtype, device=tensors[0].device)
-    arguments = {
-        "features": tensors,
-        **list_arguments(plan),
-        "gates_ptr": gates,
-        "out_ptr": out,
-        "strides": strides,
+    launch(
+        _aggregate,
+        (N, L, B),
+        features=tensors,
+        plan=plan,
+        gates_ptr=gates,
+        out_ptr=out,
+        strides=strides,
         **{"N": N, "L": L, "K": K, "C": C},
         **{"UNIT": unit_of(tensors), "NARROW": narrow(tensors)},
-    }
-    launch(Call(_aggregate, arguments, (N, L, B)))
+    )
     return out
 
 
 @triton.jit(do_not_specialize=["N", "L"])
 def _dots(
     features,  # L × [B,H+2,W+2,C]
-    corner_ptr,  # [B,L,N,K]
-    count_ptr,  # [B,L,N]
+    plan,
     gates_ptr,  # [L], or None
     grad_ptr,  # [B,N,L,C]
     out_ptr,  # [B,L,N,K,4]
@@ -131,13 +125,13 @@ def _dots(
     pointer, down, right = image_of(features, strides, b, l, UNIT, NARROW)
     gate = gate_of(gates_ptr, l)
     query = (b * L + l) * N + n
-    count = tl.load(count_ptr + query, mask=n < N, other=0)
+    count = tl.load(plan.count + query, mask=n < N, other=0)
     limit = tl.where(n < N, reach(count, gate, K, CLOSED, SHUT), 0)
     grad_at = grad_ptr + (((b * N + n) * L + l) * C)[:, None]
     for slot in range(tl.max(limit, 0)):
         valid = slot < limit  # [BLOCK_N]
         entry = query * K + slot
-        corner = tl.load(corner_ptr + entry, mask=valid, other=0)
+        corner = tl.load(plan.corner + entry, mask=valid, other=0)
         offset = offset_of(corner, down, right)[:, None]
         d0 = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
         d1, d2, d3 = d0, d0, d0
@@ -172,28 +166,24 @@ def dots(
     B, L, N, K = plan.corner.shape
     tensors, strides = layers(features)
     out = torch.empty(B, L, N, K, 4, dtype=torch.float32, device=grad.device)
-    arguments = {
-        "features": tensors,
-        "corner_ptr": plan.corner,
-        "count_ptr": plan.count,
-        "gates_ptr": gates,
-        "grad_ptr": grad,
-        "out_ptr": out,
-        "strides": strides,
+    launch(
+        _dots,
+        (N, L, B),
+        features=tensors,
+        plan=plan,
+        gates_ptr=gates,
+        grad_ptr=grad,
+        out_ptr=out,
+        strides=strides,
         **{"N": N, "L": L, "K": K, "C": grad.shape[-1], "CLOSED": closed, "SHUT": shut},
         **{"UNIT": unit_of(tensors), "NARROW": narrow(tensors)},
-    }
-    launch(Call(_dots, arguments, (N, L, B)))
+    )
     return out
 
 
 @triton.jit(do_not_specialize=["N", "L", "H", "W"])
 def _scatter(
-    corner_ptr,  # [B,L,N,K], like dy, dx and weight
-    dy_ptr,
-    dx_ptr,
-    weight_ptr,
-    count_ptr,  # [B,L,N]
+    plan,
     gates_ptr,  # [L], or None
     grad_ptr,  # [B,N,L,C]
     outs,  # L × [B,H+2,W+2,C] float32, zeros to add to
@@ -216,42 +206,38 @@ def _scatter(
     pointer = pointer_of(outs, l)
     gate = gate_of(gates_ptr, l)
     query = (b * L + l) * N + n
-    count = tl.load(count_ptr + query, mask=n < tl.where(gate != 0, N, 0), other=0)
+    count = tl.load(plan.count + query, mask=n < tl.where(gate != 0, N, 0), other=0)
     grad_at = grad_ptr + ((((b * N + n) * L + l) * C)[:, None] + c)
     grad = tl.load(grad_at, mask=(count > 0)[:, None] & (c < C), other=0.0).to(tl.float32)
     grad *= gate
     for slot in range(tl.max(count, 0)):
         open = slot < count  # [BLOCK_N]
         entry = query * K + slot
-        row, column = unpack(tl.load(corner_ptr + entry, mask=open, other=0))
-        f = tl.load(weight_ptr + entry, mask=open, other=0.0)
-        dy = tl.load(dy_ptr + entry, mask=open, other=0.0)
-        dx = tl.load(dx_ptr + entry, mask=open, other=0.0)
-        s0, s1, s2, s3 = shares(dy, dx)
+        corner, w0, w1, w2, w3 = entry_of(plan, entry, open)
+        row, column = unpack(corner)
         at = pointer + ((((b * (H + 2) + row) * (W + 2) + column) * C)[:, None] + c)
         below = at + (W + 2).to(tl.int64) * C
         mask = open[:, None] & (c < C)
-        tl.atomic_add(at, (f * s0)[:, None] * grad, mask=mask, sem="relaxed")
-        tl.atomic_add(at + C, (f * s1)[:, None] * grad, mask=mask, sem="relaxed")
-        tl.atomic_add(below, (f * s2)[:, None] * grad, mask=mask, sem="relaxed")
-        tl.atomic_add(below + C, (f * s3)[:, None] * grad, mask=mask, sem="relaxed")
+        tl.atomic_add(at, w0[:, None] * grad, mask=mask, sem="relaxed")
+        tl.atomic_add(at + C, w1[:, None] * grad, mask=mask, sem="relaxed")
+        tl.atomic_add(below, w2[:, None] * grad, mask=mask, sem="relaxed")
+        tl.atomic_add(below + C, w3[:, None] * grad, mask=mask, sem="relaxed")
 
 
 def scatter(plan: Plan, gates: Tensor | None, grad: Tensor) -> list[Tensor]:
     """The features' gradients L × [B,H+2,W+2,C], float32, added atomically: the last bits vary from
     run to run. grad [B,H,W,L,C], contiguous."""
     B, H, W, L, C = grad.shape
-    size, device = (B, H + 2, W + 2, C), grad.device
-    outs = [torch.empty(size, dtype=torch.float32, device=device) for _ in range(L)]
-    torch._foreach_zero_(outs)  # by one launch
-    arguments = {
-        **list_arguments(plan),
-        "gates_ptr": gates,
-        "grad_ptr": grad,
-        "outs": fill_up(outs),
+    outs = new_sums(L, (B, H + 2, W + 2, C), grad.device, zero=True)
+    launch(
+        _scatter,
+        (H * W, L, B),
+        plan=plan,
+        gates_ptr=gates,
+        grad_ptr=grad,
+        outs=fill_up(outs),
         **{"N": H * W, "L": L, "H": H, "W": W, "K": plan.corner.shape[-1], "C": C},
-    }
-    launch(Call(_scatter, arguments, (H * W, L, B)))
+    )
     return outs
 
 
@@ -259,9 +245,7 @@ def scatter(plan: Plan, gates: Tensor | None, grad: Tensor) -> list[Tensor]:
 def _sum_rows(
     order_ptr,  # [B·L·N·K] int64, entries sorted by their corner's pixel
     first_ptr,  # [L·B·(H+2)·(W+2) + 1] int64, where in it the entries of each pixel begin
-    dy_ptr,  # [B,L,N,K], like dx and weight
-    dx_ptr,
-    weight_ptr,
+    plan,
     gates_ptr,  # [L], or None
     grad_ptr,  # [B,N,L,C]
     outs,  # L × [B,H+2,W+2,C] float32
@@ -288,8 +272,8 @@ def _sum_rows(
             valid = at < end
             entry = tl.load(order_ptr + at, mask=valid, other=0)
             query = entry // K  # (b·L + l)·N + n
-            f = tl.load(weight_ptr + entry, mask=valid, other=0.0)
-            f *= share_of(dy_ptr, dx_ptr, entry, valid, corner)
+            f = tl.load(plan.weight + entry, mask=valid, other=0.0)
+            f *= share_of(plan, entry, valid, corner)
             grad_row = (query // N // L * N + query % N) * L + l
             mask = valid[:, None] & (c < C)
             grad = tl.load(grad_ptr + ((grad_row * C)[:, None] + c), mask=mask, other=0.0)
@@ -306,17 +290,15 @@ def sum_rows(plan: Plan, gates: Tensor | None, grad: Tensor) -> list[Tensor]:
     if gates is not None:
         listed &= (gates != 0).view(L, 1, 1)
     order, first = sort_by_pixel(plan, H, W, listed)
-    size, device = (B, H + 2, W + 2, C), grad.device
-    outs = [torch.empty(size, dtype=torch.float32, device=device) for _ in range(L)]
-    lists = list_arguments(plan)
-    arguments = {
-        "order_ptr": order,
-        "first_ptr": first,
-        **{name: lists[name] for name in ("dy_ptr", "dx_ptr", "weight_ptr")},
-        "gates_ptr": gates,
-        "grad_ptr": grad,
-        "outs": fill_up(outs),
+    outs = new_sums(L, (B, H + 2, W + 2, C), grad.device, zero=False)
+    launch(
+        *(_sum_rows, (B * (H + 2) * (W + 2), L, 1), None),
+        order_ptr=order,
+        first_ptr=first,
+        plan=plan,
+        gates_ptr=gates,
+        grad_ptr=grad,
+        outs=fill_up(outs),
         **{"N": H * W, "L": L, "W": W, "K": K, "C": C},
-    }
-    launch(Call(_sum_rows, arguments, (B * (H + 2) * (W + 2), L, 1), rows_block=None))
+    )
     return outs

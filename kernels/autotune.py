@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from .cache import is_writable
+from .inputs import Inputs, Leaves
 from .launch import (
     CONFIGS,
     REPOSITORY_COPY,
@@ -70,27 +71,25 @@ def tune(
     return tried
 
 
-def problem(
-    size: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
-) -> tuple[list[torch.Tensor], torch.Tensor, list[torch.Tensor], torch.Tensor, torch.Tensor]:
-    """Features, points, mask maps, gates and seeds of (B, H, W, C, L, K): offsets of a few pixels,
-    half of the keys kept."""
+def problem(size: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Inputs:
+    """Inputs of (B, H, W, C, L, K): offsets of a few pixels, half of the keys kept."""
     B, H, W, C, L, K = size
     generator = torch.Generator(device).manual_seed(0)
     made = {"generator": generator, "device": device}
     features = [torch.randn(B, H + 2, W + 2, C, **made).to(dtype) for _ in range(L)]
     points = 2 * torch.randn(B, H, W, L, 3, K, **made)
     maps = [torch.randn(B, H + 2, W + 2, K, **made) for _ in range(L)]
-    return features, points, maps, torch.ones(L, device=device), torch.arange(B, device=device)
+    gates, seeds = torch.ones(L, device=device), torch.arange(B, device=device)
+    return Inputs(features, points, maps, gates, seeds)
 
 
-def trace(inputs: tuple, run: bool) -> list[Call]:
+def trace(inputs: Inputs, run: bool) -> list[Call]:
     """The launches of a forward pass, of both backward passes and of a count. Where they do not
     `run`, they are only listed, and no GPU is needed."""
     from . import accounting, padding, triton_backend
 
-    features, points, maps, _, seeds = inputs
-    wanted = ([True] * len(features), True, [True] * len(maps), True)
+    features, points, maps, _, seeds, _ = inputs
+    wanted = Leaves([True] * len(features), True, [True] * len(maps), True)
     calls: list[Call] = []
 
     def note(call: Call) -> None:
@@ -102,11 +101,11 @@ def trace(inputs: tuple, run: bool) -> list[Call]:
     with recording(note):
         try:
             padding.pad(features[0][:, 1:-1, 1:-1].permute(0, 3, 1, 2))
-            gradients = tuple(torch.ones_like(result) for result in triton_backend.forward(*inputs))
+            gradients = tuple(torch.ones_like(result) for result in triton_backend.forward(inputs))
             accounting.count(points, maps, seeds)
             for deterministic in (False, True):
                 torch.use_deterministic_algorithms(deterministic)
-                triton_backend.backward(*inputs, 1.0, gradients, wanted)
+                triton_backend.backward(inputs, gradients, wanted)
         finally:
             torch.use_deterministic_algorithms(before)
     return calls

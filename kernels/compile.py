@@ -143,7 +143,8 @@ def job_of(call: launch.Call, target: str, config: launch.Config) -> Job:
 
     def type_of(value: Any, path: tuple[int, ...]) -> Any:
         if isinstance(value, tuple):
-            return tuple(type_of(v, (*path, i)) for i, v in enumerate(value))
+            types = [type_of(v, (*path, i)) for i, v in enumerate(value)]
+            return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
         if isinstance(value, torch.Tensor):
             if value.data_ptr() % 16 == 0:
                 attributes[path] = [["tt.divisibility", 16]]
@@ -185,8 +186,8 @@ def job_of(call: launch.Call, target: str, config: launch.Config) -> Job:
         least = floor.CORNERS * C * each / lanes
     elif "BLOCK_N" in blocks:
         keys, chunks = keys * values["K"], 0
-    if "key_ptr" in values and "BLOCK_N" in blocks:
-        variant = "forward" if values["key_ptr"] is None else "backward"
+        if "plan" in values:
+            variant = "forward" if values["plan"].key is None else "backward"
     if values.get("grad_mask_ptr") is not None:
         variant = "ordered"
     fn = call.kernel.fn

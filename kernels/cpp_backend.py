@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .cache import cache_directory, is_writable
+from .inputs import Inputs, Leaves
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class Problem(ctypes.Structure):
     """The argument of every function in the library; mirrors `Problem` in plan.h."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("B", "H", "W", "L", "K", "C", "threads")),
+        *((name, ctypes.c_int64) for name in ("B", "H", "W", "L", "K", "C", "O", "threads")),
         ("temperature", ctypes.c_double),
         *(
             (name, ctypes.c_void_p)
@@ -51,12 +52,6 @@ class Problem(ctypes.Structure):
                 *("features", "feature_strides", "points", "mask_maps", "mask_strides", "gates"),
                 *("seeds", "aggregate", "coverage", "kept"),
                 *("grad_features", "grad_points", "grad_mask_maps", "grad_gates"),
-            )
-        ),
-        ("O", ctypes.c_int64),
-        *(
-            (name, ctypes.c_void_p)
-            for name in (
                 *("query", "query_strides", "weight", "bias", "output", "output_bias", "result"),
             )
         ),
@@ -71,22 +66,16 @@ def why_not_cpp(points: Tensor) -> str | None:
     return loaded if isinstance(loaded, str) else None
 
 
-def forward(
-    features: Sequence[Tensor],
-    points: Tensor,
-    mask_maps: Sequence[Tensor] | None,
-    gates: Tensor | None,
-    seeds: Tensor | None,
-    counts: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The three results of `kernels.attend`: aggregate, coverage, kept, whose count is free."""
-    B, H, W, L, _, _ = points.shape
-    call = LibraryCall(features, points, mask_maps, gates, seeds)
-    aggregate = torch.empty(B, H, W, L, features[0].shape[-1], dtype=call.storage)
+def forward(inputs: Inputs, counts: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """The three results of `kernels.attend`, in the types of the arithmetic: aggregate, coverage,
+    kept, whose count is free."""
+    B, H, W, L, _, _ = inputs.points.shape
+    call = LibraryCall(inputs, inputs.points.shape)
+    aggregate = torch.empty(B, H, W, L, inputs.features[0].shape[-1], dtype=call.storage)
     coverage = torch.empty(B, H, W, L, dtype=call.arithmetic)
     kept = torch.empty(B, L, dtype=torch.float64)
     call.run("forward", aggregate=aggregate, coverage=coverage, kept=kept)
-    return aggregate.to(features[0].dtype), coverage.to(points.dtype), kept
+    return aggregate, coverage, kept
 
 
 def attend_module(
@@ -101,9 +90,9 @@ def attend_module(
     """`kernels.attend_module`."""
     B, H, W, _ = query.shape
     L, _, O = output.shape
-    shape = B, H, W, L, 3, len(bias) // (3 * L)
-    call = LibraryCall(features, None, mask_maps, None, None, shape=shape)
-    call.problem.O = O
+    call = LibraryCall(
+        Inputs(features, None, mask_maps), (B, H, W, L, 3, len(bias) // (3 * L)), outputs=O
+    )
     query = rows(query, call.storage)
     weights = {"weight": weight, "bias": bias, "output": output, "output_bias": output_bias}
     result = torch.empty(B, H, W, O, dtype=call.arithmetic)
@@ -118,20 +107,12 @@ def attend_module(
 
 
 def backward(
-    features: Sequence[Tensor],
-    points: Tensor,
-    mask_maps: Sequence[Tensor] | None,
-    gates: Tensor | None,
-    seeds: Tensor | None,
-    temperature: float,
-    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
-    wanted: tuple[list[bool], bool, list[bool], bool],
-) -> tuple[list[Tensor | None], Tensor | None, list[Tensor | None], Tensor | None]:
-    """Gradients for features, points, mask maps and gates, None where not `wanted` (in that order).
-
-    `gradients` are those of the three results of `forward`; None means zero.
-    """
-    call = LibraryCall(features, points, mask_maps, gates, seeds, temperature)
+    inputs: Inputs, gradients: tuple[Tensor | None, Tensor | None, Tensor | None], wanted: Leaves
+) -> Leaves:
+    """The gradients that are `wanted`, from those of the three results of `forward`; of these None
+    means zero."""
+    features, points, mask_maps = inputs[:3]
+    call = LibraryCall(inputs, points.shape)
     types = (call.storage, call.arithmetic, torch.float64)
     given = [
         None if gradient is None else gradient.to(dtype).contiguous()
@@ -141,50 +122,36 @@ def backward(
     def empty_like(tensor: Tensor, wanted: bool) -> Tensor | None:
         return torch.empty(tensor.shape, dtype=call.arithmetic) if wanted else None
 
-    def typed(gradient: Tensor | None, tensor: Tensor) -> Tensor | None:
-        return None if gradient is None else gradient.to(tensor.dtype)
-
-    grad_features = [empty_like(f, w) for f, w in zip(features, wanted[0], strict=True)]
-    grad_points = empty_like(points, wanted[1])
-    grad_maps = [empty_like(m, w) for m, w in zip(mask_maps or (), wanted[2], strict=True)]
-    grad_gates = torch.empty(points.shape[0], len(features), dtype=torch.float64)
+    grad_features = [empty_like(f, w) for f, w in zip(features, wanted.features, strict=True)]
+    grad_points = empty_like(points, wanted.points)
+    grad_maps = [empty_like(m, w) for m, w in zip(mask_maps or (), wanted.mask_maps, strict=True)]
+    shape = points.shape[0], len(features)
+    grad_gates = torch.empty(shape, dtype=torch.float64) if wanted.gates else None
     call.run(
         "backward",
         **dict(zip(("aggregate", "coverage", "kept"), given, strict=True)),
         grad_features=grad_features,
         grad_points=grad_points,
         grad_mask_maps=grad_maps,
-        grad_gates=grad_gates if wanted[3] else None,
+        grad_gates=grad_gates,
     )
-    return (
-        [typed(g, f) for g, f in zip(grad_features, features, strict=True)],
-        typed(grad_points, points),
-        [typed(g, m) for g, m in zip(grad_maps, mask_maps or (), strict=True)],
-        grad_gates.sum(0).to(gates.dtype) if wanted[3] else None,
+    return Leaves(
+        grad_features, grad_points, grad_maps, grad_gates.sum(0) if wanted.gates else None
     )
 
 
 class LibraryCall:
     """One call of the library: the inputs in the types and layouts it reads, kept alive."""
 
-    def __init__(
-        self,
-        features: Sequence[Tensor],
-        points: Tensor | None,
-        mask_maps: Sequence[Tensor] | None,
-        gates: Tensor | None,
-        seeds: Tensor | None,
-        temperature: float = 1.0,
-        shape: Sequence[int] = (),
-    ) -> None:
-        """shape: that of the points, where there are none."""
-        B, H, W, L, _, K = shape or points.shape
+    def __init__(self, inputs: Inputs, shape: Sequence[int], outputs: int = 0) -> None:
+        """shape: that of the points, which need not be there; outputs: a module's channels."""
+        B, H, W, L, _, K = shape
+        features, points, mask_maps, gates, seeds, temperature = inputs
         dtype = features[0].dtype
         self.storage = dtype if dtype in TYPES else torch.float32
         self.arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
-        self.problem = Problem(
-            *(B, H, W, L, K, features[0].shape[-1], torch.get_num_threads()), temperature
-        )
+        sizes = B, H, W, L, K, features[0].shape[-1], outputs
+        self.problem = Problem(*sizes, torch.get_num_threads(), temperature)
         self.alive: list[object] = []
         self.set("features", [rows(f, self.storage) for f in features])
         self.set("feature_strides", strides(self.alive[-1]))

@@ -70,6 +70,11 @@ class Call(NamedTuple):
         return self.kernel.__name__
 
     @property
+    def device(self) -> torch.device:
+        given = (a if isinstance(a, tuple) else (a,) for a in self.arguments.values())
+        return next(a for part in given for a in part if isinstance(a, torch.Tensor)).device
+
+    @property
     def size_class(self) -> str:
         rows = self.grid[0] * self.grid[1] * self.grid[2]
         return "small" if rows < SMALL else "medium" if rows < LARGE else "large"
@@ -130,13 +135,15 @@ def recording(hook: Callable[[Call], None]) -> Iterator[None]:
         hooks.pop()
 
 
-def launch(call: Call) -> None:
-    """Run a kernel with the tile chosen for it."""
+def launch(
+    kernel: Any, grid: tuple[int, int, int], rows_block: str | None = "BLOCK_N", **arguments: Any
+) -> None:
+    """Run a kernel with the tile chosen for it; grid and rows_block as in `Call`."""
+    call = Call(kernel, arguments, grid, rows_block)
     if hooks:
         hooks[-1](call)
         return
-    device = next(a for a in call.arguments.values() if isinstance(a, torch.Tensor)).device
-    name, lanes = hardware(device)
+    name, lanes = hardware(call.device)
     call.run(choose(name, call.name, call_key(call)), lanes)
 
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Call, launch
+from .launch import launch
 from .primitives import wide
 
 
@@ -43,11 +43,7 @@ def pad(feature: Tensor) -> Tensor:
     """The rows [B,H+2,W+2,C] of a feature map [B,C,H,W] with any strides."""
     B, C, H, W = feature.shape
     out = torch.empty(B, H + 2, W + 2, C, dtype=feature.dtype, device=feature.device)
-    arguments = {
-        "features": (feature.detach(),),
-        "out_ptr": out,
-        "strides": feature.stride(),
-        **{"H": H, "W": W, "C": C},
-    }
-    launch(Call(_pad, arguments, ((H + 2) * (W + 2), 1, B)))
+    grid = (H + 2) * (W + 2), 1, B
+    features, strides = (feature.detach(),), feature.stride()
+    launch(_pad, grid, features=features, out_ptr=out, strides=strides, H=H, W=W, C=C)
     return out

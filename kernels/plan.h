@@ -11,7 +11,7 @@
 #include "vectors.h"
 
 extern "C" struct Problem {  // mirrored in cpp_backend.py, field by field
-  int64_t B, H, W, L, K, C, threads;
+  int64_t B, H, W, L, K, C, O, threads;  // O: channels that a whole module gives, else 0
   double temperature;
   const void* const* features;     // [L] pointers to T [B,H+2,W+2,C], the last stride is 1
   const int64_t* feature_strides;  // [L,3] of image, row and column, in elements
@@ -27,8 +27,7 @@ extern "C" struct Problem {  // mirrored in cpp_backend.py, field by field
   void* grad_points;               // A [B,H,W,L,3,K], or null
   void* const* grad_mask_maps;     // [L] pointers to A [B,H+2,W+2,K], each may be null
   double* grad_gates;              // [B,L], to be summed over B, or null
-  // Of a whole module, O channels out; there are no points and no aggregate then:
-  int64_t O;
+  // Of a whole module; there are no points and no aggregate then:
   const void* query;             // T [B,H,W,C], the last stride is 1
   const int64_t* query_strides;  // [3] of image, row and column
   const void* weight;            // A [C,L·3·K], of the points; their bias A [L·3·K]

@@ -9,12 +9,55 @@ inside the tensor: no bounds are checked and nothing outside is touched. Corners
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .inputs import Inputs
 from .launch import VECTOR, power_of_two
+
+
+class Keys(NamedTuple):
+    """What says where the keys lie and which of them are open."""
+
+    points: Tensor  # [B,H,W,L,3,K]
+    maps: tuple[Tensor, ...] | None  # L × [B,H+2,W+2,K]
+    seeds: Tensor | None  # [B]
+    points_strides: tuple[int, ...]
+    map_strides: tuple[tuple[int, ...], ...] | None
+
+    @classmethod
+    def of(cls, inputs: Inputs) -> "Keys":
+        points, maps, strides = inputs.points.detach(), None, None
+        if inputs.mask_maps is not None:
+            maps, strides = layers(inputs.mask_maps)
+        return cls(points, maps, inputs.seeds, points.stride(), strides)
+
+
+class Plan(NamedTuple):
+    """The keys of each query, open ones first: entry (b, l, n, slot) of the lists [B,L,N,K].
+
+    For the forward pass only open keys of open layers are written; for the backward pass all, with
+    the key's number.
+    """
+
+    corner: Tensor  # int64: row of corner 0 in the upper half, its column in the lower
+    dy: Tensor  # float32, within the four corners
+    dx: Tensor  # float32
+    weight: Tensor  # float32, f of Eq. 6
+    key: Tensor | None  # int32
+    count: Tensor  # [B,L,N] int32, open keys
+
+
+def new_sums(L: int, shape: Sequence[int], device: torch.device, zero: bool) -> list[Tensor]:
+    """A float32 tensor for each of L layers, filled with zeros, by one launch, if kernels add."""
+    tensors = [torch.empty(shape, dtype=torch.float32, device=device) for _ in range(L)]
+    if zero:
+        torch._foreach_zero_(tensors)
+    return tensors
 
 
 def layers(tensors: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[tuple[int, ...], ...]]:
@@ -117,14 +160,17 @@ def reach(count, gate, K: tl.constexpr, CLOSED: tl.constexpr, SHUT: tl.constexpr
 
 
 @triton.jit
-def points_of(points_ptr, strides, b, n, l, key, W):
-    """Address of the keys' dy, and the queries' own y and x. The tiles are n's times key's."""
+def position_of(keys, b, n, l, key, valid, W):
+    """The keys' y and x, and the address of their dy. The tiles are n's times key's."""
+    strides = keys.points_strides
     y = n // W
     x = n % W
     query = y.to(tl.int64) * wide(strides[1]) + x.to(tl.int64) * wide(strides[2])
     layer = b * wide(strides[0]) + l * wide(strides[3])
-    at = points_ptr + (layer + query + key.to(tl.int64) * wide(strides[5]))
-    return at, y.to(tl.float32), x.to(tl.float32)
+    at = keys.points + (layer + query + key.to(tl.int64) * wide(strides[5]))
+    dy = tl.load(at, mask=valid, other=0.0).to(tl.float32)
+    dx = tl.load(at + wide(strides[4]), mask=valid, other=0.0).to(tl.float32)
+    return y.to(tl.float32) + dy, x.to(tl.float32) + dx, at
 
 
 @triton.jit
@@ -185,10 +231,21 @@ def shares(dy, dx):
 
 
 @triton.jit
-def share_of(dy_ptr, dx_ptr, entry, valid, CORNER: tl.constexpr):
+def entry_of(plan, entry, valid):
+    """Packed corner of a plan's entries, and the weights of its four pixels, f included."""
+    corner = tl.load(plan.corner + entry, mask=valid, other=0)
+    f = tl.load(plan.weight + entry, mask=valid, other=0.0)
+    dy = tl.load(plan.dy + entry, mask=valid, other=0.0)
+    dx = tl.load(plan.dx + entry, mask=valid, other=0.0)
+    s0, s1, s2, s3 = shares(dy, dx)
+    return corner, f * s0, f * s1, f * s2, f * s3
+
+
+@triton.jit
+def share_of(plan, entry, valid, CORNER: tl.constexpr):
     """The weight of one corner in some entries of a plan, 0 where not valid."""
-    dy = tl.load(dy_ptr + entry, mask=valid, other=0.0)
-    dx = tl.load(dx_ptr + entry, mask=valid, other=0.0)
+    dy = tl.load(plan.dy + entry, mask=valid, other=0.0)
+    dx = tl.load(plan.dx + entry, mask=valid, other=0.0)
     along_y = dy if CORNER >= 2 else 1 - dy
     along_x = dx if CORNER % 2 else 1 - dx
     return tl.where(valid, along_y * along_x, 0.0)
@@ -238,37 +295,31 @@ def logistic_noise(seed, counter):
 
 
 @triton.jit
-def mask_logit(maps, map_strides, seeds_ptr, b, l, n, key, row, column, dy, dx, valid, L, K):
+def mask_logit(keys, b, l, n, key, row, column, dy, dx, valid, L, K):
     """β + noise of the keys, whose sign is the mask (Eq. 7 and 8), and β's slopes in y and x.
 
     n [BLOCK_N,1]; everything else but the scalars [BLOCK_N,BLOCK_K].
     """
-    pointer, image, row_stride, column_stride = layer_of(maps, map_strides, l)
+    pointer, image, row_stride, column_stride = layer_of(keys.maps, keys.map_strides, l)
     offset = b * image + row * row_stride + column * column_stride
     v0, v1, v2, v3 = load_corners(pointer, offset, key, row_stride, column_stride, valid, [1, 1])
     logit, slope_y, slope_x = blend(v0, v1, v2, v3, dy, dx)
-    if seeds_ptr is not None:
+    if keys.seeds is not None:
         counter = (n.to(tl.int64) * L + l) * K + key  # in [H,W,L,K]
-        logit += logistic_noise(tl.load(seeds_ptr + b), counter)
+        logit += logistic_noise(tl.load(keys.seeds + b), counter)
     return logit, slope_y, slope_x
 
 
 @triton.jit
-def decide(
-    points_ptr, maps, seeds_ptr, points_strides, map_strides, b, l, n, key, valid, H, W, L, K
-):
+def decide(keys, b, l, n, key, valid, H, W, L, K):
     """Where the keys lie (row, column, dy, dx), which are open, and the address of their dy.
 
     n [BLOCK_N,1], key [1,BLOCK_K]; results [BLOCK_N,BLOCK_K].
     """
-    at, y, x = points_of(points_ptr, points_strides, b, n, l, key, W)
-    y += tl.load(at, mask=valid, other=0.0).to(tl.float32)
-    x += tl.load(at + wide(points_strides[4]), mask=valid, other=0.0).to(tl.float32)
+    y, x, at = position_of(keys, b, n, l, key, valid, W)
     row, column, dy, dx = locate(y, x, H, W)
     open = valid
-    if maps is not None:
-        logit, _, _ = mask_logit(
-            maps, map_strides, seeds_ptr, b, l, n, key, row, column, dy, dx, valid, L, K
-        )
+    if keys.maps is not None:
+        logit, _, _ = mask_logit(keys, b, l, n, key, row, column, dy, dx, valid, L, K)
         open = valid & (logit > 0)
     return row, column, dy, dx, open, at

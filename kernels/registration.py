@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .dispatch import choose_backend, why_not
+from .inputs import Inputs, Leaves
 
 Lists = Sequence[Tensor]
 
@@ -55,8 +56,8 @@ def attend(
     counts: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     forward, _ = passes(choose_backend(backend, points, features))
-    inputs = features, points, mask_maps or None, gates, seeds
-    aggregate, coverage, kept = forward(*inputs, counts)
+    inputs = Inputs(features, points, mask_maps or None, gates, seeds, temperature)
+    aggregate, coverage, kept = forward(inputs, counts)
     kept = kept if counts else uncounted(points)
     return aggregate.to(features[0].dtype), coverage.to(points.dtype), kept
 
@@ -130,29 +131,22 @@ def attend_backward(
 ) -> list[Tensor]:
     """Gradients of features, points, mask maps and gates in this order, empty where not wanted."""
     _, backward = passes(choose_backend(backend, points, features))
-    L = len(features)
-    grads = backward(
-        features,
-        points,
-        mask_maps or None,
-        gates,
-        seeds,
-        temperature,
-        (aggregate, coverage, kept),
-        (list(wanted[:L]), wanted[L], list(wanted[L + 1 : -1]), wanted[-1]),
-    )
-    flat = [*grads[0], grads[1], *grads[2], grads[3]]
-    return [points.new_empty(0) if grad is None else grad for grad in flat]
+    inputs = Inputs(features, points, mask_maps or None, gates, seeds, temperature)
+    asked = Leaves.split(wanted, len(features))
+    grads = backward(inputs, (aggregate, coverage, kept), asked).flat()
+    leaves = Leaves(features, points, mask_maps, gates).flat()
+    return [
+        grad.to(leaf.dtype) if w else points.new_empty(0)
+        for grad, leaf, w in zip(grads, leaves, wanted, strict=True)
+    ]
 
 
 @torch.library.register_fake("acla::attend_backward", lib=LIBRARY)
 def attend_backward_shapes(features, points, mask_maps, gates, seeds, *others):
-    inputs, wanted = [*features, points, *mask_maps, gates], others[-1]
+    leaves = Leaves(features, points, mask_maps, gates).flat()
     return [
-        torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        if w
-        else points.new_empty(0)
-        for tensor, w in zip(inputs, wanted, strict=True)
+        torch.empty_like(leaf, memory_format=torch.contiguous_format) if w else points.new_empty(0)
+        for leaf, w in zip(leaves, others[-1], strict=True)
     ]
 
 
@@ -169,14 +163,12 @@ def gradients(ctx, aggregate: Tensor | None, coverage: Tensor | None, kept: Tens
     results = aggregate, coverage, kept if ctx.counts else None
     points, gates, seeds, *lists = ctx.saved_tensors
     features, mask_maps = lists[: ctx.layers], lists[ctx.layers :]
-    for_features, for_points, for_maps, for_gates, *_ = ctx.needs_input_grad
-    wanted = [*for_features, for_points, *for_maps, for_gates]
+    wanted = Leaves(*ctx.needs_input_grad[:4]).flat()
     grads = torch.ops.acla.attend_backward(
         features, points, mask_maps, gates, seeds, ctx.temperature, ctx.backend, *results, wanted
     )
     grads = [grad if w else None for grad, w in zip(grads, wanted, strict=True)]
-    L = ctx.layers
-    return grads[:L], grads[L], grads[L + 1 : -1], grads[-1], None, None, None, None
+    return *Leaves.split(grads, ctx.layers), None, None, None, None
 
 
 def no_gradients(ctx, *_: Tensor) -> None:

@@ -8,28 +8,28 @@ sample of the map M(x) at p. What the sum needs of a key is its corner, its plac
 the four corners, and its weight f.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .accounting import tally
-from .launch import Call, launch
+from .inputs import Inputs, Leaves
+from .launch import launch
 from .primitives import (
+    Keys,
+    Plan,
     blend,
     decide,
     entries_of,
     fill_up,
     gate_of,
     inside,
-    layers,
     mask_logit,
+    new_sums,
     pack,
     pointer_of,
-    points_of,
+    position_of,
     reach,
     share_of,
     shares,
@@ -38,37 +38,13 @@ from .primitives import (
 )
 
 
-class Plan(NamedTuple):
-    """The keys of each query, open ones first: entry (b, l, n, slot) of the lists [B,L,N,K].
-
-    For the forward pass only open keys of open layers are written; for the backward pass all, with
-    the key's number.
-    """
-
-    corner: Tensor  # int64: row of corner 0 in the upper half, its column in the lower
-    dy: Tensor  # float32, within the four corners
-    dx: Tensor  # float32
-    weight: Tensor  # float32, f of Eq. 6
-    key: Tensor | None  # int32
-    count: Tensor  # [B,L,N] int32, open keys
-
-
 @triton.jit(do_not_specialize=["H", "W", "L"])
 def _plan(
-    points_ptr,  # [B,H,W,L,3,K]
-    maps,  # L × [B,H+2,W+2,K], or None
+    keys,
     gates_ptr,  # [L], or None
-    seeds_ptr,  # [B], or None
-    corner_ptr,  # [B,L,N,K], like dy, dx, weight and key
-    dy_ptr,
-    dx_ptr,
-    weight_ptr,
-    key_ptr,  # None in the forward pass
-    count_ptr,  # [B,L,N]
+    plan,  # without keys in the forward pass
     coverage_ptr,  # [B,N,L], or None
     kept_ptr,  # [B,L], or None
-    points_strides,
-    map_strides,
     H,
     W,
     L,
@@ -85,17 +61,15 @@ def _plan(
     valid = (n < N) & (key < K)  # [BLOCK_N,BLOCK_K], like all tiles below
     gate = gate_of(gates_ptr, l)
 
-    row, column, dy, dx, open, at = decide(
-        points_ptr, maps, seeds_ptr, points_strides, map_strides, b, l, n, key, valid, H, W, L, K
-    )
+    row, column, dy, dx, open, at = decide(keys, b, l, n, key, valid, H, W, L, K)
     rank = tl.cumsum(open.to(tl.int32), 1)  # open keys up to and with this one
     count = tl.sum(open.to(tl.int32), 1)[:, None]  # [BLOCK_N,1]
     if kept_ptr is not None:
         tally(kept_ptr + b * L + l, open)
 
     covered = tl.zeros([BLOCK_N, 1], tl.float32)
-    if (gate != 0) | (key_ptr is not None):
-        logit_at = at + 2 * wide(points_strides[4])
+    if (gate != 0) | (plan.key is not None):
+        logit_at = at + 2 * wide(keys.points_strides[4])
         f = tl.load(logit_at, mask=valid, other=-float("inf")).to(tl.float32)
         f = tl.where(n < N, f, 0.0)  # rows past the end must not divide by 0
         f = tl.exp(f - tl.max(f, 1)[:, None])
@@ -107,117 +81,46 @@ def _plan(
         slot = tl.where(open, rank - 1, count + key - rank)
         entry = ((b * L + l) * N + n) * K + slot
         written = open
-        if key_ptr is not None:
+        if plan.key is not None:
             written = valid
-            tl.store(key_ptr + entry, tl.broadcast_to(key, [BLOCK_N, BLOCK_K]), mask=written)
-        tl.store(corner_ptr + entry, pack(row, column), mask=written)
-        tl.store(dy_ptr + entry, dy, mask=written)
-        tl.store(dx_ptr + entry, dx, mask=written)
-        tl.store(weight_ptr + entry, f, mask=written)
-    tl.store(count_ptr + (b * L + l) * N + n, count, mask=n < N)
+            tl.store(plan.key + entry, tl.broadcast_to(key, [BLOCK_N, BLOCK_K]), mask=written)
+        tl.store(plan.corner + entry, pack(row, column), mask=written)
+        tl.store(plan.dy + entry, dy, mask=written)
+        tl.store(plan.dx + entry, dx, mask=written)
+        tl.store(plan.weight + entry, f, mask=written)
+    tl.store(plan.count + (b * L + l) * N + n, count, mask=n < N)
     if coverage_ptr is not None:
         tl.store(coverage_ptr + (b * N + n) * L + l, covered, mask=n < N)
 
 
-def sample(
-    points: Tensor,
-    mask_maps: Sequence[Tensor] | None,
-    gates: Tensor | None,
-    seeds: Tensor | None,
-    counts: bool,
-) -> tuple[Plan, Tensor, Tensor | None]:
-    """The forward pass's plan, coverage [B,H,W,L] float32 and kept [B,L] float64, if counted."""
-    B, H, W, L, _, _ = points.shape
-    plan = empty_plan(points, with_keys=False)
-    coverage = torch.empty(B, H, W, L, dtype=torch.float32, device=points.device)
-    kept = torch.zeros(B, L, dtype=torch.float64, device=points.device) if counts else None
-    launch_plan(points, mask_maps, gates, seeds, plan, coverage, kept)
-    return plan, coverage, kept
+def make_plan(inputs: Inputs, coverage: Tensor | None = None, kept: Tensor | None = None) -> Plan:
+    """The forward pass's plan, which also fills coverage [B,H,W,L], float32, and kept [B,L],
+    float64 zeros, where keys are counted; without them the backward pass's: closed keys and layers
+    too, with the keys' numbers."""
+    B, H, W, L, _, K = inputs.points.shape
 
+    def empty(dtype: torch.dtype, *last: int) -> Tensor:
+        return torch.empty(B, L, H * W, *last, dtype=dtype, device=inputs.points.device)
 
-def resample(
-    points: Tensor,
-    mask_maps: Sequence[Tensor] | None,
-    gates: Tensor | None,
-    seeds: Tensor | None,
-) -> Plan:
-    """The backward pass's plan: closed keys and layers too, with the keys' numbers."""
-    plan = empty_plan(points, with_keys=True)
-    launch_plan(points, mask_maps, gates, seeds, plan, None, None)
+    plan = Plan(
+        corner=empty(torch.int64, K),
+        dy=empty(torch.float32, K),
+        dx=empty(torch.float32, K),
+        weight=empty(torch.float32, K),
+        key=empty(torch.int32, K) if coverage is None else None,
+        count=empty(torch.int32),
+    )
+    arguments = {"gates_ptr": inputs.gates, "coverage_ptr": coverage, "kept_ptr": kept}
+    shape = {"H": H, "W": W, "L": L, "K": K}
+    launch(_plan, (H * W, L, B), keys=Keys.of(inputs), plan=plan, **arguments, **shape)
     return plan
-
-
-def empty_plan(points: Tensor, with_keys: bool) -> Plan:
-    """Room for the lists; what is not written is not read."""
-    B, H, W, L, _, K = points.shape
-
-    def empty(dtype: torch.dtype) -> Tensor:
-        return torch.empty(B, L, H * W, K, dtype=dtype, device=points.device)
-
-    count = torch.empty(B, L, H * W, dtype=torch.int32, device=points.device)
-    real = torch.float32
-    key = empty(torch.int32) if with_keys else None
-    return Plan(empty(torch.int64), empty(real), empty(real), empty(real), key, count)
-
-
-def launch_plan(
-    points: Tensor,
-    mask_maps: Sequence[Tensor] | None,
-    gates: Tensor | None,
-    seeds: Tensor | None,
-    plan: Plan,
-    coverage: Tensor | None,
-    kept: Tensor | None,
-) -> None:
-    """Fill the plan and, where given, coverage and kept."""
-    B, H, W, L, _, K = points.shape
-    maps, map_strides = (None, None) if mask_maps is None else layers(mask_maps)
-    arguments = {
-        "points_ptr": points.detach(),
-        "maps": maps,
-        "gates_ptr": gates,
-        "seeds_ptr": seeds,
-        **list_arguments(plan),
-        "key_ptr": plan.key,
-        "coverage_ptr": coverage,
-        "kept_ptr": kept,
-        "points_strides": points.stride(),
-        "map_strides": map_strides,
-        **{"H": H, "W": W, "L": L, "K": K},
-    }
-    launch(Call(_plan, arguments, (H * W, L, B)))
-
-
-def list_arguments(plan: Plan) -> dict[str, Tensor]:
-    """The plan's lists by the names that kernels give them."""
-    names = ("corner_ptr", "dy_ptr", "dx_ptr", "weight_ptr", "count_ptr")
-    lists = (plan.corner, plan.dy, plan.dx, plan.weight, plan.count)
-    return dict(zip(names, lists, strict=True))
-
-
-class Wanted(NamedTuple):
-    """The gradients that a backward pass computes, and how."""
-
-    features: bool
-    points: bool
-    maps: bool
-    gates: bool
-    closed: bool  # dots of closed keys too
-    ordered: bool  # every sum in a fixed order
 
 
 @triton.jit(do_not_specialize=["temperature", "H", "W", "L"])
 def _spread(
-    points_ptr,  # [B,H,W,L,3,K]
-    maps,  # L × [B,H+2,W+2,K], or None
+    keys,
     gates_ptr,  # [L], or None
-    seeds_ptr,  # [B], or None
-    corner_ptr,  # [B,L,N,K], like dy, dx, weight and key
-    dy_ptr,
-    dx_ptr,
-    weight_ptr,
-    key_ptr,
-    count_ptr,  # [B,L,N]
+    plan,
     dots_ptr,  # [B,L,N,K,4], or None for zeros
     grad_coverage_ptr,  # [B,N,L], or None for zeros
     grad_kept_ptr,  # [B,L], or None for zeros
@@ -225,8 +128,6 @@ def _spread(
     grad_maps,  # L × [B,H+2,W+2,K] float32, zeros to add to, or None
     grad_mask_ptr,  # [B,L,N,K], or None
     grad_gates_ptr,  # [B,L,N], each query's share, or None
-    points_strides,
-    map_strides,
     temperature,
     H,
     W,
@@ -247,13 +148,13 @@ def _spread(
     gate = gate_of(gates_ptr, l)
     query = (b * L + l) * N + n
     entry = query * K + slot
-    count = tl.load(count_ptr + query, mask=n < N, other=0)  # [BLOCK_N,1]
+    count = tl.load(plan.count + query, mask=n < N, other=0)  # [BLOCK_N,1]
     open = tl.where(slot < count, 1.0, 0.0)
-    row, column = unpack(tl.load(corner_ptr + entry, mask=valid, other=0))
-    dy = tl.load(dy_ptr + entry, mask=valid, other=0.0)
-    dx = tl.load(dx_ptr + entry, mask=valid, other=0.0)
-    f = tl.load(weight_ptr + entry, mask=valid, other=0.0)
-    key = tl.load(key_ptr + entry, mask=valid, other=0)
+    row, column = unpack(tl.load(plan.corner + entry, mask=valid, other=0))
+    dy = tl.load(plan.dy + entry, mask=valid, other=0.0)
+    dx = tl.load(plan.dx + entry, mask=valid, other=0.0)
+    f = tl.load(plan.weight + entry, mask=valid, other=0.0)
+    key = tl.load(plan.key + entry, mask=valid, other=0)
 
     d0 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     d1, d2, d3 = d0, d0, d0
@@ -279,10 +180,8 @@ def _spread(
 
     grad_y = gate * open * f * dot_y
     grad_x = gate * open * f * dot_x
-    if maps is not None:
-        logit, slope_y, slope_x = mask_logit(
-            maps, map_strides, seeds_ptr, b, l, n, key, row, column, dy, dx, valid, L, K
-        )
+    if keys.maps is not None:
+        logit, slope_y, slope_x = mask_logit(keys, b, l, n, key, row, column, dy, dx, valid, L, K)
         e = tl.exp(-tl.abs(logit) / temperature)
         slope = e / ((1 + e) * (1 + e) * temperature)  # of the sigmoid: straight-through
         grad_mask = gate * f * dot
@@ -303,9 +202,7 @@ def _spread(
             tl.atomic_add(at + down, grad_mask * s2, mask=valid, sem="relaxed")
             tl.atomic_add(at + (down + K), grad_mask * s3, mask=valid, sem="relaxed")
     if grad_points_ptr is not None:
-        at, y, x = points_of(points_ptr, points_strides, b, n, l, key, W)
-        y += tl.load(at, mask=valid, other=0.0).to(tl.float32)
-        x += tl.load(at + wide(points_strides[4]), mask=valid, other=0.0).to(tl.float32)
+        y, x, _ = position_of(keys, b, n, l, key, valid, W)
         # Farther out, moving changes nothing.
         grad_y = tl.where((y >= -1) & (y <= H), grad_y, 0.0)
         grad_x = tl.where((x >= -1) & (x <= W), grad_x, 0.0)
@@ -316,53 +213,46 @@ def _spread(
 
 
 def spread(
-    points: Tensor,
-    mask_maps: Sequence[Tensor] | None,
-    gates: Tensor | None,
-    seeds: Tensor | None,
-    temperature: float,
+    inputs: Inputs,
     plan: Plan,
     dots: Tensor | None,
     grad_coverage: Tensor | None,
     grad_kept: Tensor | None,
-    wanted: Wanted,
+    wanted: Leaves,
+    closed: bool,
 ) -> tuple[Tensor | None, list[Tensor] | None, Tensor | None]:
     """Gradients of points (contiguous), of all mask maps L × [B,H+2,W+2,K], both float32, and of
-    the gates [L], float64; None where not wanted. `dots` is the result of `aggregation.dots`."""
-    B, H, W, L, _, K = points.shape
-    maps, map_strides = (None, None) if mask_maps is None else layers(mask_maps)
+    the gates [L], float64; None where not wanted. `dots` is the result of `aggregation.dots`, with
+    the same `closed`."""
+    B, H, W, L, _, K = inputs.points.shape
+    device = inputs.points.device
+    maps_wanted, ordered = any(wanted.mask_maps), torch.are_deterministic_algorithms_enabled()
 
     def empty(wanted: bool, *shape: int) -> Tensor | None:
-        return torch.empty(shape, dtype=torch.float32, device=points.device) if wanted else None
+        return torch.empty(shape, dtype=torch.float32, device=device) if wanted else None
 
-    grad_points = empty(wanted.points, *points.shape)
+    grad_points = empty(wanted.points, *inputs.points.shape)
     grad_maps = None
-    if wanted.maps and not wanted.ordered:
-        size, real, device = (B, H + 2, W + 2, K), torch.float32, points.device
-        grad_maps = [torch.empty(size, dtype=real, device=device) for _ in range(L)]
-        torch._foreach_zero_(grad_maps)  # by one launch
-    grad_mask = empty(wanted.maps and wanted.ordered, B, L, H * W, K)
+    if maps_wanted and not ordered:
+        grad_maps = new_sums(L, (B, H + 2, W + 2, K), device, zero=True)
+    grad_mask = empty(maps_wanted and ordered, B, L, H * W, K)
     grad_gates = empty(wanted.gates, B, L, H * W)
-    arguments = {
-        "points_ptr": points.detach(),
-        "maps": maps,
-        "gates_ptr": gates,
-        "seeds_ptr": seeds,
-        **list_arguments(plan),
-        "key_ptr": plan.key,
-        "dots_ptr": dots,
-        "grad_coverage_ptr": grad_coverage,
-        "grad_kept_ptr": grad_kept,
-        "grad_points_ptr": grad_points,
-        "grad_maps": grad_maps and fill_up(grad_maps),
-        "grad_mask_ptr": grad_mask,
-        "grad_gates_ptr": grad_gates,
-        "points_strides": points.stride(),
-        "map_strides": map_strides,
-        "temperature": float(temperature),
-        **{"H": H, "W": W, "L": L, "K": K, "CLOSED": wanted.closed},
-    }
-    launch(Call(_spread, arguments, (H * W, L, B)))
+    launch(
+        _spread,
+        (H * W, L, B),
+        keys=Keys.of(inputs),
+        gates_ptr=inputs.gates,
+        plan=plan,
+        dots_ptr=dots,
+        grad_coverage_ptr=grad_coverage,
+        grad_kept_ptr=grad_kept,
+        grad_points_ptr=grad_points,
+        grad_maps=grad_maps and fill_up(grad_maps),
+        grad_mask_ptr=grad_mask,
+        grad_gates_ptr=grad_gates,
+        temperature=float(inputs.temperature),
+        **{"H": H, "W": W, "L": L, "K": K, "CLOSED": closed},
+    )
     if grad_mask is not None:
         grad_maps = sum_maps(plan, grad_mask, H, W)
     return grad_points, grad_maps, None if grad_gates is None else grad_gates.double().sum((0, 2))
@@ -372,10 +262,8 @@ def spread(
 def _sum_maps(
     order_ptr,  # [B·L·N·K] int64, entries sorted by their corner's pixel
     first_ptr,  # [L·B·(H+2)·(W+2) + 1] int64, where in it the entries of each pixel begin
-    dy_ptr,  # [B,L,N,K], like dx, key and grad_mask
-    dx_ptr,
-    key_ptr,
-    grad_mask_ptr,
+    plan,
+    grad_mask_ptr,  # [B,L,N,K]
     outs,  # L × [B,H+2,W+2,K] float32
     W,
     K: tl.constexpr,
@@ -394,9 +282,9 @@ def _sum_maps(
             at = e + tl.arange(0, BLOCK_E)  # [BLOCK_E]
             valid = at < end
             entry = tl.load(order_ptr + at, mask=valid, other=0)
-            share = share_of(dy_ptr, dx_ptr, entry, valid, corner)
+            share = share_of(plan, entry, valid, corner)
             sent = share * tl.load(grad_mask_ptr + entry, mask=valid, other=0.0)
-            channel = tl.load(key_ptr + entry, mask=valid, other=0)
+            channel = tl.load(plan.key + entry, mask=valid, other=0)
             total += tl.sum(tl.where(channel[:, None] == key, sent[:, None], 0.0), 0)
     at = pointer_of(outs, l) + (pixel * K + tl.arange(0, BLOCK_K))
     tl.store(at, total, mask=tl.arange(0, BLOCK_K) < K)
@@ -407,20 +295,16 @@ def sum_maps(plan: Plan, grad_mask: Tensor, H: int, W: int) -> list[Tensor]:
     order."""
     B, L, _, K = grad_mask.shape
     order, first = sort_by_pixel(plan, H, W)
-    size, device = (B, H + 2, W + 2, K), grad_mask.device
-    outs = [torch.empty(size, dtype=torch.float32, device=device) for _ in range(L)]
-    lists = list_arguments(plan)
-    arguments = {
-        "order_ptr": order,
-        "first_ptr": first,
-        "dy_ptr": lists["dy_ptr"],
-        "dx_ptr": lists["dx_ptr"],
-        "key_ptr": plan.key,
-        "grad_mask_ptr": grad_mask,
-        "outs": fill_up(outs),
+    outs = new_sums(L, (B, H + 2, W + 2, K), grad_mask.device, zero=False)
+    launch(
+        *(_sum_maps, (B * (H + 2) * (W + 2), L, 1), None),
+        order_ptr=order,
+        first_ptr=first,
+        plan=plan,
+        grad_mask_ptr=grad_mask,
+        outs=fill_up(outs),
         **{"W": W, "K": K},
-    }
-    launch(Call(_sum_maps, arguments, (B * (H + 2) * (W + 2), L, 1), rows_block=None))
+    )
     return outs
 
 

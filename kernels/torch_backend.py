@@ -16,79 +16,63 @@ import torch
 from torch import Tensor
 
 from . import philox
+from .inputs import Inputs, Leaves
 
 CHUNK = 1 << 16  # keys worked on at a time: some 30 MB of temporaries
 
 
-def forward(
-    features: Sequence[Tensor],
-    points: Tensor,
-    mask_maps: Sequence[Tensor] | None,
-    gates: Tensor | None,
-    seeds: Tensor | None,
-    counts: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(inputs: Inputs, counts: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """The three results of `kernels.attend`: aggregate, coverage, kept, whose count is free."""
+    features, points = inputs[:2]
     B, H, W, L, _, _ = points.shape
     N, C, device = B * H * W, features[0].shape[-1], points.device
     aggregate = torch.empty(N, L, C, dtype=features[0].dtype, device=device)
     coverage = torch.empty(N, L, dtype=points.dtype, device=device)
-    counts = torch.empty(N, L, dtype=torch.int64, device=device)
-    for l, gate in enumerate(gate_values(gates, L)):
-        layer = Layer.of(features, points, mask_maps, seeds, l)
+    counted = torch.empty(N, L, dtype=torch.int64, device=device)
+    for l, gate in enumerate(gate_values(inputs)):
+        layer = Layer.of(inputs, l)
         for chunk in layer.chunks():
             now = slice(chunk.begin, chunk.end)
-            counts[now, l] = chunk.open.sum(1)
+            counted[now, l] = chunk.open.sum(1)
             aggregate[now, l] = gate * layer.sums(chunk).to(aggregate.dtype) if gate else 0
             coverage[now, l] = gate * chunk.coverage().to(coverage.dtype) if gate else 0
-    kept = counts.view(B, H * W, L).sum(1).double()
+    kept = counted.view(B, H * W, L).sum(1).double()
     return aggregate.view(B, H, W, L, -1), coverage.view(B, H, W, L), kept
 
 
 def backward(
-    features: Sequence[Tensor],
-    points: Tensor,
-    mask_maps: Sequence[Tensor] | None,
-    gates: Tensor | None,
-    seeds: Tensor | None,
-    temperature: float,
-    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
-    wanted: tuple[list[bool], bool, list[bool], bool],
-) -> tuple[list[Tensor | None], Tensor | None, list[Tensor | None], Tensor | None]:
-    """Gradients for features, points, mask maps and gates, None where not `wanted` (in that order).
-
-    `gradients` are those of the three results of `forward`; None means zero.
-    """
-    L = len(features)
-    grad_points = None
-    if wanted[1]:
-        flat = (points.shape[:3].numel(), *points.shape[3:])
-        grad_points = torch.empty(flat, dtype=points.dtype, device=points.device)
-    grad_gates = torch.zeros_like(gates) if wanted[3] else None
+    inputs: Inputs, gradients: tuple[Tensor | None, Tensor | None, Tensor | None], wanted: Leaves
+) -> Leaves:
+    """The gradients that are `wanted`, from those of the three results of `forward`; of these None
+    means zero."""
+    features, points, mask_maps, gates, _, temperature = inputs
+    rows = torch.contiguous_format
+    grad_points = torch.empty_like(points, memory_format=rows) if wanted.points else None
+    grad_gates = torch.zeros_like(gates) if wanted.gates else None
     grad_features, grad_maps = [], []
-    for l, gate in enumerate(gate_values(gates, L)):
-        layer = Layer.of(features, points, mask_maps, seeds, l)
-        grad_table = torch.zeros_like(layer.table) if wanted[0][l] else None
-        grad_map = torch.zeros_like(layer.mask_map) if mask_maps and wanted[2][l] else None
+    for l, gate in enumerate(gate_values(inputs)):
+        layer = Layer.of(inputs, l)
+        grad_table = torch.zeros_like(layer.table) if wanted.features[l] else None
+        grad_map = torch.zeros_like(layer.mask_map) if mask_maps and wanted.mask_maps[l] else None
         for chunk in layer.chunks():
             given = layer.given(chunk, gradients)
-            if wanted[3] and not gate:
+            if wanted.gates and not gate:
                 grad_gates[l] += layer.sent(chunk, given)
             if gate and grad_table is not None and given.aggregate is not None:
                 layer.scatter(chunk, given.aggregate, gate, grad_table)
-            if not (wanted[1] or grad_map is not None or (wanted[3] and gate)):
+            if not (wanted.points or grad_map is not None or (wanted.gates and gate)):
                 continue
-            slopes = layer.slopes(chunk, given, gate, temperature)
-            if wanted[1]:
-                grad_points[chunk.begin : chunk.end, l] = slopes.points
-            if wanted[3] and gate:
-                grad_gates[l] += slopes.gate
+            of_points, of_mask, of_gate = layer.slopes(chunk, given, gate, temperature)
+            if wanted.points:
+                grad_points.flatten(0, 2)[chunk.begin : chunk.end, l] = of_points
+            if wanted.gates and gate:
+                grad_gates[l] += of_gate
             if grad_map is not None:
-                layer.scatter_mask(chunk, slopes.mask, grad_map)
-        grad_features.append(like(grad_table, features[l]))
+                layer.scatter_mask(chunk, of_mask, grad_map)
+        grad_features.append(None if grad_table is None else grad_table.view(features[l].shape))
         if mask_maps:
-            grad_maps.append(like(grad_map, mask_maps[l]))
-    return grad_features, like(grad_points, points), grad_maps, grad_gates
+            grad_maps.append(None if grad_map is None else grad_map.view(mask_maps[l].shape))
+    return Leaves(grad_features, grad_points, grad_maps, grad_gates)
 
 
 @dataclass
@@ -98,7 +82,8 @@ class Chunk:
     begin: int
     end: int
     size: tuple[int, int]  # H, W
-    y: Tensor  # position in pixels, clamped to the border
+    position: tuple[Tensor, Tensor]  # y and x in pixels
+    y: Tensor  # the same, clamped to the border
     x: Tensor
     y0: Tensor  # the pixel above and to the left of it, -1 .. H - 1 and -1 .. W - 1
     x0: Tensor
@@ -140,15 +125,6 @@ class Given:
 
 
 @dataclass
-class Slopes:
-    """A chunk's gradients."""
-
-    points: Tensor  # [N,3,K]
-    mask: Tensor | None  # [N,K], of the mask's logit
-    gate: Tensor  # []
-
-
-@dataclass
 class Layer:
     """One referred layer's inputs in the type of the arithmetic, as flat tables."""
 
@@ -160,8 +136,8 @@ class Layer:
     place: tuple[int, int]  # l, L
 
     @classmethod
-    def of(cls, features, points, mask_maps, seeds, l: int) -> "Layer":
-        """Layer l of the arguments of `forward`."""
+    def of(cls, inputs: Inputs, l: int) -> "Layer":
+        features, points, mask_maps, _, seeds, _ = inputs
         B, H, W, L, _, K = points.shape
         dtype = torch.float64 if features[0].dtype == torch.float64 else torch.float32
         table = features[l].detach().to(dtype).reshape(-1, features[l].shape[-1])
@@ -184,13 +160,14 @@ class Layer:
         points = self.points[begin:end].to(self.table.dtype)
         query = torch.arange(begin, end, device=points.device).unsqueeze(1)
         image, row, column = query // (H * W), query // W % H, query % W
-        y = (row.to(points.dtype) + points[:, 0]).nan_to_num(-1.0, H, -1.0).clamp(-1, H)
-        x = (column.to(points.dtype) + points[:, 1]).nan_to_num(-1.0, W, -1.0).clamp(-1, W)
+        position = row.to(points.dtype) + points[:, 0], column.to(points.dtype) + points[:, 1]
+        y = position[0].nan_to_num(-1.0, H, -1.0).clamp(-1, H)
+        x = position[1].nan_to_num(-1.0, W, -1.0).clamp(-1, W)
         y0, x0 = y.floor().clamp(max=H - 1), x.floor().clamp(max=W - 1)
         start = (image * (H + 2) + 1) * (W + 2) + 1
         pixel = y0.to(self.index) * (W + 2) + x0.to(self.index) + start.to(self.index)
         chunk = Chunk(
-            *(begin, end, (H, W), y, x, y0, x0, pixel),
+            *(begin, end, (H, W), position, y, x, y0, x0, pixel),
             weight=points[:, 2].softmax(1),
             open=torch.ones_like(pixel, dtype=torch.bool),
         )
@@ -294,8 +271,11 @@ class Layer:
         for shift, term in zip(self.shifts, terms, strict=True):
             grad_map.view(-1)[shift * K :].index_add_(0, spot, term.flatten())
 
-    def slopes(self, chunk: Chunk, given: Given, gate: float, temperature: float) -> Slopes:
-        """Gradients of offsets, logits, masks and the gate: arithmetic on four dots a key."""
+    def slopes(
+        self, chunk: Chunk, given: Given, gate: float, temperature: float
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Gradients of the points [N,3,K], the mask's logit [N,K] and the gate []: arithmetic on
+        four dots a key."""
         H, W = chunk.size
         if gate and given.aggregate is not None:
             dots = self.dots(chunk, given.aggregate)
@@ -322,18 +302,10 @@ class Layer:
         opened = chunk.open * value
         share = (chunk.weight * opened).sum(1, keepdim=True)
         grad_logit = weight * (opened - share)
-        free_y, free_x = self.free(chunk)
+        # Farther out, moving changes nothing.
+        free_y, free_x = ((p >= -1) & (p <= s) for p, s in zip(chunk.position, (H, W), strict=True))
         grads = torch.stack([grad_y * free_y, grad_x * free_x, grad_logit], 1)
-        return Slopes(grads, mask, share.sum())
-
-    def free(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        """Where moving along y and along x changes anything: not a pixel or more outside, [N,K]."""
-        _, H, W = self.shape
-        points = self.points[chunk.begin : chunk.end].to(self.table.dtype)
-        query = torch.arange(chunk.begin, chunk.end, device=points.device).unsqueeze(1)
-        y = (query // W % H).to(points.dtype) + points[:, 0]
-        x = (query % W).to(points.dtype) + points[:, 1]
-        return (y >= -1) & (y <= H), (x >= -1) & (x <= W)
+        return grads, mask, share.sum()
 
     def dots(self, chunk: Chunk, gradient: Tensor) -> list[Tensor]:
         """gradient · feature at the four corners of all keys, [N,K] each."""
@@ -368,11 +340,6 @@ def bag_sums(table: Tensor, rows: Tensor, weights: Tensor, begins: Tensor) -> Te
     )
 
 
-def gate_values(gates: Tensor | None, layers: int) -> list[float]:
+def gate_values(inputs: Inputs) -> list[float]:
     """The gates as numbers; 1 where there are none."""
-    return [1.0] * layers if gates is None else gates.tolist()
-
-
-def like(flat: Tensor | None, tensor: Tensor) -> Tensor | None:
-    """A flat gradient in the shape and type of its tensor."""
-    return None if flat is None else flat.view(tensor.shape).to(tensor.dtype)
+    return [1.0] * len(inputs.features) if inputs.gates is None else inputs.gates.tolist()

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .inputs import Inputs, Leaves
+
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
 OLDEST = (7, 0)  # compute capability, of NVIDIA's GPUs
 # What Triton raises for want of a compiler, of Python's headers, of a driver, of a place to write.
@@ -53,86 +55,56 @@ def why_not_on(device: torch.device) -> str | None:
     return None
 
 
-def forward(
-    features: Sequence[Tensor],
-    points: Tensor,
-    mask_maps: Sequence[Tensor] | None,
-    gates: Tensor | None,
-    seeds: Tensor | None,
-    counts: bool = True,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The three results of `kernels.attend`: aggregate, coverage, kept, where it is counted."""
+def forward(inputs: Inputs, counts: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The three results of `kernels.attend`: aggregate, coverage in float32, kept, where it is
+    counted."""
     from . import aggregation, sampling
 
-    gates, seeds = dense(gates), dense(seeds)
-    with torch.cuda.device_of(points):
-        plan, coverage, kept = sampling.sample(points, mask_maps, gates, seeds, counts)
-        _, H, W, _, _, _ = points.shape
-        aggregate = aggregation.aggregate(features, plan, gates, H, W)
-        return aggregate, coverage.to(points.dtype), kept
+    inputs = inputs._replace(gates=dense(inputs.gates), seeds=dense(inputs.seeds))
+    B, H, W, L, _, _ = inputs.points.shape
+    device = inputs.points.device
+    with torch.cuda.device_of(inputs.points):
+        coverage = torch.empty(B, H, W, L, dtype=torch.float32, device=device)
+        kept = torch.zeros(B, L, dtype=torch.float64, device=device) if counts else None
+        plan = sampling.make_plan(inputs, coverage, kept)
+        return aggregation.aggregate(inputs.features, plan, inputs.gates, H, W), coverage, kept
 
 
 def backward(
-    features: Sequence[Tensor],
-    points: Tensor,
-    mask_maps: Sequence[Tensor] | None,
-    gates: Tensor | None,
-    seeds: Tensor | None,
-    temperature: float,
-    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
-    wanted: tuple[Sequence[bool], bool, Sequence[bool], bool],
-) -> tuple[list[Tensor | None], Tensor | None, list[Tensor | None], Tensor | None]:
-    """Gradients for features, points, mask maps and gates, None where not `wanted` (in that order).
+    inputs: Inputs, gradients: tuple[Tensor | None, Tensor | None, Tensor | None], wanted: Leaves
+) -> Leaves:
+    """The gradients that are `wanted`, of all layers if one is, from those of the three results of
+    `forward`; of these None means zero. In float32, and float64 for gates.
 
-    `gradients` are those of the three results of `forward`; None means zero. The sums over keys are
-    atomic, and their last bits vary, unless torch.use_deterministic_algorithms is on.
+    The sums over keys are atomic, and their last bits vary, unless
+    torch.use_deterministic_algorithms is on.
     """
     from . import aggregation, sampling
 
-    gates, seeds = dense(gates), dense(seeds)
+    inputs = inputs._replace(gates=dense(inputs.gates), seeds=dense(inputs.seeds))
+    features, gates = inputs.features, inputs.gates
     grad, grad_coverage, grad_kept = map(dense, gradients)
-    maps_wanted = mask_maps is not None and any(wanted[2])
-    needed = sampling.Wanted(
-        features=any(wanted[0]),
-        points=wanted[1],
-        maps=maps_wanted,
-        gates=wanted[3],
-        closed=mask_maps is not None and (maps_wanted or wanted[1]),
-        ordered=torch.are_deterministic_algorithms_enabled(),
-    )
+    maps_wanted, none = any(wanted.mask_maps), [None] * len(features)
+    closed = inputs.mask_maps is not None and (maps_wanted or wanted.points)
     grad_features = grad_points = grad_maps = grad_gates = dots = None
-    with torch.cuda.device_of(points):
-        plan = sampling.resample(points, mask_maps, gates, seeds)
-        if needed.points or needed.maps or needed.gates:
+    with torch.cuda.device_of(inputs.points):
+        plan = sampling.make_plan(inputs)
+        if wanted.points or maps_wanted or wanted.gates:
             if grad is not None:
-                dots = aggregation.dots(features, plan, gates, grad, needed.closed, needed.gates)
+                dots = aggregation.dots(features, plan, gates, grad, closed, wanted.gates)
             grad_points, grad_maps, grad_gates = sampling.spread(
-                *(points, mask_maps, gates, seeds, temperature, plan),
-                *(dots, grad_coverage, grad_kept, needed),
+                inputs, plan, dots, grad_coverage, grad_kept, wanted, closed
             )
-        if needed.features and grad is not None:
-            add = aggregation.sum_rows if needed.ordered else aggregation.scatter
+        if any(wanted.features) and grad is not None:
+            ordered = torch.are_deterministic_algorithms_enabled()
+            add = aggregation.sum_rows if ordered else aggregation.scatter
             grad_features = add(plan, gates, grad)
-        elif needed.features:
+        elif any(wanted.features):
             grad_features = [f.new_zeros(f.shape) for f in features]
-    return (
-        share_out(grad_features, features, wanted[0]),
-        None if grad_points is None else grad_points.to(points.dtype),
-        share_out(grad_maps, mask_maps or (), wanted[2]) if mask_maps is not None else [],
-        None if grad_gates is None else grad_gates.to(gates.dtype),
-    )
+    no_maps = none if inputs.mask_maps else []
+    return Leaves(grad_features or none, grad_points, grad_maps or no_maps, grad_gates)
 
 
 def dense(tensor: Tensor | None) -> Tensor | None:
     """The tensor without gaps or gradient, which kernels walk with one step."""
     return None if tensor is None else tensor.detach().contiguous()
-
-
-def share_out(
-    gradients: Sequence[Tensor] | None, tensors: Sequence[Tensor], wanted: Sequence[bool]
-) -> list[Tensor | None]:
-    """The gradients in their tensors' types, None where not wanted."""
-    if gradients is None:
-        return [None] * len(tensors)
-    parts = zip(gradients, tensors, wanted, strict=True)
-    return [g.to(t.dtype) if w else None for g, t, w in parts]

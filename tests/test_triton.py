@@ -32,6 +32,8 @@ from triton.runtime import interpreter  # noqa: E402
 from triton_cases import CASES, NAMES, Case, small_cases  # noqa: E402
 
 from kernels import accounting, padding, to_rows, triton_backend  # noqa: E402
+from kernels.inputs import Inputs as Arguments  # noqa: E402
+from kernels.inputs import Leaves  # noqa: E402
 from kernels.primitives import logistic_noise  # noqa: E402
 
 
@@ -51,41 +53,37 @@ def moved(value, device: str):
     return around.to(device).as_strided(value.size(), value.stride(), value.storage_offset())
 
 
-def arguments_of(inputs: Inputs, device: str) -> list:
-    """The arguments of `triton_backend.forward`, on the device."""
+def arguments_of(inputs: Inputs, device: str) -> Arguments:
+    """What `triton_backend.forward` takes, on the device."""
     given = (inputs.features, inputs.points, inputs.mask_maps, inputs.gates, inputs.seeds)
-    return [moved(value, device) for value in given]
+    return Arguments(*(moved(value, device) for value in given), inputs.temperature)
 
 
 def by_kernels(inputs: Inputs, case: Case, device: str) -> dict[str, torch.Tensor]:
     """Results and wanted gradients of the kernels, on the CPU."""
     arguments = arguments_of(inputs, device)
-    features, _, maps, gates, _ = arguments
-    wanted = (
-        ["features" in case.wanted] * len(features),
+    wanted = Leaves(
+        ["features" in case.wanted] * len(arguments.features),
         "points" in case.wanted,
-        ["mask_maps" in case.wanted] * len(maps or ()),
-        "gates" in case.wanted and gates is not None,
+        ["mask_maps" in case.wanted] * len(arguments.mask_maps or ()),
+        "gates" in case.wanted and arguments.gates is not None,
     )
     with filled_memory():
-        out = triton_backend.forward(*arguments)
+        out = triton_backend.forward(arguments)
         pairs = zip(out, inputs.cotangents, strict=True)
         gradients = [None if c is None else c.to(o) for o, c in pairs]
-        grads = triton_backend.backward(*arguments, inputs.temperature, gradients, wanted)
+        grads = triton_backend.backward(arguments, gradients, wanted)
         if case.ordered:
-            again = named(
-                *triton_backend.backward(*arguments, inputs.temperature, gradients, wanted)
-            )
+            again = named(*triton_backend.backward(arguments, gradients, wanted))
             for name, gradient in named(*grads).items():
                 assert torch.equal(gradient, again[name]), f"{name} varies"
     grads, leaves = named(*grads), inputs.leaves()
     expected = {name for name in leaves if name.split("[")[0] in case.wanted}
     assert grads.keys() == expected, f"gradients {sorted(grads)}, wanted {sorted(expected)}"
-    for name, gradient in grads.items():
-        like = leaves[name]
-        assert (gradient.dtype, gradient.shape) == (like.dtype, like.shape), name
     results = dict(zip(NAMES, out, strict=True))
-    results |= {f"∂{name}": gradient for name, gradient in grads.items()}
+    for name, gradient in grads.items():
+        assert gradient.shape == leaves[name].shape, name
+        results[f"∂{name}"] = gradient.to(leaves[name].dtype)
     return {name: tensor.cpu() for name, tensor in results.items()}
 
 
@@ -148,9 +146,7 @@ def check_attend(device: str) -> None:
     """The public operator reaches the kernels, forward and backward."""
     inputs = Case(2, 3, 3, 4, 5, 8, gates=(1, 0, 1)).build()
     expected = inputs.run("reference")
-    features, points, maps, gates, seeds = arguments_of(inputs, device)
-    cotangents = moved(inputs.cotangents, device)
-    given = Inputs(features, points, maps, gates, seeds, inputs.temperature, cotangents)
+    given = Inputs(*arguments_of(inputs, device), moved(inputs.cotangents, device))
     for name, value in given.run("triton").items():
         torch.testing.assert_close(value.cpu(), expected[name])
 
@@ -172,10 +168,10 @@ def check_shut_layers_are_not_read(device: str) -> None:
     inputs = Case(1, 2, 3, 4, 5, 8, gates=(0, 1)).build()
     inputs.features[0].fill_(torch.nan)
     arguments = arguments_of(inputs, device)
-    out = triton_backend.forward(*arguments)
+    out = triton_backend.forward(arguments)
     gradients = tuple(torch.ones_like(result) for result in out)
-    wanted = ([True, True], True, [True, True], False)
-    grads = named(*triton_backend.backward(*arguments, inputs.temperature, gradients, wanted))
+    wanted = Leaves([True, True], True, [True, True], False)
+    grads = named(*triton_backend.backward(arguments, gradients, wanted))
     assert all(tensor.isfinite().all() for tensor in (*out, *grads.values()))
 
 
@@ -183,7 +179,7 @@ def check_count(device: str) -> None:
     """The accounting kernel alone counts what the forward pass counts."""
     inputs = Case(3, 2, 5, 9, 7, 1).build()
     inputs.seeds = torch.stack([inputs.seeds, inputs.seeds + 1], 1).flatten()[::2]
-    _, points, maps, _, seeds = arguments_of(inputs, device)
+    _, points, maps, _, seeds, _ = arguments_of(inputs, device)
     assert torch.equal(accounting.count(points, maps, seeds).cpu(), inputs.attend("reference").kept)
 
 
