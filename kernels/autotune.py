@@ -211,9 +211,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush
         return 0
-    if options.device.split(":")[0] not in ("cpu", "cuda"):
-        print(f"--device {options.device}: known are cuda, cuda:0 and so on", file=sys.stderr)
-        return 2
     if not options.device.startswith("cuda") or not torch.cuda.is_available():
         print(
             f"There is no GPU to tune for on {options.device!r}. The kernels run with their default"

@@ -203,8 +203,8 @@ def compile_job(job: Job) -> Compiled:
 
     kernel = getattr(importlib.import_module(job.module), job.kernel)
     source = ASTSource(kernel, job.signature, job.constants, job.attributes)
-    options = {"num_warps": job.config.warps, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=GPUTarget(*TARGETS[job.target]), options=options)
+    target, options = GPUTarget(*TARGETS[job.target]), launch.options_of(job.config)
+    compiled = triton.compile(source, target=target, options=options)
     asm = compiled.asm
     code = read_nvidia(asm["cubin"]) if "cubin" in asm else read_amd(asm["amdgcn"])
     widths = code.widths

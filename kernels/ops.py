@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import registration
 from .dispatch import why_not
+from .inputs import Inputs
 
 
 class Attended(NamedTuple):
@@ -80,13 +81,14 @@ def attend(
         RuntimeError: a named backend that cannot run here, with the reason.
     """
     features, mask_maps = list(features), None if mask_maps is None else list(mask_maps)
-    check(features, points, mask_maps, gates, seeds, temperature)
+    inputs = Inputs(features, points, mask_maps, gates, seeds, temperature)
+    check(inputs)
     if backend == "auto":
         backend = os.environ.get("ACLA_BACKEND") or "auto"
     if backend == "reference":
         from . import reference
 
-        out = reference.attend(features, points, mask_maps, gates, seeds, temperature)
+        out = reference.attend(*inputs)
     else:
         out = torch.ops.acla.attend(
             features, points, mask_maps or [], gates, seeds, temperature, backend, counts
@@ -137,15 +139,9 @@ def runs_whole(query: Tensor, features: Sequence[Tensor]) -> bool:
     )
 
 
-def check(
-    features: list[Tensor],
-    points: Tensor,
-    mask_maps: list[Tensor] | None,
-    gates: Tensor | None,
-    seeds: Tensor | None,
-    temperature: float,
-) -> None:
+def check(inputs: Inputs) -> None:
     """Refuse arguments that do not fit together, naming the argument and what was wanted."""
+    features, points, mask_maps, gates, seeds, temperature = inputs
     if points.ndim != 6 or points.shape[4] != 3:
         raise ValueError(f"points must be [B,H,W,L,3,K], not {list(points.shape)}")
     B, H, W, L, _, K = points.shape

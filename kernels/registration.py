@@ -1,10 +1,11 @@
 """The operator as torch knows it: schema, shapes without data, gradients, FLOPs.
 
-So `torch.compile`, `torch.export`, FLOP counting and `torch.library.opcheck` work on it. The
-backend is an argument and is chosen when the operator runs, on real tensors."""
+So `torch.compile`, `torch.export`, FLOP counting and `torch.library.opcheck` work on it. Schemas
+give the arguments' types. The backend is one of them, chosen when the operator runs, on real
+tensors."""
 
 import functools
-from collections.abc import Callable, Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -12,8 +13,6 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .dispatch import choose_backend, why_not
 from .inputs import Inputs, Leaves
-
-Lists = Sequence[Tensor]
 
 LIBRARY = torch.library.Library("acla", "DEF")
 LIBRARY.define("to_rows(Tensor feature) -> Tensor")
@@ -32,8 +31,8 @@ LIBRARY.define(
 )
 
 
-def passes(backend: str) -> tuple[Callable, Callable]:
-    """A backend's forward and backward functions."""
+def module_of(backend: str) -> ModuleType:
+    """The module with a backend's `forward` and `backward`."""
     match backend:
         case "cpp":
             from . import cpp_backend as module
@@ -41,29 +40,20 @@ def passes(backend: str) -> tuple[Callable, Callable]:
             from . import torch_backend as module
         case "triton":
             from . import triton_backend as module
-    return module.forward, module.backward
+    return module
 
 
 @functools.partial(LIBRARY.impl, "attend", dispatch_key="CompositeExplicitAutograd")
-def attend(
-    features: Lists,
-    points: Tensor,
-    mask_maps: Lists,
-    gates: Tensor | None,
-    seeds: Tensor | None,
-    temperature: float,
-    backend: str,
-    counts: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    forward, _ = passes(choose_backend(backend, points, features))
+def attend(features, points, mask_maps, gates, seeds, temperature, backend, counts):
+    module = module_of(choose_backend(backend, points, features))
     inputs = Inputs(features, points, mask_maps or None, gates, seeds, temperature)
-    aggregate, coverage, kept = forward(inputs, counts)
+    aggregate, coverage, kept = module.forward(inputs, counts)
     kept = kept if counts else uncounted(points)
     return aggregate.to(features[0].dtype), coverage.to(points.dtype), kept
 
 
 @functools.partial(LIBRARY.impl, "attend_module", dispatch_key="CPU")
-def attend_module(query: Tensor, features: Lists, mask_maps: Lists, *weights: Tensor) -> Tensor:
+def attend_module(query, features, mask_maps, *weights):
     from . import cpp_backend
 
     return cpp_backend.attend_module(query, features, mask_maps or None, *weights)
@@ -117,23 +107,23 @@ def attend_shapes(features, points, mask_maps, gates, seeds, temperature, backen
 
 @functools.partial(LIBRARY.impl, "attend_backward", dispatch_key="CompositeExplicitAutograd")
 def attend_backward(
-    features: Lists,
-    points: Tensor,
-    mask_maps: Lists,
-    gates: Tensor | None,
-    seeds: Tensor | None,
-    temperature: float,
-    backend: str,
-    aggregate: Tensor | None,
-    coverage: Tensor | None,
-    kept: Tensor | None,
-    wanted: Sequence[bool],
-) -> list[Tensor]:
+    features,
+    points,
+    mask_maps,
+    gates,
+    seeds,
+    temperature,
+    backend,
+    aggregate,
+    coverage,
+    kept,
+    wanted,
+):
     """Gradients of features, points, mask maps and gates in this order, empty where not wanted."""
-    _, backward = passes(choose_backend(backend, points, features))
+    module = module_of(choose_backend(backend, points, features))
     inputs = Inputs(features, points, mask_maps or None, gates, seeds, temperature)
     asked = Leaves.split(wanted, len(features))
-    grads = backward(inputs, (aggregate, coverage, kept), asked).flat()
+    grads = module.backward(inputs, (aggregate, coverage, kept), asked).flat()
     leaves = Leaves(features, points, mask_maps, gates).flat()
     return [
         grad.to(leaf.dtype) if w else points.new_empty(0)
