@@ -19,18 +19,16 @@ from .primitives import (
     Plan,
     entries_of,
     entry_of,
+    feature_arguments,
     fill_up,
     gate_of,
     image_of,
-    layers,
     load_corners,
-    narrow,
     new_sums,
     offset_of,
     pointer_of,
     reach,
     share_of,
-    unit_of,
     unpack,
 )
 from .sampling import sort_by_pixel
@@ -82,19 +80,9 @@ def aggregate(
     """s_l Σ_k m f x^l(p_i + Δp_ik) of Eq. 6, [B,H,W,L,C] of the features' type."""
     B, L, N, K = plan.corner.shape
     C = features[0].shape[-1]
-    tensors, strides = layers(features)
-    out = torch.empty(B, H, W, L, C, dtype=tensors[0].dtype, device=tensors[0].device)
-    launch(
-        _aggregate,
-        (N, L, B),
-        features=tensors,
-        plan=plan,
-        gates_ptr=gates,
-        out_ptr=out,
-        strides=strides,
-        **{"N": N, "L": L, "K": K, "C": C},
-        **{"UNIT": unit_of(tensors), "NARROW": narrow(tensors)},
-    )
+    out = torch.empty(B, H, W, L, C, dtype=features[0].dtype, device=features[0].device)
+    sizes = {"N": N, "L": L, "K": K, "C": C, **feature_arguments(features)}
+    launch(_aggregate, (N, L, B), plan=plan, gates_ptr=gates, out_ptr=out, **sizes)
     return out
 
 
@@ -164,20 +152,10 @@ def dots(
     float32: all that the gradients of offsets, logits, masks and gates need of the features.
     Written as far as `primitives.reach` says."""
     B, L, N, K = plan.corner.shape
-    tensors, strides = layers(features)
     out = torch.empty(B, L, N, K, 4, dtype=torch.float32, device=grad.device)
-    launch(
-        _dots,
-        (N, L, B),
-        features=tensors,
-        plan=plan,
-        gates_ptr=gates,
-        grad_ptr=grad,
-        out_ptr=out,
-        strides=strides,
-        **{"N": N, "L": L, "K": K, "C": grad.shape[-1], "CLOSED": closed, "SHUT": shut},
-        **{"UNIT": unit_of(tensors), "NARROW": narrow(tensors)},
-    )
+    arguments = {"plan": plan, "gates_ptr": gates, "grad_ptr": grad, "out_ptr": out}
+    sizes = {"N": N, "L": L, "K": K, "C": grad.shape[-1], "CLOSED": closed, "SHUT": shut}
+    launch(_dots, (N, L, B), **feature_arguments(features), **arguments, **sizes)
     return out
 
 
@@ -229,15 +207,9 @@ def scatter(plan: Plan, gates: Tensor | None, grad: Tensor) -> list[Tensor]:
     run to run. grad [B,H,W,L,C], contiguous."""
     B, H, W, L, C = grad.shape
     outs = new_sums(L, (B, H + 2, W + 2, C), grad.device, zero=True)
-    launch(
-        _scatter,
-        (H * W, L, B),
-        plan=plan,
-        gates_ptr=gates,
-        grad_ptr=grad,
-        outs=fill_up(outs),
-        **{"N": H * W, "L": L, "H": H, "W": W, "K": plan.corner.shape[-1], "C": C},
-    )
+    arguments = {"plan": plan, "gates_ptr": gates, "grad_ptr": grad, "outs": fill_up(outs)}
+    sizes = {"N": H * W, "L": L, "H": H, "W": W, "K": plan.corner.shape[-1], "C": C}
+    launch(_scatter, (H * W, L, B), **arguments, **sizes)
     return outs
 
 
@@ -291,14 +263,8 @@ def sum_rows(plan: Plan, gates: Tensor | None, grad: Tensor) -> list[Tensor]:
         listed &= (gates != 0).view(L, 1, 1)
     order, first = sort_by_pixel(plan, H, W, listed)
     outs = new_sums(L, (B, H + 2, W + 2, C), grad.device, zero=False)
-    launch(
-        *(_sum_rows, (B * (H + 2) * (W + 2), L, 1), None),
-        order_ptr=order,
-        first_ptr=first,
-        plan=plan,
-        gates_ptr=gates,
-        grad_ptr=grad,
-        outs=fill_up(outs),
-        **{"N": H * W, "L": L, "W": W, "K": K, "C": C},
-    )
+    arguments = {"plan": plan, "gates_ptr": gates, "grad_ptr": grad, "outs": fill_up(outs)}
+    arguments |= {"order_ptr": order, "first_ptr": first}
+    sizes = {"N": H * W, "L": L, "W": W, "K": K, "C": C}
+    launch(_sum_rows, (B * (H + 2) * (W + 2), L, 1), rows_block=None, **arguments, **sizes)
     return outs

@@ -95,6 +95,13 @@ def narrow(tensors: Sequence[Tensor]) -> bool:
     return all(max(t.shape[i] * t.stride(i) for i in (1, 2)) < 1 << 30 for t in tensors)
 
 
+def feature_arguments(features: Sequence[Tensor]) -> dict[str, object]:
+    """L features [B,H+2,W+2,C] as kernel arguments, with what is known of their strides."""
+    tensors, strides = layers(features)
+    known = {"UNIT": unit_of(tensors), "NARROW": narrow(tensors)}
+    return {"features": tensors, "strides": strides, **known}
+
+
 @triton.jit
 def wide(number):
     """A run-time argument as int64. (Inside a tuple Triton makes a stride of 1 a constant.)"""

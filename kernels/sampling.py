@@ -296,15 +296,9 @@ def sum_maps(plan: Plan, grad_mask: Tensor, H: int, W: int) -> list[Tensor]:
     B, L, _, K = grad_mask.shape
     order, first = sort_by_pixel(plan, H, W)
     outs = new_sums(L, (B, H + 2, W + 2, K), grad_mask.device, zero=False)
-    launch(
-        *(_sum_maps, (B * (H + 2) * (W + 2), L, 1), None),
-        order_ptr=order,
-        first_ptr=first,
-        plan=plan,
-        grad_mask_ptr=grad_mask,
-        outs=fill_up(outs),
-        **{"W": W, "K": K},
-    )
+    arguments = {"order_ptr": order, "first_ptr": first, "plan": plan, "grad_mask_ptr": grad_mask}
+    arguments |= {"outs": fill_up(outs), "W": W, "K": K}
+    launch(_sum_maps, (B * (H + 2) * (W + 2), L, 1), rows_block=None, **arguments)
     return outs
 
 
