@@ -2,8 +2,6 @@
 line."""
 
 import os
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -255,15 +253,14 @@ def test_another_scale_is_refused(publish, kind, scale, given, message):
 # Command
 
 
-def test_the_command_writes_a_model_file(publish, tmp_path):
+def test_the_command_writes_a_model_file(publish, tmp_path, capsys):
     path, _ = publish("rcan", 3)
     out = tmp_path / "out.safetensors"
-    command = [sys.executable, "-m", "acla.checkpoint", "import", path, out, "--scale", "3"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    main(["import", str(path), str(out), "--scale", "3"])
+    told = capsys.readouterr()
     result = load_model(out)
     params = sum(tensor.numel() for tensor in result.model.state_dict().values())
-    assert done.stdout == f"{out}: sr x3, rcan of 2 blocks × 16, {params:,} parameters\n"
+    assert told == (f"{out}: sr x3, rcan of 2 blocks × 16, {params:,} parameters\n", "")
     assert (result.task, result.config.group_blocks) == (Task("sr", 3), 2)
     assert result.info["imported"] == "net.pt"
     assert len(result.info["sha256"]) == 64

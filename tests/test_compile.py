@@ -20,8 +20,16 @@ def job_of(kernel, target="sm_80", dtype=torch.float32, config=None, C=64):
 
 @pytest.mark.slow
 def test_every_kernel_compiles_for_three_gpus_without_spills_or_narrow_loads(monkeypatch, capsys):
+    every = compile.jobs
+
+    def fewer(*arguments):
+        """In bf16 for one GPU only."""
+        jobs = every(*arguments)
+        return [job for job in jobs if job.target == "sm_90" or "bf16" not in job.variant]
+
     monkeypatch.setattr(compile, "CHANNELS", compile.CHANNELS[:1])
-    assert compile.main(["--quick", "--json", "-"]) == 0
+    monkeypatch.setattr(compile, "jobs", fewer)
+    assert compile.main(["--quick", "--workers", "1", "--json", "-"]) == 0
     rows = json.loads(capsys.readouterr().out)
     names = {name.strip("_") for name in launch.CONFIGS}
     pairs = {(row["kernel"], row["target"]) for row in rows}
@@ -35,7 +43,7 @@ def test_every_kernel_compiles_for_three_gpus_without_spills_or_narrow_loads(mon
 @pytest.mark.slow
 def test_strides_of_one_compile_too():
     calls = autotune.trace(autotune.problem((1, 1, 1, 1, 3, 1), torch.float32, "cpu"), run=False)
-    for call in calls:
+    for call in (call for call in calls if {"strides", "points_strides"} & call.arguments.keys()):
         config = launch.CONFIGS[call.name][0]
         assert compile.compile_job(compile.job_of(call, "sm_90", config)).registers > 0
 

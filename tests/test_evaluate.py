@@ -2,9 +2,7 @@
 
 import json
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,13 +16,10 @@ from acla.data.degradations import pair
 from acla.data.image import load, save
 from acla.files import provenance
 
-ROOT = Path(evaluate.__file__).parent
-
-
 # The untouched inputs must score what the papers print
 
 JPEG = {
-    "LIVE1": {10: "27.77", 20: "30.07", 30: "31.41", 40: "32.35"},
+    "LIVE1": {10: "27.77", 40: "32.35"},
     "Classic5": {10: "27.82", 20: "30.12", 30: "31.48", 40: "32.43"},
 }
 BICUBIC = {
@@ -35,7 +30,6 @@ BICUBIC = {
 MOSAIC = {
     "McMaster18": ("9.17", "0.1674"),
     "Kodak24": ("8.56", "0.0682"),
-    "BSD68": ("8.43", "0.0850"),
 }
 
 
@@ -46,9 +40,8 @@ def printed(result: dict) -> tuple[str, str]:
 @pytest.mark.parametrize(
     ("q", "names"),
     [
-        *((q, ["Classic5"]) for q in (20, 30, 40)),
-        (10, ["LIVE1", "Classic5"]),
-        *(pytest.param(q, ["LIVE1"], marks=pytest.mark.slow) for q in (20, 30, 40)),
+        *((q, ["Classic5"]) for q in (20, 30)),
+        *(pytest.param(q, ["LIVE1", "Classic5"], marks=pytest.mark.slow) for q in (10, 40)),
     ],
 )
 def test_jpeg_rows(capsys, shared_data, q, names):
@@ -221,23 +214,6 @@ def test_originals_are_never_overwritten(capsys, root, tmp_path):
     code, err = failure(capsys, *flags, "--save", tmp_path / "x")
     assert (code, "stems that differ" in err) == (2, True)
     assert (root / "Mine" / "colour.png").read_bytes() == before
-
-
-@pytest.mark.slow
-def test_command_line_and_two_processes_agree(root):
-    script = [str(ROOT / "evaluate.py"), "--dataset", "Mine", "--sigma", "25", "--baseline"]
-    script += ["--data", str(root), "--json", "-"]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    rows = []
-    for prefix in ([], launch):
-        done = subprocess.run(
-            [sys.executable, *prefix, *script], capture_output=True, text=True, env=environment
-        )
-        assert done.returncode == 0, done.stderr
-        (row,) = json.loads(done.stdout)["results"]
-        rows.append([(image["name"], image["psnr"], image["ssim"]) for image in row["images"]])
-    assert rows[0] == rows[1]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="file names of any bytes")

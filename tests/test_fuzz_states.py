@@ -72,15 +72,15 @@ def test_what_is_missing_or_of_another_type_is_refused(resumed):
     assert "two lines" in resumed(lambda _, p: p["plan"]["task"].update({"two\nlines": 1}))
 
 
-@pytest.mark.parametrize("part", ["model", "averaged", "optimizer", "another"])
-def test_tensors_of_another_run_are_refused(resumed, part):
+def test_tensors_of_another_run_are_refused(resumed):
     tensors = load_state(Path("runs/train/state.safetensors"))[0]
-    own = [name for name in tensors if name.startswith(part)]
-    for name in own[:1] + own[-1:] if part != "optimizer" else ():
-        assert resumed(lambda t, _, name=name: t.update({name: torch.ones(3, 1, 2)}))
-        assert resumed(lambda t, _, name=name: t.pop(name))
-    for name in ("", ".x", ".-1.step.x", ".two\nlines"):
-        assert resumed(lambda t, _, name=part + name: t.update({name: torch.ones(())}))
+    for part in ("model", "averaged", "optimizer", "another"):
+        own = [name for name in tensors if name.startswith(part)]
+        for name in own[:1] + own[-1:] if part != "optimizer" else ():
+            assert resumed(lambda t, _, name=name: t.update({name: torch.ones(3, 1, 2)}))
+            assert resumed(lambda t, _, name=name: t.pop(name))
+        for name in ("", ".x", ".-1.step.x", ".two\nlines"):
+            assert resumed(lambda t, _, name=part + name: t.update({name: torch.ones(())}))
 
 
 def test_a_damaged_file_is_resumed_or_refused(resumed):
@@ -88,7 +88,7 @@ def test_a_damaged_file_is_resumed_or_refused(resumed):
     (length,) = struct.unpack("<Q", whole[:8])
     rng = np.random.default_rng(3)
     cases = [whole[: len(whole) * part // 4] for part in range(4)] + [b"\0" * 4096, b"no state\n"]
-    for _ in range(20):
+    for _ in range(12):
         damaged = bytearray(whole)
         for place in rng.integers(0, 8 + length, rng.integers(1, 5)):
             damaged[place] = rng.integers(256)

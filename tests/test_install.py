@@ -12,11 +12,16 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("acla", "kernels", "weights", "pyproject.toml", "README.md", "LICENSE")
+PARTS = ("acla", "kernels", "pyproject.toml", "README.md", "LICENSE")
+NETWORK = "car-rgb-q5-95-none"  # for photos in colour
 LOST = (  # files of the package kernels that are gone
     "from importlib.metadata import files; "
     "print([str(file) for file in files('kernels') if not file.locate().is_file()])"
 )
+COMMANDS = "from importlib.metadata import entry_points as all; " + (
+    "print(*[e.name for e in all(group='console_scripts') if e.name[:5] == 'acla-' and e.load()])"
+)
+WHERE = "from importlib.util import find_spec; print(find_spec('acla').origin)"
 
 
 def run(folder: Path, *command: object) -> str:
@@ -28,18 +33,20 @@ def run(folder: Path, *command: object) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def wheels(tmp_path_factory) -> dict[str, Path]:
+@pytest.fixture
+def wheels(tmp_path) -> dict[str, Path]:
     """The published wheel `kernels`, and ours `acla`, built from the source archive."""
-    work = tmp_path_factory.mktemp("build")
+    work = tmp_path / "build"
+    tree = work / "tree"
+    (tree / "weights").mkdir(parents=True)
     fetch = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", work, "kernels"]
     if subprocess.run(fetch, capture_output=True, check=False).returncode:
         pytest.skip("no package index: pip cannot download kernels")
-    tree = work / "tree"
-    tree.mkdir()
-    for path in [*(ROOT / part for part in PARTS), *ROOT.glob("*.py")]:
+    shipped = ROOT / "weights"
+    parts = [*(ROOT / part for part in PARTS), *ROOT.glob("*.py"), *shipped.glob(f"{NETWORK}.*")]
+    for path in [*parts, shipped / "README.md"]:
         copy = shutil.copytree if path.is_dir() else shutil.copy
-        copy(path, tree / path.name)
+        copy(path, tree / path.relative_to(ROOT))
     program = f"from setuptools import build_meta; build_meta.build_sdist({str(work)!r})"
     run(tree, sys.executable, "-c", program)
     (archive,) = work.glob("acla-*.tar.gz")
@@ -66,39 +73,33 @@ def elsewhere(tmp_path, make_scene) -> Path:
     return folder
 
 
-def install(programs: Path, wheel: Path) -> None:
-    """Install a wheel, whether or not the packages that the environment sees have it too."""
-    run(programs, programs / "python", "-m", "pip", "install", "--no-deps", "-I", wheel)
-
-
-def check(programs: Path, folder: Path, names: tuple[str, ...]) -> None:
-    """Our package restores a photo and knows its benchmark; theirs has all of its files."""
-    python = programs / "python"
-    if "acla" in names:
-        said = run(folder, python, "-m", "acla.restore", "in.jpg", "out.png", "--overwrite")
-        assert "car-rgb-q5-95-none" in said
-        assert str(programs.parent) in run(
-            folder, python, "-c", "import acla; print(acla.__file__)"
-        )
-        assert "--sizes" in run(folder, python, "-m", "acla.kernels.bench", "--help")
-    if "kernels" in names:
-        assert run(programs, python, "-c", LOST).strip() == "[]"
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("order", [("acla", "kernels"), ("kernels", "acla")])
-def test_the_package_lives_beside_kernels(wheels, environment, elsewhere, order):
-    for name in order:
-        install(environment, wheels[name])
-    check(environment, elsewhere, order)
-    run(elsewhere, environment / "python", "-m", "pip", "uninstall", "-y", order[0])
-    check(environment, elsewhere, order[1:])
+def test_the_package_lives_beside_kernels_and_has_commands(wheels, environment, elsewhere):
+    python = environment / "python"
+    pip = (python, "-m", "pip")
 
+    def install(name: str) -> None:
+        """Whether or not the packages that the environment sees have it too."""
+        run(environment, *pip, "install", "--no-deps", "--no-compile", "-I", wheels[name])
 
-@pytest.mark.slow
-def test_scripts_are_commands(wheels, environment, elsewhere):
-    install(environment, wheels["acla"])
-    run(elsewhere, environment / "acla-restore", "in.jpg", "out.png")
-    assert Image.open(elsewhere / "out.png").size == (31, 24)
-    for name in ("search", "train", "evaluate"):
-        assert f"usage: acla-{name}" in run(elsewhere, environment / f"acla-{name}", "--help")
+    def check_ours(*restore: object) -> None:
+        assert NETWORK in run(elsewhere, *restore, "in.jpg", "out.png", "--overwrite")
+        assert Image.open(elsewhere / "out.png").size == (31, 24)
+        assert str(environment.parent) in run(elsewhere, python, "-c", WHERE)
+
+    def check_theirs() -> None:
+        assert run(environment, python, "-c", LOST).strip() == "[]"
+
+    install("acla")
+    install("kernels")
+    check_ours(python, "-m", "acla.restore")
+    check_theirs()
+    run(elsewhere, *pip, "uninstall", "-y", "acla")
+    check_theirs()
+    install("acla")
+    check_theirs()
+    run(elsewhere, *pip, "uninstall", "-y", "kernels")
+    check_ours(environment / "acla-restore")
+    assert "--sizes" in run(elsewhere, python, "-m", "acla.kernels.bench", "--help")
+    names = run(elsewhere, python, "-c", COMMANDS).split()
+    assert sorted(names) == ["acla-evaluate", "acla-restore", "acla-search", "acla-train"]

@@ -1,4 +1,4 @@
-"""A training that is killed and stopped nine times, during writes too, ends with the bits of one
+"""A training that is killed and stopped six times, during writes too, ends with the bits of one
 that is not."""
 
 import json
@@ -14,7 +14,7 @@ from PIL import Image
 from acla.models.serialization import load_model, load_state
 
 ROOT = Path(__file__).parents[1]
-KILLS = 9
+KILLS = 6
 # A process that has imported everything and computed nothing forks the trainings, so that each
 # begins in no time. Every file takes a while to reach the disk, so that kills fall in writes too.
 # Signals go to the workers as well, as a terminal and a batch system send them.
@@ -69,7 +69,7 @@ def wait_for_write(child):
 
 begun = time.monotonic()
 end(begin(*words, "--out", "straight"))
-interval = (time.monotonic() - begun) / 30
+interval = (time.monotonic() - begun) / 20
 for kill in range(int(kills)):
     child = begin(*(resume or words), "--out", "killed")
     number = SIGNALS[kill % 3]
@@ -86,7 +86,7 @@ for kill in range(int(kills)):
 end(begin("--data", ".", "--workers", "1", "--out", "killed", "--resume"))
 """
 RUN = "--task car --preset tiny --blocks 2 --width 8 --keys 3 --positions 1,2 --device cpu"
-LENGTH = "--steps 60 --val-every 2 --batch-size 2 --patch-size 16 --lr-half-every 20"
+LENGTH = "--steps 40 --val-every 2 --batch-size 2 --patch-size 16 --lr-half-every 20"
 ALL = "--ema --amp --clip 100 --workers 1 --train-set T --val-set V --data ."
 
 
@@ -125,4 +125,4 @@ def test_kills_and_signals_change_no_bit(tmp_path, make_scene):
     logs = [(folder / "train.jsonl").read_text().splitlines() for folder in (straight, killed)]
     one, other = ([{**json.loads(line), "seconds": 0} for line in log] for log in logs)
     assert one == other
-    assert len(one) == 30
+    assert len(one) == 20

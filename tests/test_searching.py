@@ -44,7 +44,7 @@ class Shifted:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_a_search_opens_the_positions_that_alone_can_help(seed):
     # Blocks 2 and 4 forget everything. What the answer needs is in block 1's features alone, and
     # what is read of them behind blocks 1 to 3 is forgotten again: position 4 must read layer 1.

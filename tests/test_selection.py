@@ -181,7 +181,7 @@ def test_agreement_counts_positions_and_spread():
     assert "no position is open in any run" in lambda_selection.agreement_table(nothing)
 
 
-def test_several_seeds_are_searched_and_compared(capsys):
+def test_several_seeds_are_searched_and_compared_and_resumed_with_no_other_plan(capsys):
     search.main([*SMALL, *SHORT, "--seeds", "2", "--seed", "3"])
     shown = capsys.readouterr().out
     assert "agreement:" in shown
@@ -195,6 +195,14 @@ def test_several_seeds_are_searched_and_compared(capsys):
     alone = [*SMALL, *SHORT, "--seed", "4", "--out", "alone"]
     search.main(alone)
     assert read_architecture(Path("alone/arch.json")).alpha == each[1].alpha
+    with pytest.raises(UsageError, match="leave out --seeds"):
+        search.main(["--resume", "--seeds", "3"])
+    with pytest.raises(UsageError, match="leave out --lambda"):
+        search.main(["--resume", "--lambda", "auto"])
+    plan = json.loads(Path("runs/search/plan.json").read_text())
+    Path("runs/search/plan.json").write_text(json.dumps({**plan, "plan": 3}))
+    with pytest.raises(AclaError, match="not valid"):
+        search.main(["--resume"])
 
 
 @pytest.mark.parametrize(
@@ -236,15 +244,3 @@ def test_pictures_that_cannot_be_scored_are_found_before_the_search(tmp_path):
     with pytest.raises(DataError, match=r"Mine/e\.png: .*without a border"):
         search.main([*SMALL, *SHORT, *words])
     assert not Path("runs/search/search.jsonl").exists()
-
-
-def test_a_resumed_search_takes_no_other_plan():
-    search.main([*SMALL, *SHORT, "--seeds", "2"])
-    with pytest.raises(UsageError, match="leave out --seeds"):
-        search.main(["--resume", "--seeds", "3"])
-    with pytest.raises(UsageError, match="leave out --lambda"):
-        search.main(["--resume", "--lambda", "auto"])
-    plan = json.loads(Path("runs/search/plan.json").read_text())
-    Path("runs/search/plan.json").write_text(json.dumps({**plan, "plan": 3}))
-    with pytest.raises(AclaError, match="not valid"):
-        search.main(["--resume"])
