@@ -117,12 +117,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, metavar="FILE", help="picture to write (default: DIR/search.png)")
     args = parser.parse_args(argv)
     args.out = args.out or args.folders[0] / "search.png"
-    cli.check_output(args.out, True, ".png", ".svg", ".pdf")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    cli.check_output(args.out, True, ".png", ".svg", ".pdf")
     draw(args.folders, args.out, args.truth)
     console.say(f"written: {args.out}")
 

@@ -10,6 +10,7 @@ agreement of the gradients, the norm of their mean over the mean of their norms 
 the initial weights, both relative to the weights. One more row for each attention module: how its
 keys lie on the first validation picture."""
 
+import argparse
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -173,11 +174,16 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.Namespace]:
+    """The command's own flags, and those of train.py."""
     parser = cli.parser("acla.analysis.updates", __doc__, allow_abbrev=False)
     parser.add_argument("--json", type=Path, help="write the rows there, one a line")
     args, words = parser.parse_known_args(argv)
-    flags = train.parse(words)
+    return args, train.parse(words)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, flags = parse(argv)
     processes = Processes(cli.pick_device(flags.device))
     plan = train.plan_from_flags(flags, cli.pick_preset(flags.preset, processes.device))
     data = train.load_data(plan, flags, processes)
