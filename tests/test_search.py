@@ -3,9 +3,7 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,8 +18,6 @@ from acla.errors import Stopped, UsageError
 from acla.models.serialization import load_model, load_state
 from acla.search.architecture import read_architecture
 from acla.search.loop import Search, search_sets
-
-ROOT = Path(__file__).parents[1]
 
 
 def rows(folder: str) -> list[dict]:
@@ -90,40 +86,34 @@ def test_without_a_gradient_from_the_picture_zero_lambda_leaves_alpha():
     assert costs[-1] == pytest.approx(costs[0], rel=0.02)  # the masks' density moves a little
 
 
-def test_a_resumed_search_equals_a_straight_one_to_the_bit(monkeypatch):
-    search.main([*SMALL, *SHORT, "--out", "straight"])
-    step = Search.weight_step
-
-    def interrupted(self, number):
-        if number == 5:
-            monkeypatch.setattr(Search, "weight_step", step)
-            raise KeyboardInterrupt
-        return step(self, number)
-
-    monkeypatch.setattr(Search, "weight_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        search.main([*SMALL, *SHORT, "--out", "parts"])
-    search.main(["--out", "parts", "--resume"])
-    require_same_search("straight", "parts")
-
-
-@pytest.mark.parametrize("number", [4, 5], ids=["within an epoch", "at its end"])
-def test_a_search_that_is_stopped_loses_nothing(number, monkeypatch):
+def test_a_search_that_is_stopped_or_interrupted_loses_nothing(monkeypatch):
     search.main([*SMALL, *SHORT, "--out", "straight"])
     learn = Search.step
 
-    def stopped(self, step):
-        if step == number:
-            os.kill(os.getpid(), signal.SIGINT)
-        return learn(self, step)
+    def resumed(out: str, act: Callable[[], object], at: int, error: type, match: str) -> None:
+        def step(self, number):
+            if number == at:
+                act()
+            return learn(self, number)
 
-    monkeypatch.setattr(Search, "step", stopped)
-    with pytest.raises(Stopped, match=f"stopped after step {number + 1}; --resume"):
-        search.main([*SMALL, *SHORT, "--out", "parts"])
-    monkeypatch.setattr(Search, "step", learn)
-    assert load_state(Path("parts/supernet.safetensors"))[1]["step"] == number + 1
-    search.main(["--out", "parts", "--resume"])
-    require_same_search("straight", "parts")
+        with monkeypatch.context() as patch:
+            patch.setattr(Search, "step", step)
+            with pytest.raises(error, match=match):
+                search.main([*SMALL, *SHORT, "--out", out])
+        if error is Stopped:
+            assert load_state(Path(out, "supernet.safetensors"))[1]["step"] == at + 1
+        search.main(["--out", out, "--resume"])
+        require_same_search("straight", out)
+
+    def interrupt():
+        raise KeyboardInterrupt  # as a kill, after which nothing is written
+
+    def ask():
+        os.kill(os.getpid(), signal.SIGINT)
+
+    resumed("interrupted", interrupt, 5, KeyboardInterrupt, "")
+    for at in (4, 5):  # within an epoch, and at its end
+        resumed(f"stopped-{at}", ask, at, Stopped, f"stopped after step {at + 1}; --resume")
 
 
 def require_same_search(one: str, other: str) -> None:
@@ -133,6 +123,8 @@ def require_same_search(one: str, other: str) -> None:
     assert all(torch.equal(a[name], b[name]) for name in a)
     timeless = [[{**row, "seconds": 0} for row in rows(f)] for f in (one, other)]
     assert timeless[0] == timeless[1]
+    found, expected = (read_architecture(Path(f, "arch.json")) for f in (one, other))
+    assert found == expected
 
 
 @pytest.mark.parametrize(
@@ -155,36 +147,3 @@ def test_weights_and_alpha_see_disjoint_pictures():
     assert sets.weights
     assert sets.alpha
     assert not set(sets.weights) & set(sets.alpha)
-
-
-@pytest.mark.slow
-def test_a_killed_search_resumed_equals_a_straight_one_to_the_bit():
-    words = [*SMALL, *SHORT, "--steps", "40"]
-    search.main([*words, "--out", "straight"])
-    command = [sys.executable, str(ROOT / "search.py")]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    log = Path("killed/search.jsonl")
-    child = subprocess.Popen(
-        [*command, *words, "--out", "killed"],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
-    while not (log.is_file() and log.read_text().count("\n") >= 12):
-        assert child.poll() is None, "the search ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    child.kill()
-    child.wait()
-    assert len(rows("killed")) < 20
-    done = subprocess.run(
-        [*command, "--out", "killed", "--resume"], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    (a, _), (b, _) = (load_state(Path(f, "supernet.safetensors")) for f in ("straight", "killed"))
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    assert read_architecture(Path("straight/arch.json")) == read_architecture(
-        Path("killed/arch.json")
-    )
