@@ -1,5 +1,6 @@
 """Several processes as torchrun starts them: the same weights and α as one with the same batch."""
 
+import contextlib
 import json
 import os
 import socket
@@ -29,14 +30,24 @@ WORDS = {
 }
 WORDS["search"] += ["5"]
 WORDS["train"] += ["--clip", "10", "--val-every", "4"]
-# All scripts one after the other, in two processes that import once. (torchrun sets the same
-# variables.)
+# All scripts one after the other, in two processes that import once, each with a port of its own,
+# since the store of the script before may still listen. (torchrun sets the same variables.)
 DRIVER = """
-import json, runpy, sys
-for script, words in json.loads(sys.argv[1]):
+import json, os, runpy, sys
+for script, words, port in json.loads(sys.argv[1]):
+    os.environ["MASTER_PORT"] = port
     sys.argv = [script, *words]
     runpy.run_path(script, run_name="__main__")
 """
+
+
+def free_ports(count: int) -> list[str]:
+    """Different ports that nothing listens on."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("localhost", 0))
+        return [str(one.getsockname()[1]) for one in sockets]
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +59,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(scene(40, 33, seed=i)).save(folder / f"{name}.png")
     out = {"search": ["--out", "two-search"], "train": ["--out", "two-train"]}
     calls = [
-        (str(ROOT / f"{name}.py"), [*words, *out.get(name, ["two.json"])])
-        for name, words in WORDS.items()
+        (str(ROOT / f"{name}.py"), [*words, *out.get(name, ["two.json"])], port)
+        for (name, words), port in zip(WORDS.items(), free_ports(len(WORDS)), strict=True)
     ]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
     command = [sys.executable, "-c", DRIVER, json.dumps(calls)]
-    own = {**os.environ, **place, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    own = {
+        **os.environ,
+        "MASTER_ADDR": "localhost",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
     options = {"cwd": folder, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     ranks = [{"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
     both = [subprocess.Popen(command, env=own | rank, **options) for rank in ranks]
