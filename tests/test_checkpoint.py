@@ -307,7 +307,7 @@ def test_exit_status_of_wrong_calls_and_files(publish, tmp_path, capsys):
     assert status() == 2
     assert status("import", path, out, "--scale", "8") == 2
     assert status("import", path, out) == 2
-    assert status("import", path, tmp_path / "none" / "out.safetensors", "--scale", "2") == 1
+    assert status("import", path, tmp_path / "none" / "out.safetensors", "--scale", "2") == 2
     main(["import", str(path), str(out), "--scale", "2"])
     capsys.readouterr()
     assert status("import", out, tmp_path / "more.safetensors", "--scale", "2") == 1
