@@ -111,7 +111,7 @@ def test_a_search_that_is_stopped_or_interrupted_loses_nothing(monkeypatch):
     def ask():
         os.kill(os.getpid(), signal.SIGINT)
 
-    resumed("interrupted", interrupt, 5, KeyboardInterrupt, "")
+    resumed("interrupted", interrupt, 5, KeyboardInterrupt, "^$")
     for at in (4, 5):  # within an epoch, and at its end
         resumed(f"stopped-{at}", ask, at, Stopped, f"stopped after step {at + 1}; --resume")
 
