@@ -20,12 +20,7 @@ namespace {
 
 // ---- features: image is the layer's image, gradient rows are p.aggregate's
 
-// Keeps pointers in registers: GCC would take them for one and distances, too many, and spill them.
-// For the same reason the loops over keys are functions of their own.
-template <class T>
-inline void hold(T*& a, T*& b, T*& c) {
-  asm("" : "+r"(a), "+r"(b), "+r"(c));
-}
+// The loops over keys are functions of their own, so that their sums and pointers have all registers.
 
 // The weighted sum of a query's open keys' corners, V vectors of channels from `image` on.
 template <int V, bool part, class T, class A>
@@ -42,7 +37,7 @@ __attribute__((noinline)) void sum_keys(const Entries<A>& at, int begin, int end
     const int64_t i = *next;
     const T* c0 = image + corner[i];
     const T *c1 = c0 + right, *c2 = c0 + down, *c3 = c1 + down;
-    hold(c1, c2, c3);
+    hold(c1), hold(c2), hold(c3);
     const A w0 = w[i], w1 = w[i + apart], w2 = w[i + 2 * apart], w3 = w[i + 3 * apart];
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) {
@@ -78,7 +73,8 @@ void gather(const Problem& p, const Tile<A>& tile, const T* image, F&& sink) {
   });
 }
 
-// Adds to d four dots a key, open or not, of query q: of its gradient with each corner's feature.
+// Adds to d four dots a key of a query, open or not: of the gradient's row with each corner's
+// feature, V vectors of channels from `image` and `row` on.
 template <int V, bool part, class T, class A>
 __attribute__((noinline)) void dot_keys(const Entries<A>& at, int begin, int end, const T* image,
                                         int64_t down, int64_t right, int count, const T* row) {
@@ -91,7 +87,7 @@ __attribute__((noinline)) void dot_keys(const Entries<A>& at, int begin, int end
   for (; corner < last; ++corner, d += 4) {
     const T* c0 = image + *corner;
     const T *c1 = c0 + right, *c2 = c0 + down, *c3 = c1 + down;
-    hold(c1, c2, c3);
+    hold(c1), hold(c2), hold(c3);
     Vector<A> s0 = {}, s1 = {}, s2 = {}, s3 = {};
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) {
@@ -135,7 +131,7 @@ __attribute__((noinline)) void add_keys(const Entries<A>& at, int begin, int end
     const int64_t i = *next;
     A* c0 = image + rows[i] * down + columns[i] * right;
     A *c1 = c0 + right, *c2 = c0 + down, *c3 = c1 + down;
-    hold(c1, c2, c3);
+    hold(c1), hold(c2), hold(c3);
     const A w0 = w[i], w1 = w[i + apart], w2 = w[i + 2 * apart], w3 = w[i + 3 * apart];
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) {

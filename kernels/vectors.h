@@ -127,6 +127,20 @@ inline void ask(const T* from, int64_t count) {
 }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// Keeps something in a register of its own. GCC would make pointers of one and distances, and read
+// vectors again and again; either way it runs out of registers or of loads.
+template <class T>
+inline void hold(T*& pointer) {
+  asm("" : "+r"(pointer));
+}
+template <class A>
+inline void hold_vector(Vector<A>& v) {
+#if defined(__x86_64__) || defined(__aarch64__)
+  asm("" : "+x"(v));
+#endif
+  (void)v;
+}
+
 // Lane i of the result is lane I[i] of a followed by b.
 template <class A, int... I>
 inline Vector<A> shuffle(Vector<A> a, Vector<A> b) {
@@ -252,8 +266,9 @@ inline void over_channels(int C, F&& body) {
 // out[r] = start[r] + Σ in[r][c] · weight[c] for R rows and V vectors of columns. Not inline, so that
 // the sums have all registers.
 template <int R, int V, bool part, class T, class A>
-__attribute__((noinline)) void multiply(const T* const (&in)[R], int inner, const A* weight, int64_t step,
-                     const A* const (&start)[R], A* const (&out)[R], int count) {
+__attribute__((noinline)) void multiply(const T* const (&in)[R], int inner, const A* weight,
+                                        int64_t step, const A* const (&start)[R],
+                                        A* const (&out)[R], int count) {
   constexpr int lanes = kLanes<A>;
   Vector<A> sum[R * V];
 #pragma GCC unroll 16
@@ -263,7 +278,7 @@ __attribute__((noinline)) void multiply(const T* const (&in)[R], int inner, cons
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) {
       w[v] = load<A, part>(weight + v * lanes, count);
-      asm("" : "+x"(w[v]));
+      hold_vector<A>(w[v]);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < R * V; ++i) sum[i] += widen(in[i / V][c]) * w[i % V];
