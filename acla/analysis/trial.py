@@ -23,7 +23,6 @@ from torch import Tensor
 
 from acla import cli, console
 from acla.analysis.results import psnr_cells
-from acla.analysis.truth import make_streams, step_side_by_side
 from acla.distributed import Processes
 from acla.errors import UsageError
 from acla.files import read_rows, write_rows
@@ -31,6 +30,7 @@ from acla.models.factory import describe
 from acla.scripts import train
 from acla.training import run_dir
 from acla.training.run_dir import LOG, STATE, RunDir
+from acla.training.side_by_side import make_streams, step_side_by_side
 
 OUT = Path("runs/trial")
 MACS = "macs_48x48"

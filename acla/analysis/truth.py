@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from acla import cli, config, console
 from acla.config import ATTENTIONS, ModelConfig, Task, TrainConfig
@@ -33,6 +32,7 @@ from acla.models.factory import describe
 from acla.search.architecture import for_task
 from acla.training import run_dir, validation
 from acla.training.run_dir import TrainPlan
+from acla.training.side_by_side import make_streams, step_side_by_side
 from acla.training.trainer import Trainer
 
 Row = dict[str, Any]
@@ -85,30 +85,6 @@ class Space:
         row = {"positions": list(model.positions), "seed": seed, "psnr": psnr}
         row |= {name: size[name] for name in ("macs_48x48", "attention_macs_48x48", "params")}
         return row | {"seconds": seconds}
-
-
-def make_streams(count: int, device: torch.device) -> list[torch.cuda.Stream | None]:
-    """A stream for each of several networks on a GPU; elsewhere there are none."""
-    return [torch.cuda.Stream(device) if device.type == "cuda" else None for _ in range(count)]
-
-
-def step_side_by_side(
-    trainers: Sequence[Trainer],
-    streams: Sequence[torch.cuda.Stream | None],
-    step: int,
-    batches: Sequence[tuple[Tensor, Tensor] | None],
-) -> None:
-    """A step of every network that has a batch, each in its stream. The streams work after what the
-    current stream has been given, which then goes on after them: memory that it frees may be in use
-    until then."""
-    for stream in filter(None, streams):
-        stream.wait_stream(torch.cuda.current_stream())
-    for trainer, stream, batch in zip(trainers, streams, batches, strict=True):
-        if batch:
-            with torch.cuda.stream(stream):
-                trainer.step(step, range(len(batch[0])), *batch)
-    for stream in filter(None, streams):
-        torch.cuda.current_stream().wait_stream(stream)
 
 
 # The processes
