@@ -5,8 +5,8 @@ offsets are (dy, dx) in pixels, y first
 """
 
 import functools
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -169,32 +169,41 @@ class Observed(NamedTuple):
     branches: list[float]
 
 
+@contextmanager
+def module_inputs(model: Backbone) -> Iterator[dict[int, tuple]]:
+    """Inside, the inputs of every module with keys in its last forward pass, by position."""
+    noted: dict[int, tuple] = {}
+
+    def note(position: int, module: nn.Module, inputs: tuple) -> None:
+        noted[position] = inputs
+
+    with ExitStack() as hooks:
+        for position, module in model.attention.items():
+            if isinstance(module, CrossLayerAttention):
+                hook = functools.partial(note, int(position))
+                hooks.callback(module.register_forward_pre_hook(hook).remove)
+        yield noted
+
+
 @torch.no_grad()
 def observe(model: Backbone, picture: Tensor, y: int, x: int) -> Observed:
     """Restore a picture [C,H,W] and note the modules' keys, all and those of the pixel (y, x) of
     the input, and the weights of A2N's branches."""
-    modules = {int(p): m for p, m in model.attention.items() if isinstance(m, CrossLayerAttention)}
-    keys: dict[int, Keys] = {}
     branches: list[float] = []
-
-    def note_keys(position: int, module: nn.Module, inputs: tuple) -> None:
-        keys[position] = keys_of(module, inputs[0], inputs[1], y, x)
 
     def note_branch(module: nn.Module, inputs: tuple, weights: Tensor) -> None:
         branches.append(weights[0, 0].item())
 
-    with ExitStack() as hooks:
-        for position, module in modules.items():
-            note = functools.partial(note_keys, position)
-            hooks.callback(module.register_forward_pre_hook(note).remove)
+    with module_inputs(model) as inputs, ExitStack() as hooks:
         for module in model.modules():
             if isinstance(module, BranchWeights):
                 hooks.callback(module.register_forward_hook(note_branch).remove)
         restored, counts = model.forward_with_counts(picture.unsqueeze(0))
+    keys = {p: keys_of(model.attention[str(p)], *given[:2], y, x) for p, given in inputs.items()}
     queries = picture[0].numel()
     kept = [
-        {"position": position, "layer": layer, "share": count / (queries * module.keys)}
-        for position, module in modules.items()
+        {"position": position, "layer": layer, "share": count / (queries * model.config.keys)}
+        for position in inputs
         for layer, count in zip(model.config.positions, counts[position][0].tolist(), strict=False)
     ]
     return Observed(restored[0], kept, keys, branches)

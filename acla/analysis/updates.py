@@ -21,10 +21,11 @@ from einops import rearrange
 from torch import Tensor
 
 from acla import cli, console
+from acla.analysis.attribution import module_inputs
 from acla.distributed import Processes
 from acla.errors import UsageError
 from acla.files import write_rows
-from acla.models.attention import CrossLayerAttention, rings
+from acla.models.attention import rings
 from acla.models.backbones import Backbone
 from acla.scripts import train
 from acla.training.trainer import Trainer
@@ -110,31 +111,25 @@ def key_rows(model: Backbone, low: Tensor) -> list[dict[str, Any]]:
     """How the keys of every attention module lie on a picture [C,H,W]: the mean distance of a key's
     mean position from the initial one, and the deviation over the picture, in pixels; the keys that
     a layer's softmax weighs, e to its entropy; the share that the masks keep."""
-    queries: dict[str, Tensor] = {}
-    modules = {n: m for n, m in model.attention.items() if isinstance(m, CrossLayerAttention)}
-    hooks = [
-        module.register_forward_pre_hook(lambda _, inputs, n=n: queries.update({n: inputs[0]}))
-        for n, module in modules.items()
-    ]
     was_training = model.training
-    _, kept = model.eval().forward_with_counts(low[None])
+    with module_inputs(model.eval()) as inputs:
+        _, kept = model.forward_with_counts(low[None])
     model.train(was_training)
-    for hook in hooks:
-        hook.remove()
     rows = []
-    for name, module in modules.items():
-        points = rearrange(module.locate(queries[name]), "1 h w l yxw k -> (h w) l yxw k")
+    for position, (query, *_) in inputs.items():
+        module = model.attention[str(position)]
+        points = rearrange(module.locate(query), "1 h w l yxw k -> (h w) l yxw k")
         offsets, logits = points[:, :, :2], points[:, :, 2]
         initial = rings(module.keys, module.offset_radius).to(offsets)
         weights = logits.softmax(-1)
         entropy = -(weights * weights.log()).nansum(-1)
         rows.append(
             {
-                "module": int(name),
+                "module": position,
                 "moved_px": (offsets.mean(0) - initial).norm(dim=1).mean().item(),
                 "spread_px": offsets.var(0).sum(1).sqrt().mean().item(),
                 "effective_keys": entropy.exp().mean().item(),
-                "kept": kept[int(name)].sum().item() / logits.numel(),
+                "kept": kept[position].sum().item() / logits.numel(),
             }
         )
     return rows
