@@ -156,10 +156,9 @@ def compatible_weights(path: Path, config: ModelConfig) -> tuple[dict[str, Tenso
     CheckpointError."""
     source = load_model(path)
     to_gray = (source.config.channels, config.channels) == (3, 1)
-    for name, value in dataclasses.asdict(config).items():
-        if name in OF_ATTENTION or (to_gray and name == "channels"):
-            continue
-        if getattr(source.config, name) != value:
+    wanted = dataclasses.replace(config, channels=3) if to_gray else config
+    for name, value in dataclasses.asdict(wanted).items():
+        if name not in OF_ATTENTION and getattr(source.config, name) != value:
             raise CheckpointError(
                 f"{path}: another backbone than the one to begin, its {name} is "
                 f"{getattr(source.config, name)}, not {value}: give the flags of that network, or "
