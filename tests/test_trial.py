@@ -47,7 +47,8 @@ def test_networks_side_by_side_are_those_of_train_alone(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--network", "a: --attention none"] * 2, "--network: every NAME and every seed once"),
+        (["--network", "a: --attention none"] * 2, "--network: every NAME once"),
+        (["--network", "a: --attention none", "--seeds", "1,1"], "--seeds: every seed once"),
         (["--network", "a: --attention none --ring 3"], "--offset-radius"),
         ([], "--network"),
         (["--network", "a: --attention none", "--show", "rows.jsonl"], "--show"),

@@ -7,15 +7,15 @@
 
 Every network is what train.py makes of the flags of all, those of --network and the seed; its files
 lie in --out/NAME-SEED. On a GPU each has a stream of its own, so that small networks fill it
-together. The table gives the PSNR on the validation sets, and the gain over the first network.
+together. The table gives the time of one 48×48 picture, measured at the end, the PSNR on the
+validation sets, and the gain over the first network.
 --show prints it once more from a file of --json."""
 
 import argparse
 import functools
-import itertools
 import json
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,17 @@ from acla.errors import UsageError
 from acla.files import read_rows, write_rows
 from acla.models.factory import describe
 from acla.scripts import train
+from acla.search.front import measure
 from acla.training import run_dir
 from acla.training.run_dir import LOG, STATE, RunDir
 from acla.training.side_by_side import make_streams, step_side_by_side
+from acla.training.trainer import Trainer
 
 OUT = Path("runs/trial")
-MACS = "macs_48x48"
+MACS, MS = "macs_48x48", "ms_48x48"
 Batches = Callable[[int], tuple[Tensor, Tensor]]  # of a step
+Change = Callable[[Trainer], None]  # of a network before its training
+Networks = Mapping[str, tuple[str, Change | None]]  # by name: flags of train.py, and a change
 
 
 class Run:
@@ -78,17 +82,20 @@ def row(name: str, run: Run) -> dict[str, Any]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Networks down, validation sets across: PSNR and the gain over the first network."""
+    """Networks down, validation sets across: PSNR and the gain over the first network. ms: of one
+    48×48 picture, where and when the networks were trained."""
     sets = [key for key in rows[0] if key.startswith("val_psnr_")] or ["val_psnr"]
     groups: dict[str, list[dict[str, Any]]] = {}
     for one in rows:
         groups.setdefault(one["network"], []).append(one)
     first = next(iter(groups.values()))
-    head, lines = ["network", "parameters", "multiply-adds"], []
+    head, lines = ["network", "parameters", "multiply-adds", *["ms"][: MS in rows[0]]], []
     for key in sets:
         head += [key.removeprefix("val_psnr_").replace("val_psnr", "PSNR"), "gain"]
     for name, own in groups.items():
         cells = [name, f"{own[0]['params']:,}", f"{own[0][MACS] / 1e9:.2f} G"]
+        if MS in rows[0]:
+            cells.append(f"{own[0][MS]:.1f}")
         for key in sets:
             ours, base = ({one["seed"]: one[key] for one in group} for group in (own, first))
             cells += psnr_cells(ours, {} if own is first else base)
@@ -96,36 +103,34 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return console.markdown(head, lines)
 
 
-def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    parser = cli.parser("acla.analysis.trial", __doc__, allow_abbrev=False)
+def parser(name: str, text: str, out: Path) -> argparse.ArgumentParser:
+    """The flags of every command that trains several networks; the others are those of train.py."""
+    parser = cli.parser(name, text, allow_abbrev=False)
     add = parser.add_argument
-    text = "a network by flags of train.py, once for each"
-    add("--network", action="append", default=[], metavar="'NAME: FLAGS'", help=text)
     add("--seeds", default="0", help="seeds of every network (default: 0)")
-    add("--out", type=Path, default=OUT, help=f"folder (default: {OUT})")
+    add("--out", type=Path, default=out, help=f"folder (default: {out})")
     add("--json", type=Path, help="write a line for each network there")
-    text = "the table of a file of --json; nothing is trained"
-    add("--show", type=Path, metavar="FILE", help=text)
-    args, common = parser.parse_known_args(argv)
-    if bool(args.network) == bool(args.show):
-        raise UsageError("give --network for each network to train, or --show FILE")
-    if args.show and common:
-        raise UsageError(f"--show trains nothing: leave out {' '.join(common)}")
-    return args, common
+    return parser
 
 
-def train_all(args: argparse.Namespace, common: list[str]) -> list[dict[str, Any]]:
-    """Train the networks; their rows."""
+def train_all(
+    args: argparse.Namespace, networks: Networks, common: list[str]
+) -> list[dict[str, Any]]:
+    """Train the networks, with the flags that are common to all; their rows."""
     processes = Processes(cli.pick_device(train.parse(common).device))
-    named = [text.partition(":")[::2] for text in args.network]
-    keys = [(name, seed) for seed in args.seeds.split(",") for name, _ in named]
+    keys = [(name, seed) for seed in args.seeds.split(",") for name in networks]
     if len(set(keys)) < len(keys):
-        raise UsageError("--network: every NAME and every seed once")
+        raise UsageError("--seeds: every seed once")
     runs: dict[tuple[str, str], Run] = {}
     batches: dict[str, Batches] = {}
-    for (name, seed), (_, flags) in zip(keys, itertools.cycle(named), strict=False):
+    for name, seed in keys:
+        flags, change = networks[name]
         out = ["--out", str(args.out / f"{name}-{seed}"), "--seed", seed]
         runs[name, seed] = Run([*common, *shlex.split(flags), *out], processes, batches)
+        if change and runs[name, seed].trainer.averaged:
+            raise UsageError(f"--ema: averages would lack the change of {name!r}; leave it out")
+        if change:
+            change(runs[name, seed].trainer)
     streams = make_streams(len(runs), processes.device)
     steps = max(run.plan.train.steps for run in runs.values())
     for step in console.progress(range(steps), unit="step", desc="trial"):
@@ -133,16 +138,14 @@ def train_all(args: argparse.Namespace, common: list[str]) -> list[dict[str, Any
         step_side_by_side([run.trainer for run in runs.values()], streams, step, given)
         for run in runs.values():
             run.validate(step + 1)
-    return [row(name, run) for (name, _), run in runs.items()]
+    first = {name: run for (name, seed), run in runs.items() if seed == keys[0][1]}
+    times = measure([run.trainer.model for run in first.values()])
+    ms = dict(zip(first, times, strict=True))
+    return [row(name, run) | {MS: ms[name]} for (name, _), run in runs.items()]
 
 
-def main(argv: list[str] | None = None) -> None:
-    args, common = parse(argv)
-    if args.show:
-        wanted = ("network", "task", "seed", "step", "params", MACS)
-        rows = read_rows(args.show, "a file of --json", wanted)
-    else:
-        rows = train_all(args, common)
+def publish(args: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> None:
+    """Write the rows to --json, and print the table of every task."""
     if args.json:
         write_rows(args.json, rows)
     parts = []
@@ -150,6 +153,27 @@ def main(argv: list[str] | None = None) -> None:
         own = [r for r in rows if r["task"] == task]
         parts.append(f"{task}, {max(r['step'] for r in own)} steps:\n\n{table(own)}")
     console.say("\n\n".join(parts))
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = parser("acla.analysis.trial", __doc__, OUT)
+    text = "a network by flags of train.py, once for each"
+    flags.add_argument("--network", action="append", default=[], metavar="'NAME: FLAGS'", help=text)
+    text = "the table of a file of --json; nothing is trained"
+    flags.add_argument("--show", type=Path, metavar="FILE", help=text)
+    args, common = flags.parse_known_args(argv)
+    if bool(args.network) == bool(args.show):
+        raise UsageError("give --network for each network to train, or --show FILE")
+    if args.show and common:
+        raise UsageError(f"--show trains nothing: leave out {' '.join(common)}")
+    if args.show:
+        wanted = ("network", "task", "seed", "step", "params", MACS)
+        publish(args, read_rows(args.show, "a file of --json", wanted))
+        return
+    named = [text.partition(":")[::2] for text in args.network]
+    if len(dict(named)) < len(named):
+        raise UsageError("--network: every NAME once")
+    publish(args, train_all(args, {name: (flags, None) for name, flags in named}, common))
 
 
 if __name__ == "__main__":
