@@ -28,12 +28,11 @@ from torch import Tensor
 from acla import cli
 from acla.config import ModelConfig, Task
 from acla.console import say
-from acla.errors import CheckpointError, UsageError
+from acla.errors import CheckpointError, UsageError, one_line
 from acla.models.backbones import LEVELS, Backbone
 from acla.models.factory import build_network
 from acla.models.serialization import (
     FORMAT,
-    in_one_line,
     load_model,
     load_strictly,
     save_model,
@@ -69,7 +68,7 @@ def convert(path: Path, scale: int | None = None) -> Backbone:
     tensors = read_published(path)
     kind = next((kind for name, kind in MARKS.items() if name in tensors), None)
     if kind is None:
-        named = f", but a tensor {in_one_line(next(iter(tensors)))}" if tensors else ""
+        named = f", but a tensor {one_line(next(iter(tensors)))}" if tensors else ""
         raise CheckpointError(
             f"{path}: holds no supported network{named}; supported: {SUPPORTED}; from a file with "
             f"more in it, {ALONE}"

@@ -20,8 +20,7 @@ from acla.data.datasets import (
     find_set,
     match_stems,
     quarter_of_memory,
-    split_for_search,
-    split_validation,
+    split_every,
     training_sets,
 )
 from acla.data.degradations import mosaic, pair, patch_offset
@@ -99,14 +98,14 @@ def test_sample_is_natural_disjoint_and_offline(monkeypatch):
 
 def test_splits_are_disjoint_and_stable():
     paths = [Path(f"{i:03}.png") for i in range(43)]
-    for split, count in ((split_validation, 4), (split_for_search, 8)):
-        rest, apart = split(paths[::-1])
+    for nth, count in ((10, 4), (5, 8)):
+        rest, apart = split_every(paths[::-1], nth)
         assert len(apart) == count
         assert sorted(rest + apart) == paths
-        assert split(paths) == (rest, apart)
-    assert split_validation(paths[:3]) == (paths[:2], paths[2:3])
+        assert split_every(paths, nth) == (rest, apart)
+    assert split_every(paths[:3], 10) == (paths[:2], paths[2:3])
     with pytest.raises(DataError, match="--val-set"):
-        split_validation(paths[:1])
+        split_every(paths[:1], 10)
 
 
 def test_training_sets(tmp_path):

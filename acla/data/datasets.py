@@ -125,16 +125,6 @@ def missing_set(name: str, root: Path) -> str:
     )
 
 
-def split_validation(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """(training, validation) of a training set: every tenth picture is for validation."""
-    return split_every(paths, 10)
-
-
-def split_for_search(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """(for the weights, for α) of a training set, 80 % and 20 %: every fifth picture is for α."""
-    return split_every(paths, 5)
-
-
 def split_every(paths: Sequence[Path], nth: int) -> tuple[list[Path], list[Path]]:
     """(the others, every nth picture in sorted order, or the last one of fewer than n). Raises
     DataError for fewer than two pictures."""
@@ -161,7 +151,7 @@ def training_sets(
         return training, {name: find_set(name, root, "val") for name in val_set.split(",")}
     if train_set == "sample":
         return training, {train_set: sample("val")}
-    training, validation = split_validation(training)
+    training, validation = split_every(training, 10)
     return training, {train_set: validation}
 
 

@@ -19,7 +19,7 @@ from PIL import ExifTags, Image
 from torch import Tensor
 
 from acla.data.deep_colour import is_deep_colour, read_deep
-from acla.errors import PictureError
+from acla.errors import PictureError, one_line
 from acla.files import write_atomically
 
 FORMATS = {
@@ -150,12 +150,6 @@ def format_of(path: Path) -> str:
     if kind is None:
         raise PictureError(f"{path}: unknown suffix {path.suffix!r}; known: {', '.join(SUFFIXES)}")
     return kind
-
-
-def one_line(error: Exception) -> str:
-    """An error's reason without line breaks, for a one-line message."""
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(reason.split())
 
 
 def from_levels(levels: np.ndarray) -> Tensor:

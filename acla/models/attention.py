@@ -79,8 +79,7 @@ class CrossLayerAttention(nn.Module):
         bias = rearrange(self.points.bias.data, "(l yxw k) -> l yxw k", yxw=3, k=self.keys)
         weight[:, :2] = 0
         bias[:, :2] = rings(self.keys, self.offset_radius)
-        nn.init.zeros_(self.output.weight)
-        nn.init.zeros_(self.output.bias)
+        zero(self.output)
         if self.mask is not None:
             nn.init.zeros_(self.mask)
             nn.init.constant_(self.mask_bias, self.initial_mask_bias)
@@ -159,6 +158,14 @@ class CrossLayerAttention(nn.Module):
             per_layer = state[name].unflatten(0, (self.layers, -1))
             state[name] = per_layer[index].flatten(0, 1).clone()
         return state
+
+
+def zero(layer: nn.Module) -> nn.Module:
+    """The layer with weights and bias of zero: what it ends, a module or a network, initially
+    changes nothing."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
 
 
 def fold(output: Tensor, value: Tensor, value_bias: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from acla.config import ATTENTIONS, ModelConfig
 from acla.kernels import to_rows
-from acla.models.attention import CrossLayerAttention, full_precision, mask_maps
+from acla.models.attention import CrossLayerAttention, full_precision, mask_maps, zero
 from acla.models.baselines import MultiHeadAttention, NonLocal, SqueezedAttention, SqueezeExcitation
 from acla.models.gumbel import position_seeds
 
@@ -162,8 +162,7 @@ class Backbone(nn.Module):
         self.tail = nn.Sequential(*enlarge, convolution(width, channels))
         self.add_mean = MeanShift(channels, +1) if config.scale > 1 else None
         if config.scale == 1:
-            nn.init.zeros_(self.tail[-1].weight)
-            nn.init.zeros_(self.tail[-1].bias)
+            zero(self.tail[-1])
 
     @property
     def blocks(self) -> Iterable[nn.Module]:

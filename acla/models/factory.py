@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from acla.config import ModelConfig
 from acla.models.a2n import A2N
 from acla.models.backbones import Backbone
-from acla.models.cost import module_flops, module_parameters
+from acla.models.cost import full_attention_flops, module_parameters
 from acla.models.han import HAN
 
 
@@ -34,7 +34,7 @@ def describe(config: ModelConfig, side: int = 48) -> dict[str, object]:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             backbone(torch.empty(1, config.channels, side, side))
     kind, size, layers = config.attention, (config.width, config.keys), len(config.positions)
-    attention = sum(module_flops(kind, l + 1, side * side, *size) for l in range(layers))
+    attention = full_attention_flops(kind, layers, side * side, *size)
     return {
         "params": params,
         "attention_params": sum(module_parameters(kind, l + 1, *size) for l in range(layers)),

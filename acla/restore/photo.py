@@ -19,13 +19,12 @@ from acla.data.image import (
     FORMATS,
     GRAY_MODES,
     format_of,
-    one_line,
     opened,
     to_array,
     write,
 )
 from acla.data.jpeg import END, Cells, Plane, decode_cells, steps_of
-from acla.errors import PictureError
+from acla.errors import PictureError, one_line
 from acla.files import write_atomically
 from acla.restore.metadata import LONGEST, fitting, note_options, read_notes
 

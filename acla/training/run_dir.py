@@ -20,9 +20,17 @@ from acla.config import ModelConfig, Task, TrainConfig, flag_name, from_dict
 from acla.console import finite
 from acla.data.datasets import PatchSampler
 from acla.distributed import Processes
-from acla.errors import NOT_VALID, AclaError, CheckpointError, DataError, Stopped, UsageError
+from acla.errors import (
+    NOT_VALID,
+    AclaError,
+    CheckpointError,
+    DataError,
+    Stopped,
+    UsageError,
+    one_line,
+)
 from acla.files import clear_temporary, provenance, write_atomically
-from acla.models.serialization import START_OVER, in_one_line, save_model, save_state
+from acla.models.serialization import START_OVER, save_model, save_state
 from acla.training.trainer import Trainer
 
 MODEL, BEST, STATE = "model.safetensors", "best.safetensors", "state.safetensors"
@@ -196,7 +204,7 @@ def resumed_plan(kind: type, progress: dict, args: argparse.Namespace, path: Pat
     try:
         plan = kind(**{name: from_dict(parts[name], p) for name, p in progress["plan"].items()})
     except (*NOT_VALID, AttributeError, UsageError) as error:
-        reason = in_one_line(error)
+        reason = one_line(error)
         raise CheckpointError(
             f"{path}: the plan inside is not valid or of another version: {reason}{START_OVER}"
         ) from error
