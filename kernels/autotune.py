@@ -165,29 +165,16 @@ def show() -> str:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command's flags."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {__spec__.name}", description="Find the fastest tiles for this GPU."
-    )
-    parser.add_argument("--device", default="cuda", help="the GPU to tune for (default: cuda)")
-    parser.add_argument(
-        "--out", type=Path, default=user_copy(), help="where to save (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--sizes",
-        type=parse_sizes,
-        default=SIZES,
-        metavar="BxHxWxCxLxK[,...]",
-        help=f"sizes to tune for (default: {len(SIZES)} usual ones)",
-    )
-    parser.add_argument(
-        "--dtypes",
-        nargs="+",
-        choices=DTYPES,
-        default=[*DTYPES],
-        help="types of the features (default: all three)",
-    )
-    parser.add_argument("--show", action="store_true", help="print the choices and stop")
+    text = "Find the fastest tiles for this GPU."
+    parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=text)
+    add = parser.add_argument
+    add("--device", default="cuda", help="the GPU to tune for (default: cuda)")
+    add("--out", type=Path, default=user_copy(), help="where to save (default: %(default)s)")
+    options = {"type": parse_sizes, "default": SIZES, "metavar": "BxHxWxCxLxK[,...]"}
+    add("--sizes", help=f"sizes to tune for (default: {len(SIZES)} usual ones)", **options)
+    text = "types of the features (default: all three)"
+    add("--dtypes", nargs="+", choices=DTYPES, default=[*DTYPES], help=text)
+    add("--show", action="store_true", help="print the choices and stop")
     return parser.parse_args(arguments)
 
 

@@ -27,26 +27,13 @@ from acla.errors import AclaError, DataError, UsageError
 UNKNOWN_MEMORY = 8 * 2**30  # bytes, where the system does not report its size
 MAX_WORKERS = 4  # where their number is not given
 # Where a set is looked for, in this order; the last ones are EDSR-PyTorch's and BasicSR's
-LAYOUTS = (
-    "{name}",
-    "benchmark/{name}",
-    "train/{name}",
-    "benchmark/{name}/HR",
-    "{name}/HR",
-    "{name}/GTmod12",
-    "benchmark/{name}/GTmod12",
-    "{name}/{name}_train_HR",
-)
+LAYOUTS = ("{name}", "benchmark/{name}", "train/{name}", "benchmark/{name}/HR", "{name}/HR")
+LAYOUTS += ("{name}/GTmod12", "benchmark/{name}/GTmod12", "{name}/{name}_train_HR")
 # Natural pictures of scikit-image by split; the motorcycles are one scene, never divided
 SAMPLE = {
     "train": (
-        "astronaut.png",
-        "brick.png",
-        "grass.png",
-        "gravel.png",
-        "moon.png",
-        "motorcycle_left.png",
-        "motorcycle_right.png",
+        *("astronaut.png", "brick.png", "grass.png", "gravel.png", "moon.png"),
+        *("motorcycle_left.png", "motorcycle_right.png"),
     ),
     "val": ("coins.png", "rocket.jpg"),
     "test": ("camera.png", "chelsea.png", "coffee.png"),

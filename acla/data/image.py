@@ -22,33 +22,13 @@ from acla.data.deep_colour import is_deep_colour, read_deep
 from acla.errors import PictureError, one_line
 from acla.files import write_atomically
 
-FORMATS = {
-    ".png": "PNG",
-    ".bmp": "BMP",
-    ".tif": "TIFF",
-    ".tiff": "TIFF",
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".jpe": "JPEG",
-    ".jfif": "JPEG",
-}
+FORMATS = {".png": "PNG", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}
+FORMATS |= dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG")
 SUFFIXES = tuple(FORMATS)
 GRAY_MODES = ("1", "L", "LA", "La")
-BROKEN = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    OverflowError,
-    ZeroDivisionError,
-    struct.error,
-    zlib.error,
-)
+# What readers and writers raise of damaged pictures and metadata
+BROKEN = (OSError, EOFError, SyntaxError, ValueError, LookupError, ArithmeticError, TypeError)
+BROKEN += (AttributeError, AssertionError, struct.error, zlib.error)
 for library in ("PIL", "tifffile"):  # what they log of damaged files is said in one line
     logging.getLogger(library).addHandler(logging.NullHandler())
 # Pillow refuses more than twice this, lest a small file fill the memory; phones have 200 megapixels
