@@ -108,11 +108,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def check(args: argparse.Namespace) -> None:
     """Refuse impossible flags before any work is done. Raises UsageError."""
     check_tile(args.tile)
-    of_network = {"ensemble": args.ensemble, "project": args.project}
-    of_network |= {"precision": args.precision != "fp32"}
     no_network = args.baseline or args.predictions
-    for name, given in of_network.items():
-        if given and no_network:
+    for name, unset in {"ensemble": False, "project": False, "precision": "fp32"}.items():
+        if no_network and getattr(args, name) != unset:
             raise UsageError(f"--{name} needs a network: leave out --baseline and --predictions")
     if args.predictions and args.save:
         raise UsageError("--save has nothing to write with --predictions")
@@ -299,20 +297,17 @@ def score_set(
 
 def report(name: str, task: Task, method: Method, images: list[dict[str, Any]]) -> dict[str, Any]:
     """One entry of the results: everything needed to compare it later."""
-    small = sum(row["ssim"] is None for row in images)
-    if small:
+    scores = {key: [row[key] for row in images if row[key] is not None] for key in ("psnr", "ssim")}
+    if small := len(images) - len(scores["ssim"]):
         notice(
             f"{name}: {small} of {len(images)} pictures are too small for SSIM and left out of it"
         )
     protocol = protocol_line(task, method.model["kind"] == "baseline", method.channels)
-    precision = method.model.get("precision", "fp32")
-    if precision != "fp32":
-        protocol += f"; network in {precision}"
-    in_colour = task.name == "car" and method.channels == 3
-    rows = {} if in_colour else published(name, task)
-    if method.model.get("projected"):
-        rows = {}
+    precision, projected = method.model.get("precision", "fp32"), method.model.get("projected")
+    protocol += f"; network in {precision}" * (precision != "fp32")
+    if projected:
         protocol += "; projected onto the file's quantisation cells, unlike the papers'"
+    in_colour = task.name == "car" and method.channels == 3
     return {
         "dataset": name,
         "task": task.name,
@@ -321,15 +316,9 @@ def report(name: str, task: Task, method: Method, images: list[dict[str, Any]]) 
         "protocol": protocol,
         "model": method.model,
         "images": images,
-        "mean": {key: mean([row[key] for row in images]) for key in ("psnr", "ssim")},
-        "published": rows,
+        "mean": {key: sum(own) / len(own) if own else None for key, own in scores.items()},
+        "published": {} if in_colour or projected else published(name, task),
     }
-
-
-def mean(values: list[float | None]) -> float | None:
-    """The mean of the values that are there; None without any."""
-    there = [value for value in values if value is not None]
-    return sum(there) / len(there) if there else None
 
 
 command = functools.partial(cli.run, main)  # acla-evaluate

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import itertools
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +69,6 @@ def kilo_macs(network: Checkpoint | None) -> float:
     return counter.get_total_flops() / 2 / 48**2 / 1e3
 
 
-def forward(model: nn.Module, precision: str, picture: Tensor) -> None:
-    """One tile through a network."""
-    with torch.no_grad(), computing_in(precision, CPU):
-        model(picture)
-
-
 def psnr_of(network: Checkpoint, precision: str, paths: list[Path], crop: int | None) -> float:
     """Mean PSNR of a set, or of the middle `crop` pixels of each of its pictures."""
 
@@ -105,20 +99,14 @@ def measured_rows(args: argparse.Namespace) -> Iterator[Row]:
             model = network.model if network else DnCNN().eval()
             model.to(memory_format=torch.channels_last)
             rows.append(row)
-            works.append(functools.partial(forward, model, precision, picture))
+            tile = functools.partial(model, picture)
+            works.append(torch.no_grad()(computing_in(precision, CPU)(tile)))
     for threads in args.cores:
-        yield from in_turns(rows, works, threads, args)
-
-
-def in_turns(
-    rows: list[Row], works: list[Callable[[], None]], threads: int, args: argparse.Namespace
-) -> Iterator[Row]:
-    """The rows with times on this many cores."""
-    torch.set_num_threads(threads)
-    for row, times in zip(rows, paired(works, "cpu", args.seconds), strict=True):
-        shares = percentiles([ms / 1e3 / (args.side**2 / 1e6) for ms in times])
-        seconds = {key.replace("ms_", "s_per_mp_"): value for key, value in shares.items()}
-        yield {"threads": threads, **row, **seconds}
+        torch.set_num_threads(threads)
+        for row, times in zip(rows, paired(works, "cpu", args.seconds), strict=True):
+            shares = percentiles([ms / 1e3 / (args.side**2 / 1e6) for ms in times])
+            seconds = {key.replace("ms_", "s_per_mp_"): value for key, value in shares.items()}
+            yield {"threads": threads, **row, **seconds}
 
 
 def table(rows: list[Row]) -> str:
