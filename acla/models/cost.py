@@ -102,25 +102,3 @@ def module_flops(attention: str, layers: int, n: int, width: int, keys: int) -> 
         case _:  # mha
             relative = 2 * n * width * (2 * RADIUS + 1)  # each axis, then read for every offset
             return 2 * (4 * n * width**2 + 2 * n**2 * width + relative)
-
-
-def module_parameters(attention: str, layers: int, width: int, keys: int) -> int:
-    """Parameters of one module that refers to `layers` layers."""
-    kind = ATTENTIONS[attention]
-    match kind.module:
-        case "cla" | "acla":
-            outputs = width + 3 * keys + (keys if kind.masked else 0)  # value, points, mask
-            return (layers * outputs + width) * (width + 1)
-        case "acla+se":
-            return sum(module_parameters(part, layers, width, keys) for part in ("acla", "se"))
-        case "nl":
-            return module_parameters("clnl", 1, width, keys)
-        case "clnl":
-            inner = embedded_width(width)
-            return (2 * layers + 1) * (width + 1) * inner + (inner + 1) * width
-        case "se":
-            inner = squeezed_width(width)
-            return (width + 1) * inner + (inner + 1) * width
-        case _:  # mha
-            per_head = width // head_count(width)
-            return 4 * (width + 1) * width + 2 * (2 * RADIUS + 1) * per_head
