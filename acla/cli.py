@@ -20,7 +20,7 @@ from acla.config import (
     TASKS,
     ModelConfig,
     Task,
-    flag_name,
+    flag_of,
 )
 from acla.console import error, notice
 from acla.errors import AclaError, Stopped, UsageError, out_of_memory
@@ -206,10 +206,10 @@ def add_flags(parser: argparse.ArgumentParser, kind: type, skip: tuple[str, ...]
             metavar = None if choices else item.name.upper()
             options = {"type": value, "choices": choices, "metavar": metavar}
         text += f" (default: {item.metadata['shown']})"
-        flag, absent = f"--{flag_name(item.name)}", argparse.SUPPRESS
+        flag, absent = flag_of(item.name), argparse.SUPPRESS
         group.add_argument(flag, dest=item.name, default=absent, help=text, **options)
         for old in (old for old, new in RENAMED.items() if new == item.name):
-            add_alias(parser, f"--{flag_name(old)}", item.name, **options)
+            add_alias(parser, flag_of(old), item.name, **options)
 
 
 def add_alias(parser: argparse.ArgumentParser, flag: str, dest: str, **options: Any) -> None:
@@ -250,7 +250,7 @@ def refuse_unused(args: argparse.Namespace, network: ModelConfig) -> None:
         if name in args and not used and not (name == "keys" and args.keys == 0):
             where = f"--backbone {backbone}" if name in of_backbone else None
             where = where or f"--attention {network.attention}"
-            raise UsageError(f"--{flag_name(name)} changes nothing with {where}: leave it out")
+            raise UsageError(f"{flag_of(name)} changes nothing with {where}: leave it out")
 
 
 def add_task_flags(parser: argparse.ArgumentParser, default: str = "car") -> None:

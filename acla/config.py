@@ -394,9 +394,9 @@ def search_preset(preset: str, task: Task, backbone: str = "edsr") -> SearchConf
 # Checks, JSON
 
 
-def flag_name(name: str) -> str:
-    """A field's flag, without the dashes; `lambda` is no name for a field."""
-    return {"lam": "lambda"}.get(name, name.replace("_", "-"))
+def flag_of(name: str) -> str:
+    """A field's flag: --lr; `lambda` is no name for a field."""
+    return "--" + {"lam": "lambda"}.get(name, name.replace("_", "-"))
 
 
 def format_positions(positions: Iterable[int]) -> str:
@@ -409,7 +409,7 @@ def check_fields(config: Any) -> None:
     come from a file."""
     for item in dataclasses.fields(config):
         value, kind = getattr(config, item.name), get_origin(item.type) or item.type
-        flag, limits = f"--{flag_name(item.name)}", item.metadata["limits"]
+        flag, limits = flag_of(item.name), item.metadata["limits"]
         number = kind is float and type(value) is int
         if not (type(value) is kind or number) or (
             kind is tuple and not all(type(part) is int for part in value)

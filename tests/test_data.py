@@ -177,8 +177,6 @@ def test_processes_share_one_batch(pictures, task):
         ]
         for i in range(2):
             assert torch.equal(whole[i], torch.cat([part[i] for part in parts]))
-    with pytest.raises(UsageError, match="does not divide among 4"):
-        PatchSampler(pictures, task, 10, 6, world=4)
 
 
 def test_the_pictures_of_a_step_are_named(tmp_path):

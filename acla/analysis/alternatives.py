@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from acla import cli, console
-from acla.analysis.qualities import middle
 from acla.config import Task
 from acla.data.datasets import find_set
 from acla.data.degradations import generator_for
+from acla.data.image import middle
 from acla.data.metrics import score_pictures
 from acla.kernels.bench import Row, device_name, write_rows
 from acla.kernels.timing import paired, percentiles
@@ -73,8 +73,7 @@ def psnr_of(network: Checkpoint, precision: str, paths: list[Path], crop: int | 
     """Mean PSNR of a set, or of the middle `crop` pixels of each of its pictures."""
 
     def predict(clean: Tensor, path: Path) -> tuple[Tensor, Tensor]:
-        own = clean if crop is None else middle(clean, crop)
-        return restored_pair(network, own, TASK, generator_for(path.stem))
+        return restored_pair(network, middle(clean, crop), TASK, generator_for(path.stem))
 
     with computing_in(precision, CPU):
         scored = score_pictures(predict, paths, TASK, desc=precision, leave=False)

@@ -258,8 +258,6 @@ class PatchSampler:
         world: int = 1,
         channels: int | None = None,
     ) -> None:
-        if batch % world:
-            raise UsageError(f"a batch of {batch} does not divide among {world} processes")
         self.pictures, self.task, self.patch, self.size = pictures, task, patch, batch
         self.seed = seed % 2**64  # numpy takes no negative seeds
         self.channels = channels or task.channels

@@ -183,6 +183,15 @@ def rgb_to_ycc(rgb: Tensor) -> Tensor:
     return torch.stack([y, 128 / 255 + (b - y) / 1.772, 128 / 255 + (r - y) / 1.402])
 
 
+def middle(image: Tensor, side: int | None, grid: int = 1) -> Tensor:
+    """The middle of [C, H, W], at most `side` pixels a side (None: all), from a multiple of `grid`
+    on."""
+    if side is None:
+        return image
+    y, x = (max(0, length - side) // 2 // grid * grid for length in image.shape[1:])
+    return image[:, y : y + side, x : x + side]
+
+
 def to_rgb(image: Tensor) -> Tensor:
     """Gray [1, H, W] repeated to three channels; RGB as it is."""
     return image.expand(3, -1, -1) if len(image) == 1 else image

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from acla.config import ModelConfig, Task, TrainConfig, flag_name, from_dict
+from acla.config import ModelConfig, Task, TrainConfig, flag_of, from_dict
 from acla.console import finite
 from acla.data.datasets import PatchSampler
 from acla.distributed import Processes
@@ -211,10 +211,10 @@ def resumed_plan(kind: type, progress: dict, args: argparse.Namespace, path: Pat
     allowed = WITH_RESUME if "train" in parts else WITH_RESUME[:3]
     given = {name for name, value in vars(args).items() if value is not None}
     if other := sorted(given - {"resume", *allowed}):
-        names = ", ".join(flag({"auto": "lam"}.get(n, n.removeprefix("task_"))) for n in other)
+        names = ", ".join(flag_of({"auto": "lam"}.get(n, n.removeprefix("task_"))) for n in other)
         raise UsageError(
             f"--resume goes on with the run as it was begun: leave out {names}; it takes "
-            f"{', '.join(map(flag, allowed))}"
+            f"{', '.join(map(flag_of, allowed))}"
         )
     if "steps" not in given:
         return plan
@@ -222,10 +222,6 @@ def resumed_plan(kind: type, progress: dict, args: argparse.Namespace, path: Pat
     if args.steps < least:
         raise UsageError(f"--steps {args.steps}: the run is at step {progress['step']}; give more")
     return dataclasses.replace(plan, train=dataclasses.replace(plan.train, steps=args.steps))
-
-
-def flag(name: str) -> str:
-    return f"--{flag_name(name)}"
 
 
 def require_same_data(progress: dict, data: dict[str, str]) -> None:
