@@ -13,6 +13,8 @@ from typing import Any, get_origin
 import torch
 
 from acla.config import (
+    OF_KEYS,
+    OF_MASKS,
     PRESETS,
     RENAMED,
     SETTING_DEFAULT,
@@ -242,10 +244,7 @@ def refuse_unused(args: argparse.Namespace, network: ModelConfig) -> None:
     grouped = backbone in ("rcan", "han")
     of_backbone = {"group_blocks": grouped, "residual_scale": backbone == "edsr"}
     of_backbone |= {"reduction": grouped or backbone in ("a2n", "a2n-m")}
-    sampled = kind.keys > 0
-    of_attention = {"keys": sampled, "offset_radius": sampled, "offset_lr_mult": sampled}
-    of_attention |= {"mask_bias": kind.masked, "mask_temperature": kind.masked}
-    of_attention |= {"mask_noise": kind.masked}
+    of_attention = dict.fromkeys(OF_KEYS, kind.keys > 0) | dict.fromkeys(OF_MASKS, kind.masked)
     for name, used in (of_backbone | of_attention).items():
         if name in args and not used and not (name == "keys" and args.keys == 0):
             where = f"--backbone {backbone}" if name in of_backbone else None
