@@ -342,8 +342,7 @@ class SearchConfig:
 # Presets
 
 # In the few steps of small and tiny, offsets and weights at the common rate hardly leave their
-# initial values; at ten times that rate attention gains (results/README.md). The paper names one
-# rate.
+# initial values; at ten times that rate attention gains (docs/results.md). The paper has one rate.
 TRAIN_PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "small": {"steps": 20_000, "epoch_steps": 100, "val_every": 1000, "lr": 4e-4}
