@@ -196,7 +196,7 @@ def default_checkpoint(args: argparse.Namespace, sets: Iterable[str]) -> Path:
 def read_prediction(
     clean: Tensor, path: Path, file: Path, task: Task, channels: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(prediction, target) of a picture made elsewhere. Raises DataError if its size is wrong."""
+    """(prediction, target) [C, H, W] of a picture made elsewhere. Raises DataError for its size."""
     _, target = pair(clean, task, generator_for(path.stem), channels)
     prediction = load(file)
     if prediction.shape[1:] != target.shape[1:]:

@@ -294,7 +294,7 @@ class PatchSampler:
         return [self.pictures.paths[self.picture(step, i)].name for i in range(self.size)]
 
     def window(self, step: int, index: int, rng: np.random.Generator) -> Tensor:
-        """The clean, augmented window that patch `index` is made from, with the task's channels."""
+        """The clean, augmented window [C, side, side] that patch `index` is made from."""
         picture = self.pictures[self.picture(step, index)]
         cut_out = cut_window(picture, window(self.task, self.patch, self.channels), rng)
         clean = fit_channels(from_levels(augment(cut_out, int(rng.integers(8)))), self.channels)
@@ -302,7 +302,7 @@ class PatchSampler:
 
 
 def cut(picture: Tensor, y: int, x: int, side: int, scale: int) -> Tensor:
-    """The patch of `side` low-quality pixels at (y, x), from a picture `scale` times larger."""
+    """The patch [C, side·scale, side·scale] at (y, x), in low-quality pixels, of [C, H, W]."""
     return picture[:, y * scale : (y + side) * scale, x * scale : (x + side) * scale]
 
 

@@ -59,8 +59,8 @@ def opened(
     """A Pillow picture for as long as the block lasts, its pixels not decoded yet.
 
     formats: those of Pillow that are tried, by default all. data: bytes to read instead of the
-    file's own. What Pillow raises in the block on
-    account of the file becomes a PictureError, which names it.
+    file's own. What Pillow raises in the block on account of the file becomes a PictureError, which
+    names it.
     """
     try:
         with warnings.catch_warnings():
@@ -198,7 +198,7 @@ def to_rgb(image: Tensor) -> Tensor:
 
 
 def fit_channels(image: Tensor, channels: int) -> Tensor:
-    """The picture with 1 or 3 channels: colour becomes Y, unrounded; gray stays or is repeated."""
+    """[1 or 3, H, W] with so many channels: colour becomes Y, unrounded; gray stays or repeats."""
     if channels == 3:
         return to_rgb(image)
     return image if len(image) == 1 else luma(image)

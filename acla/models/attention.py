@@ -5,6 +5,7 @@ offsets are (dy, dx) in pixels, y first
 
 Where each equation is computed:
 
+    Eq. 1, 3   NL and CLNL                 `NonLocal` in baselines.py
     Eq. 2      z = x + h(y)                h in `CrossLayerAttention.forward`, x + in backbones.py
     Eq. 5, 6   y, weighted sum of keys     sampling, softmax, sum: `kernels.attend`; g in `forward`
     Eq. 7, 9   binary Gumbel gate with its straight-through estimator
@@ -15,6 +16,8 @@ Where each equation is computed:
                                            linear
     Eq. 10     gates of insert positions   `draw_gates` in gumbel.py
     Eq. 11     several referred layers     `Backbone.walk` in backbones.py
+    Eq. 12, 13 cost                        cost.py
+    Eq. 14     loss of the search          `Search.weight_step`, `alpha_step` in search/loop.py
 
 The operator of Eq. 6 to 9 and 11 written literally is kernels/reference.py.
 """

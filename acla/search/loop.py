@@ -153,7 +153,8 @@ class Search:
         optimizer.step()
 
     def batch(self, step: int, stream: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Degraded patches, their targets and the seeds of their masks: this process's share."""
+        """This process's degraded patches [B,C,h,w], their targets [B,C,H,W] and the seeds [B] of
+        their masks."""
         loader = self.loaders[stream]
         low, target = loader.batch(step)
         of_step = self.config.seed, step, loader.sampler.indices, stream
