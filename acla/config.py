@@ -295,7 +295,9 @@ class TrainConfig:
 class SearchConfig:
     """Searching insert positions (Section 3.2, Table 9)."""
 
-    method: str = option("paper", "the paper's or ours", choices=("paper", "front"), shown="paper")
+    method: str = option(
+        "paper", "front: a Pareto front (ours)", choices=("paper", "front"), shown="paper"
+    )
     cost: str = option("macs", "a front's; ms: measured", choices=("macs", "ms"), shown="macs")
     steps: int = option(200_000, "optimiser steps of both stages together", POSITIVE)
     epoch_steps: int = option(1000, "steps of an epoch, one row of search.jsonl", POSITIVE)

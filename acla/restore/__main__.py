@@ -159,8 +159,8 @@ def run_job(
     target.parent.mkdir(parents=True, exist_ok=True)
     cells = photo.read_cells(path) if args.project and own and quality == own else None
     if not args.asked and (own is None or (args.project and cells is None)):
-        told = "not a JPEG with Y, so it is left as it is; --task, --q or --checkpoint restores it"
-        show(path, [told, *photo.copy(path, target).notices])
+        why = "not a JPEG with Y, so it is left as it is; --task, --q or --checkpoint restores it"
+        show(path, [why, *photo.copy(path, target).notices])
         return f"{target}: not restored"
     chosen = choose(path, quality, models, args)
     network = chosen.network
