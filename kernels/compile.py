@@ -31,14 +31,8 @@ from .cache import why_not_written
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 GATHERS = {"_aggregate": 4, "_dots": 5}  # wide loads to a tile: four corners, and the gradient
 WIDE = launch.VECTOR
-TYPES = {
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.int32: "i32",
-    torch.int64: "i64",
-}
+TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16"}
+TYPES |= {torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
 LAYERS, KEYS, CHANNELS = 2, 16, (64, 256)
 WIDE_LOAD = r"LDG\.E\S*\.128|(global|buffer)_load_dwordx4"
 BARRIER, ATOMIC = "BAR|s_barrier", "RED\\.|REDG|ATOM|global_atomic|buffer_atomic"
