@@ -30,7 +30,6 @@ from acla.models.backbones import Backbone
 from acla.search.supernet import Supernet
 from acla.training.trainer import Trainer
 
-PARTS = ("networks", "attention", "supernet", "loader")
 # EDSR 32 × 256, EDSR 16 × 64 and RCAN, for the task and preset that have their size
 NETWORKS = {
     "edsr-32x256": ("sr", "paper", "edsr"),
@@ -259,6 +258,14 @@ def ratios(rows: list[bench.Row]) -> Iterator[str]:
                 yield f"{row['backend']}: {times:.1f}× the patches that training consumes"
 
 
+PARTS = {
+    "networks": network_rows,
+    "attention": attention_rows,
+    "supernet": supernet_rows,
+    "loader": loader_rows,
+}
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.parser("acla.analysis.benchmark", __doc__)
     bench.add_flags(parser)
@@ -271,14 +278,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     bench.check(args)
-    parts = {
-        "networks": network_rows,
-        "attention": attention_rows,
-        "supernet": supernet_rows,
-        "loader": loader_rows,
-    }
     chosen = [args.only] if args.only else PARTS
-    rows = bench.write_rows((row for part in chosen for row in parts[part](args)), args.json)
+    rows = bench.write_rows((row for part in chosen for row in PARTS[part](args)), args.json)
     bench.report(rows, ratios(rows), args)
 
 

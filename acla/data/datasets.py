@@ -348,24 +348,21 @@ class Loader:
         """(degraded, target) of one step, as PatchSampler.batch makes them, on the device. Steps in
         order are fast; any other one starts the workers anew. Raises DataError, PictureError."""
         if step != self.next_step:
-            self.batches = self.batches_from(step)
+            loader = DataLoader(
+                Batches(self.sampler, self.workers),
+                batch_size=None,
+                sampler=range(step, 2**62),
+                num_workers=self.workers,
+                pin_memory=self.device.type == "cuda",
+                worker_init_fn=start_worker,
+            )
+            self.batches = iter(loader)
         self.next_step = step + 1
         batch = next(self.batches)
         if isinstance(batch, AclaError):
             raise batch
         low, target = batch
         return low.to(self.device, non_blocking=True), target.to(self.device, non_blocking=True)
-
-    def batches_from(self, step: int) -> Iterator:
-        loader = DataLoader(
-            Batches(self.sampler, self.workers),
-            batch_size=None,
-            sampler=range(step, 2**62),
-            num_workers=self.workers,
-            pin_memory=self.device.type == "cuda",
-            worker_init_fn=start_worker,
-        )
-        return iter(loader)
 
 
 def start_worker(worker: int) -> None:
