@@ -15,31 +15,16 @@ from torch import Tensor
 from acla import cli
 from acla.config import SETTING_DEFAULT, SETTING_FLAG, Task
 from acla.console import check_json, notice, publish
+from acla.data import metrics
 from acla.data.datasets import find_set, match_stems
 from acla.data.degradations import generator_for, jpeg_file, pair, untouched
 from acla.data.image import fit_channels, load, save
 from acla.data.jpeg import project_onto
-from acla.data.metrics import (
-    TASK_OF_SET,
-    protocol_line,
-    published,
-    result_table,
-    score_pictures,
-    task_of_set,
-)
 from acla.distributed import Processes, join
 from acla.errors import DataError, UsageError
 from acla.files import provenance
 from acla.models.serialization import load_model
-from acla.restore.inference import (
-    PRECISIONS,
-    check_ensemble,
-    check_tile,
-    computing_in,
-    keep_memory,
-    pick_precision,
-    restored_pair,
-)
+from acla.restore import inference
 from acla.restore.pretrained import PretrainedModels
 
 DEFAULT_CHECKPOINT = Path("runs/train/model.safetensors")
@@ -49,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     check(args)
     processes = join(cli.pick_device(args.device))
-    keep_memory(processes.device)
+    inference.keep_memory(processes.device)
     flags = cli.task_from_flags(args)
     sets = {name: find_set(name, args.data) for name in dict.fromkeys(args.dataset.split(","))}
     # Every wrong call is refused here, before the first picture
@@ -64,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         images = score_set(method, tasks[name], paths, folders[name], args.seed, processes)
         results.append(report(name, tasks[name], method, images))
     if processes.first:
-        text = "\n".join(result_table(method.label, result) for result in results)
+        text = "\n".join(metrics.result_table(method.label, result) for result in results)
         made_on = {"seed": args.seed, "provenance": provenance(processes.device)}
         publish(text, {"results": results, **made_on}, args.json)
     processes.leave()
@@ -95,7 +80,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--ensemble", action="store_true", help=text)
     add("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     text = "number format of the network; auto: the device's fastest (default: fp32)"
-    add("--precision", choices=PRECISIONS, default="fp32", help=text)
+    add("--precision", choices=inference.PRECISIONS, default="fp32", help=text)
     text = "car: the input and predictions are colour JPEGs, scored on RGB, as colour networks are"
     add("--colour", action="store_true", help=text)
     text = "car: project the answer onto the file's quantisation cells, as acla.restore does; "
@@ -107,12 +92,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse impossible flags before any work is done. Raises UsageError."""
-    check_tile(args.tile)
-    of_network = {"ensemble": args.ensemble, "project": args.project}
-    of_network |= {"precision": args.precision != "fp32"}
+    inference.check_tile(args.tile)
     no_network = args.baseline or args.predictions
-    for name, given in of_network.items():
-        if given and no_network:
+    for name, unset in {"ensemble": False, "project": False, "precision": "fp32"}.items():
+        if no_network and getattr(args, name) != unset:
             raise UsageError(f"--{name} needs a network: leave out --baseline and --predictions")
     if args.predictions and args.save:
         raise UsageError("--save has nothing to write with --predictions")
@@ -165,16 +148,16 @@ def pick_method(
 def network(file: Path, device: torch.device, args: argparse.Namespace) -> Method:
     """A network from a checkpoint, which also brings its task."""
     checkpoint = load_model(file)
-    check_ensemble(args.ensemble, checkpoint.task)
+    inference.check_ensemble(args.ensemble, checkpoint.task)
     if args.project and checkpoint.task.name != "car":
         raise UsageError(f"--project is for JPEG artifacts, and {file} for {checkpoint.task}")
     checkpoint.model.to(device)
-    precision = pick_precision(args.precision, device, checkpoint.task)
+    precision = inference.pick_precision(args.precision, device, checkpoint.task)
 
     def restored(clean: Tensor, path: Path, task: Task) -> tuple[Tensor, Tensor]:
         generator = generator_for(path.stem, args.seed)
-        with computing_in(precision, device):
-            answer, target = restored_pair(
+        with inference.computing_in(precision, device):
+            answer, target = inference.restored_pair(
                 checkpoint, clean, task, generator, args.tile, args.ensemble
             )
         if args.project:
@@ -196,7 +179,7 @@ def default_checkpoint(args: argparse.Namespace, sets: Iterable[str]) -> Path:
     where there is neither."""
     file = DEFAULT_CHECKPOINT
     if not file.is_file():
-        task = cli.task_from_flags(args) or TASK_OF_SET.get(next(iter(sets)), Task())
+        task = cli.task_from_flags(args) or metrics.TASK_OF_SET.get(next(iter(sets)), Task())
         try:
             pretrained = PretrainedModels(None, task, torch.device("cpu"), task.channels)
             setting = None if task.until or task.scale > 1 else task.setting
@@ -213,7 +196,7 @@ def default_checkpoint(args: argparse.Namespace, sets: Iterable[str]) -> Path:
 def read_prediction(
     clean: Tensor, path: Path, file: Path, task: Task, channels: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(prediction, target) of a picture made elsewhere. Raises DataError if its size is wrong."""
+    """(prediction, target) [C, H, W] of a picture made elsewhere. Raises DataError for its size."""
     _, target = pair(clean, task, generator_for(path.stem), channels)
     prediction = load(file)
     if prediction.shape[1:] != target.shape[1:]:
@@ -228,7 +211,7 @@ def pick_task(args: argparse.Namespace, flags: Task | None, method: Method, name
     """The flags' task, or the checkpoint's, or the set's. Raises UsageError if they disagree."""
     trained = method.task
     if trained is None:
-        return flags or task_of_set(name)
+        return flags or metrics.task_of_set(name)
     if flags is None or (flags.name == trained.name and cli.names_no_setting(args, trained.name)):
         if not trained.until:
             return trained
@@ -281,7 +264,7 @@ def score_set(
     quiet = None if processes.first else True  # None: where standard error is a file
 
     predict = functools.partial(method.predict, task=task)
-    for scored in score_pictures(predict, own, task, desc=str(task), disable=quiet):
+    for scored in metrics.score_pictures(predict, own, task, desc=str(task), disable=quiet):
         path = scored.path
         if folders[0]:
             save(scored.prediction, folders[0] / f"{path.stem}.png")
@@ -299,20 +282,17 @@ def score_set(
 
 def report(name: str, task: Task, method: Method, images: list[dict[str, Any]]) -> dict[str, Any]:
     """One entry of the results: everything needed to compare it later."""
-    small = sum(row["ssim"] is None for row in images)
-    if small:
+    scores = {key: [row[key] for row in images if row[key] is not None] for key in ("psnr", "ssim")}
+    if small := len(images) - len(scores["ssim"]):
         notice(
             f"{name}: {small} of {len(images)} pictures are too small for SSIM and left out of it"
         )
-    protocol = protocol_line(task, method.model["kind"] == "baseline", method.channels)
-    precision = method.model.get("precision", "fp32")
-    if precision != "fp32":
-        protocol += f"; network in {precision}"
-    in_colour = task.name == "car" and method.channels == 3
-    rows = {} if in_colour else published(name, task)
-    if method.model.get("projected"):
-        rows = {}
+    protocol = metrics.protocol_line(task, method.model["kind"] == "baseline", method.channels)
+    precision, projected = method.model.get("precision", "fp32"), method.model.get("projected")
+    protocol += f"; network in {precision}" * (precision != "fp32")
+    if projected:
         protocol += "; projected onto the file's quantisation cells, unlike the papers'"
+    in_colour = task.name == "car" and method.channels == 3
     return {
         "dataset": name,
         "task": task.name,
@@ -321,15 +301,9 @@ def report(name: str, task: Task, method: Method, images: list[dict[str, Any]]) 
         "protocol": protocol,
         "model": method.model,
         "images": images,
-        "mean": {key: mean([row[key] for row in images]) for key in ("psnr", "ssim")},
-        "published": rows,
+        "mean": {key: sum(own) / len(own) if own else None for key, own in scores.items()},
+        "published": {} if in_colour or projected else metrics.published(name, task),
     }
-
-
-def mean(values: list[float | None]) -> float | None:
-    """The mean of the values that are there; None without any."""
-    there = [value for value in values if value is not None]
-    return sum(there) / len(there) if there else None
 
 
 command = functools.partial(cli.run, main)  # acla-evaluate

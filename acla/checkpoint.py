@@ -28,17 +28,10 @@ from torch import Tensor
 from acla import cli
 from acla.config import ModelConfig, Task
 from acla.console import say
-from acla.errors import CheckpointError, UsageError
+from acla.errors import CheckpointError, UsageError, one_line
+from acla.models import serialization
 from acla.models.backbones import LEVELS, Backbone
 from acla.models.factory import build_network
-from acla.models.serialization import (
-    FORMAT,
-    in_one_line,
-    load_model,
-    load_strictly,
-    save_model,
-    widened,
-)
 
 # A tensor by which a network is recognised; HAN has RCAN's too
 MARKS = {
@@ -69,7 +62,7 @@ def convert(path: Path, scale: int | None = None) -> Backbone:
     tensors = read_published(path)
     kind = next((kind for name, kind in MARKS.items() if name in tensors), None)
     if kind is None:
-        named = f", but a tensor {in_one_line(next(iter(tensors)))}" if tensors else ""
+        named = f", but a tensor {one_line(next(iter(tensors)))}" if tensors else ""
         raise CheckpointError(
             f"{path}: holds no supported network{named}; supported: {SUPPORTED}; from a file with "
             f"more in it, {ALONE}"
@@ -90,7 +83,7 @@ def convert(path: Path, scale: int | None = None) -> Backbone:
     config = replace(config, scale=choose_scale(scales, scale, path))
     with torch.device("meta"):  # allocates nothing before names and shapes are compared
         network = build_network(config)
-    load_strictly(network, tensors, path)
+    serialization.load_strictly(network, tensors, path)
     to_unit_range(network)
     return network.eval()
 
@@ -118,14 +111,14 @@ def read_published(path: Path) -> dict[str, Tensor]:
     for prefix in 2 * PREFIXES:  # nested too
         if all(name.startswith(prefix) for name in content):
             content = {name.removeprefix(prefix): tensor for name, tensor in content.items()}
-    return widened(content)
+    return serialization.widened(content)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file. Our own are refused: converting biases twice is wrong."""
     try:
         with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get("format") == FORMAT:
+            if (file.metadata() or {}).get("format") == serialization.FORMAT:
                 raise CheckpointError(f"{path}: one of our files already; use it as it is")
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
@@ -258,14 +251,14 @@ def main(argv: list[str] | None = None) -> None:
         raise UsageError(f"{args.file} and {args.out} are the same; OUT needs a place of its own")
     cli.check_output(args.out, args.overwrite)
     if args.command == "half":
-        whole = load_model(args.file)
+        whole = serialization.load_model(args.file)
         model, config, task, info = whole.model.half(), whole.config, whole.task, whole.info
     else:
         model = convert(args.file, args.scale)
         config, task = model.config, Task(args.task, model.config.scale)
         digest = hashlib.sha256(args.file.read_bytes()).hexdigest()
         info = {"imported": args.file.name, "sha256": digest}
-    save_model(args.out, model, config, task, info)
+    serialization.save_model(args.out, model, config, task, info)
     params = sum(parameter.numel() for parameter in model.parameters())
     say(
         f"{args.out}: {task}, {config.backbone} of {config.blocks} blocks × {config.width}, "

@@ -13,6 +13,8 @@ from typing import Any, get_origin
 import torch
 
 from acla.config import (
+    OF_KEYS,
+    OF_MASKS,
     PRESETS,
     RENAMED,
     SETTING_DEFAULT,
@@ -20,7 +22,7 @@ from acla.config import (
     TASKS,
     ModelConfig,
     Task,
-    flag_name,
+    flag_of,
 )
 from acla.console import error, notice
 from acla.errors import AclaError, Stopped, UsageError, out_of_memory
@@ -206,10 +208,10 @@ def add_flags(parser: argparse.ArgumentParser, kind: type, skip: tuple[str, ...]
             metavar = None if choices else item.name.upper()
             options = {"type": value, "choices": choices, "metavar": metavar}
         text += f" (default: {item.metadata['shown']})"
-        flag, absent = f"--{flag_name(item.name)}", argparse.SUPPRESS
+        flag, absent = flag_of(item.name), argparse.SUPPRESS
         group.add_argument(flag, dest=item.name, default=absent, help=text, **options)
         for old in (old for old, new in RENAMED.items() if new == item.name):
-            add_alias(parser, f"--{flag_name(old)}", item.name, **options)
+            add_alias(parser, flag_of(old), item.name, **options)
 
 
 def add_alias(parser: argparse.ArgumentParser, flag: str, dest: str, **options: Any) -> None:
@@ -242,15 +244,12 @@ def refuse_unused(args: argparse.Namespace, network: ModelConfig) -> None:
     grouped = backbone in ("rcan", "han")
     of_backbone = {"group_blocks": grouped, "residual_scale": backbone == "edsr"}
     of_backbone |= {"reduction": grouped or backbone in ("a2n", "a2n-m")}
-    sampled = kind.keys > 0
-    of_attention = {"keys": sampled, "offset_radius": sampled, "offset_lr_mult": sampled}
-    of_attention |= {"mask_bias": kind.masked, "mask_temperature": kind.masked}
-    of_attention |= {"mask_noise": kind.masked}
+    of_attention = dict.fromkeys(OF_KEYS, kind.keys > 0) | dict.fromkeys(OF_MASKS, kind.masked)
     for name, used in (of_backbone | of_attention).items():
         if name in args and not used and not (name == "keys" and args.keys == 0):
             where = f"--backbone {backbone}" if name in of_backbone else None
             where = where or f"--attention {network.attention}"
-            raise UsageError(f"--{flag_name(name)} changes nothing with {where}: leave it out")
+            raise UsageError(f"{flag_of(name)} changes nothing with {where}: leave it out")
 
 
 def add_task_flags(parser: argparse.ArgumentParser, default: str = "car") -> None:

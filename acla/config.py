@@ -30,21 +30,15 @@ LATER += ("cuda_graph", "method", "cost", "draws", "gate_noise_end")
 AMP_FORMATS = ("bf16", "fp16")
 MASK_NOISE = "draw the key masks with noise (Eq. 7); without it is not the paper's"
 
-# Table 9. The depth says for which network the positions were found.
-PAPER_POSITIONS = {
-    ("sr", "edsr"): (3, 12, 26, 31, 32),
-    ("sr", "rcan"): (1, 3, 5, 9),
-    ("denoise", "edsr"): (2, 7, 9, 13, 15),
-    ("demosaic", "edsr"): (2, 5, 11, 14, 16),
-    ("car", "edsr"): (2, 7, 10, 13, 14),
+# λ and insert positions by task and backbone, of the depths in `model_preset`
+TABLE_9 = {
+    ("sr", "edsr"): (0.15, (3, 12, 26, 31, 32)),
+    ("sr", "rcan"): (0.3, (1, 3, 5, 9)),
+    ("denoise", "edsr"): (0.2, (2, 7, 9, 13, 15)),
+    ("demosaic", "edsr"): (0.2, (2, 5, 11, 14, 16)),
+    ("car", "edsr"): (0.2, (2, 7, 10, 13, 14)),
 }
-PAPER_LAMBDA = {
-    ("sr", "edsr"): 0.15,
-    ("sr", "rcan"): 0.3,
-    ("denoise", "edsr"): 0.2,
-    ("demosaic", "edsr"): 0.2,
-    ("car", "edsr"): 0.2,
-}
+PAPER_POSITIONS = {network: positions for network, (_, positions) in TABLE_9.items()}
 
 
 @dataclass(frozen=True)
@@ -74,6 +68,9 @@ ATTENTIONS = {
     "mha": AttentionKind("mha"),
 }
 DEFAULT_KEYS = {name: kind.keys for name, kind in ATTENTIONS.items() if kind.keys}
+# Fields of modules that sample keys, and of those with masks
+OF_KEYS = ("keys", "offset_radius", "offset_lr_mult")
+OF_MASKS = ("mask_bias", "mask_temperature", "mask_noise")
 MASKED = tuple(name for name, kind in ATTENTIONS.items() if kind.masked)
 
 
@@ -298,7 +295,9 @@ class TrainConfig:
 class SearchConfig:
     """Searching insert positions (Section 3.2, Table 9)."""
 
-    method: str = option("paper", "the paper's or ours", choices=("paper", "front"), shown="paper")
+    method: str = option(
+        "paper", "front: a Pareto front (ours)", choices=("paper", "front"), shown="paper"
+    )
     cost: str = option("macs", "a front's; ms: measured", choices=("macs", "ms"), shown="macs")
     steps: int = option(200_000, "optimiser steps of both stages together", POSITIVE)
     epoch_steps: int = option(1000, "steps of an epoch, one row of search.jsonl", POSITIVE)
@@ -345,8 +344,7 @@ class SearchConfig:
 # Presets
 
 # In the few steps of small and tiny, offsets and weights at the common rate hardly leave their
-# initial values; at ten times that rate attention gains (results/README.md). The paper names one
-# rate.
+# initial values; at ten times that rate attention gains (docs/results.md). The paper has one rate.
 TRAIN_PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "small": {"steps": 20_000, "epoch_steps": 100, "val_every": 1000, "lr": 4e-4}
@@ -387,16 +385,17 @@ def train_preset(preset: str) -> TrainConfig:
 def search_preset(preset: str, task: Task, backbone: str = "edsr") -> SearchConfig:
     """The length of a search and its λ: Table 9's, or 0.2 where it has none. In the minutes of a
     tiny search a module shows little of its gain, so that λ is a tenth there."""
-    lam = PAPER_LAMBDA.get((task.name, backbone), 0.2) / (10 if preset == "tiny" else 1)
+    lam, _ = TABLE_9.get((task.name, backbone), (0.2, ()))
+    lam /= 10 if preset == "tiny" else 1
     return SearchConfig(**SEARCH_PRESETS[preset], lam=lam)
 
 
 # Checks, JSON
 
 
-def flag_name(name: str) -> str:
-    """A field's flag, without the dashes; `lambda` is no name for a field."""
-    return {"lam": "lambda"}.get(name, name.replace("_", "-"))
+def flag_of(name: str) -> str:
+    """A field's flag: --lr; `lambda` is no name for a field."""
+    return "--" + {"lam": "lambda"}.get(name, name.replace("_", "-"))
 
 
 def format_positions(positions: Iterable[int]) -> str:
@@ -409,7 +408,7 @@ def check_fields(config: Any) -> None:
     come from a file."""
     for item in dataclasses.fields(config):
         value, kind = getattr(config, item.name), get_origin(item.type) or item.type
-        flag, limits = f"--{flag_name(item.name)}", item.metadata["limits"]
+        flag, limits = flag_of(item.name), item.metadata["limits"]
         number = kind is float and type(value) is int
         if not (type(value) is kind or number) or (
             kind is tuple and not all(type(part) is int for part in value)

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from acla.errors import UsageError
+from acla.kernels.cache import why_not_written
 
 
 def is_first() -> bool:
@@ -54,12 +55,8 @@ def progress(steps: Iterable | None, **options: object) -> tqdm:
 def check_json(where: str | None) -> None:
     """Refuse a --json that cannot be written, before any work; - is standard output. Raises
     UsageError."""
-    if where in (None, "-"):
-        return
-    if not Path(where).parent.is_dir():
-        raise UsageError(f"--json {where}: there is no folder {Path(where).parent}")
-    if Path(where).is_dir():
-        raise UsageError(f"--json {where}: that is a folder; name a file in it")
+    if reason := why_not_written(where):
+        raise UsageError(f"--json {where}: {reason}")
 
 
 def publish(shown: str | None, result: Any, where: str | None) -> None:

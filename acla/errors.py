@@ -41,6 +41,11 @@ def reading(path: Path, what: str) -> Iterator[None]:
         raise AclaError(f"{path}: not {what}: {error!r}") from error
 
 
+def one_line(cause: object) -> str:
+    """An error's reason, or a text from a file, without line breaks."""
+    return " ".join((getattr(cause, "strerror", None) or str(cause) or repr(cause)).split())
+
+
 NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
 
 

@@ -104,14 +104,8 @@ def draw_network(axes: Axes, blocks: int, positions: tuple[int, ...]) -> None:
     draw_skip(axes, 92, x + 186, y, 88, "skip: the network learns the difference")
     draw_box(axes, x + 208, y, 96, "restored")
     axes.plot([GAP, x + 208], [y, y], color=LINE, lw=2, zorder=0)
-    axes.text(
-        WIDTH / 2,
-        DRAWING - 42,
-        f"EDSR with ACLA behind blocks {', '.join(map(str, positions))}",
-        ha="center",
-        size=17,
-        weight="bold",
-    )
+    title = f"EDSR with ACLA behind blocks {', '.join(map(str, positions))}"
+    axes.text(WIDTH / 2, DRAWING - 42, title, ha="center", size=17, weight="bold")
     axes.text(WIDTH / 2, DRAWING - 72, EXPLANATION, ha="center", size=14)
 
 
@@ -119,17 +113,9 @@ def draw_box(
     axes: Axes, x: float, y: float, width: float, text: str, colour: str = "white"
 ) -> None:
     """A box that begins at x, in the middle of the line."""
-    shape = FancyBboxPatch(
-        (x, y - 26),
-        width,
-        52,
-        boxstyle="round,pad=0,rounding_size=6",
-        facecolor=colour,
-        edgecolor=LINE,
-        lw=1.5,
-        zorder=3,
-    )
-    axes.add_patch(shape)
+    style = {"facecolor": colour, "edgecolor": LINE, "lw": 1.5, "zorder": 3}
+    style["boxstyle"] = "round,pad=0,rounding_size=6"
+    axes.add_patch(FancyBboxPatch((x, y - 26), width, 52, **style))
     axes.text(x + width / 2, y, text, ha="center", va="center_baseline", zorder=4)
 
 
@@ -146,9 +132,8 @@ def draw_skip(axes: Axes, start: float, end: float, y: float, depth: float, text
     axes.plot([start, start, end, end], [y, y - depth, y - depth, y], color=LINE, lw=2, zorder=0)
     axes.plot([end], [y], "o", color="white", mec=LINE, mew=1.5, ms=19, zorder=3)
     axes.text(end, y, "+", ha="center", va="center_baseline", size=17, zorder=4)
-    axes.text(
-        (start + end) / 2, y - depth, text, ha="center", va="center", size=13, backgroundcolor="w"
-    )
+    middle = {"ha": "center", "va": "center"}
+    axes.text((start + end) / 2, y - depth, text, size=13, backgroundcolor="w", **middle)
 
 
 if __name__ == "__main__":

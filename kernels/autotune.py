@@ -20,20 +20,9 @@ from pathlib import Path
 
 import torch
 
+from . import launch
 from .cache import is_writable
 from .inputs import Inputs, Leaves
-from .launch import (
-    CONFIGS,
-    REPOSITORY_COPY,
-    Call,
-    Config,
-    call_key,
-    choose,
-    hardware,
-    read_choices,
-    recording,
-    user_copy,
-)
 
 # Usual sizes, as (B, H, W, C, L, K): a patch, a batch of patches, a picture; EDSR, RCAN, CLA.
 SIZES = [
@@ -44,25 +33,25 @@ SIZES = [
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def candidates(call: Call, lanes: int) -> list[Config]:
+def candidates(call: launch.Call, lanes: int) -> list[launch.Config]:
     """The configurations worth timing: each tile once, the default first."""
-    tiles: dict[tuple, Config] = {}
-    for config in CONFIGS[call.name]:
+    tiles: dict[tuple, launch.Config] = {}
+    for config in launch.CONFIGS[call.name]:
         tiles.setdefault((*call.blocks(config, lanes).values(), config.warps), config)
     return list(tiles.values())
 
 
 def tune(
-    calls: Sequence[Call], lanes: int, timer: Callable[[Callable[[], None]], float]
-) -> dict[str, dict[Config, float]]:
+    calls: Sequence[launch.Call], lanes: int, timer: Callable[[Callable[[], None]], float]
+) -> dict[str, dict[launch.Config, float]]:
     """The time of each configuration by `timer` (any unit), fastest first, for each kernel and kind
     of size: the sum counts where a kernel is launched more than once. A tie goes to the earlier
     one."""
     tried = {}
-    for key, group in itertools.groupby(sorted(calls, key=call_key), call_key):
+    for key, group in itertools.groupby(sorted(calls, key=launch.call_key), launch.call_key):
         group = list(group)
 
-        def time(config: Config, group: list[Call] = group) -> float:
+        def time(config: launch.Config, group: list[launch.Call] = group) -> float:
             # A scatter adds to its buffer again and again, which takes as long as the first time.
             return sum(timer(functools.partial(call.run, config, lanes)) for call in group)
 
@@ -83,22 +72,22 @@ def problem(size: tuple[int, ...], dtype: torch.dtype, device: torch.device | st
     return Inputs(features, points, maps, gates, seeds)
 
 
-def trace(inputs: Inputs, run: bool) -> list[Call]:
+def trace(inputs: Inputs, run: bool) -> list[launch.Call]:
     """The launches of a forward pass, of both backward passes and of a count. Where they do not
     `run`, they are only listed, and no GPU is needed."""
     from . import accounting, padding, triton_backend
 
     features, points, maps, _, seeds, _ = inputs
     wanted = Leaves([True] * len(features), True, [True] * len(maps), True)
-    calls: list[Call] = []
+    calls: list[launch.Call] = []
 
-    def note(call: Call) -> None:
+    def note(call: launch.Call) -> None:
         calls.append(call)
         if run:  # the next launches read what this one writes
-            call.run(CONFIGS[call.name][0], hardware(points.device)[1])
+            call.run(launch.CONFIGS[call.name][0], launch.hardware(points.device)[1])
 
     before = torch.are_deterministic_algorithms_enabled()
-    with recording(note):
+    with launch.recording(note):
         try:
             padding.pad(features[0][:, 1:-1, 1:-1].permute(0, 3, 1, 2))
             gradients = tuple(torch.ones_like(result) for result in triton_backend.forward(inputs))
@@ -120,10 +109,10 @@ def compile_all(kinds: Sequence[tuple], device: torch.device, workers: int) -> N
 
 def compile_share(
     share: int, workers: int, kinds: Sequence[tuple], device: torch.device
-) -> list[tuple[str, Config]]:
+) -> list[tuple[str, launch.Config]]:
     """One process's part of the compilations; returns their keys and configurations. Grids are
     arguments of the kernels, so that a small one does for all."""
-    lanes, todo = hardware(device)[1], []
+    lanes, todo = launch.hardware(device)[1], []
     for C, L, K, dtype in sorted({(*size[3:], str(dtype)) for size, dtype in kinds}):
         inputs = problem((1, 4, 4, C, L, K), getattr(torch, dtype.removeprefix("torch.")), device)
         for call in trace(inputs, run=False):
@@ -131,12 +120,12 @@ def compile_share(
     mine = todo[share::workers]
     for call, config in mine:
         call.compile(config, lanes)
-    return [(call_key(call), config) for call, config in mine]
+    return [(launch.call_key(call), config) for call, config in mine]
 
 
 def save_choices(path: Path, gpu: str, chosen: dict[str, list[int]]) -> None:
     """Add choices to a file, which appears whole or not at all."""
-    choices = read_choices(path)
+    choices = launch.read_choices(path)
     choices[gpu] = {**choices.get(gpu, {}), **chosen}
     rows = (
         f"  {json.dumps(name)}: {{\n"
@@ -148,46 +137,33 @@ def save_choices(path: Path, gpu: str, chosen: dict[str, list[int]]) -> None:
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
         file.write("{\n" + ",\n".join(rows) + "\n}\n")
     os.replace(file.name, path)
-    choose.cache_clear()
+    launch.choose.cache_clear()
 
 
 def show() -> str:
     """The saved choices and where they lie, and the defaults."""
     lines = []
-    for path in (user_copy(), REPOSITORY_COPY):
-        choices = read_choices(path)
+    for path in (launch.user_copy(), launch.REPOSITORY_COPY):
+        choices = launch.read_choices(path)
         lines.append(f"{path}: {', '.join(choices) or 'nothing'}")
         for gpu, table in choices.items():
             lines += [f"  {gpu}: {key}: {tuple(saved)}" for key, saved in sorted(table.items())]
     lines.append("without a saved choice (queries or entries, channels, warps):")
-    lines += [f"  {name.strip('_')}: {tuple(listed[0])}" for name, listed in CONFIGS.items()]
+    lines += [f"  {name.strip('_')}: {tuple(listed[0])}" for name, listed in launch.CONFIGS.items()]
     return "\n".join(lines)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command's flags."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {__spec__.name}", description="Find the fastest tiles for this GPU."
-    )
-    parser.add_argument("--device", default="cuda", help="the GPU to tune for (default: cuda)")
-    parser.add_argument(
-        "--out", type=Path, default=user_copy(), help="where to save (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--sizes",
-        type=parse_sizes,
-        default=SIZES,
-        metavar="BxHxWxCxLxK[,...]",
-        help=f"sizes to tune for (default: {len(SIZES)} usual ones)",
-    )
-    parser.add_argument(
-        "--dtypes",
-        nargs="+",
-        choices=DTYPES,
-        default=[*DTYPES],
-        help="types of the features (default: all three)",
-    )
-    parser.add_argument("--show", action="store_true", help="print the choices and stop")
+    text = "Find the fastest tiles for this GPU."
+    parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=text)
+    add = parser.add_argument
+    add("--device", default="cuda", help="the GPU to tune for (default: cuda)")
+    add("--out", type=Path, default=launch.user_copy(), help="where to save (default: %(default)s)")
+    options = {"type": parse_sizes, "default": SIZES, "metavar": "BxHxWxCxLxK[,...]"}
+    add("--sizes", help=f"sizes to tune for (default: {len(SIZES)} usual ones)", **options)
+    text = "types of the features (default: all three)"
+    add("--dtypes", nargs="+", choices=DTYPES, default=[*DTYPES], help=text)
+    add("--show", action="store_true", help="print the choices and stop")
     return parser.parse_args(arguments)
 
 
@@ -227,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from triton.testing import do_bench_cudagraph
 
     device = torch.device(options.device)
-    gpu, lanes = hardware(device)
+    gpu, lanes = launch.hardware(device)
     # Graphs, since a launch takes longer than most of these kernels
     timer = functools.partial(do_bench_cudagraph, rep=20, return_mode="median")
     kinds = [*itertools.product(options.sizes, [DTYPES[name] for name in options.dtypes])]
@@ -237,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tried = tune(trace(problem(size, dtype, device), run=True), lanes, timer)
             save_choices(options.out, gpu, {key: list(next(iter(t))) for key, t in tried.items()})
             for key, times in tried.items():
-                best, default = next(iter(times)), CONFIGS[f"_{key.split()[0]}"][0]
+                best, default = next(iter(times)), launch.CONFIGS[f"_{key.split()[0]}"][0]
                 first = times.get(default, math.nan)  # its tile may be another's with this K or C
                 took = f"{1e3 * times[best]:.1f} µs; by default {1e3 * first:.1f} µs"
                 print(f"{gpu}: {key}: {tuple(best)} {took}")

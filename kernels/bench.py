@@ -14,7 +14,6 @@ import json
 import platform
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -31,6 +30,7 @@ from .baselines import (
     implementations,
     make_case,
 )
+from .cache import why_not_written
 from .timing import commit, paired, peak_mb, percentiles
 
 SIZES = ("1x48x48x256", "1x256x256x64", "16x48x48x64", "1x96x96x128")
@@ -243,32 +243,22 @@ def title(row: Row) -> str:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of a benchmark: device, threads, length and output."""
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    parser.add_argument(
-        "--seconds", type=float, default=3.0, help="least time for each comparison (default: 3)"
-    )
-    parser.add_argument(
-        "--json", metavar="FILE|-", help="write the rows there; - is standard output"
-    )
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    add("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    text = "least time for each comparison (default: 3)"
+    add("--seconds", type=float, default=3.0, help=text)
+    add("--json", metavar="FILE|-", help="write the rows there; - is standard output")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {__spec__.name}", description=__doc__.splitlines()[0]
-    )
+    summary, sizes = __doc__.splitlines()[0], ",".join(SIZES)
+    parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=summary)
     add_flags(parser)
-    parser.add_argument(
-        "--sizes",
-        default=",".join(SIZES),
-        help=f"BxHxWxC, several with commas (default: {','.join(SIZES)})",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="of the features (default: float32)",
-    )
+    add = parser.add_argument
+    add("--sizes", default=sizes, help=f"BxHxWxC, several with commas (default: {sizes})")
+    types, text = ("float32", "bfloat16", "float16"), "of the features (default: float32)"
+    add("--dtype", choices=types, default=types[0], help=text)
     return parser.parse_args(argv)
 
 
@@ -276,11 +266,8 @@ def check(args: argparse.Namespace) -> None:
     """Refuse impossible flags before anything is measured, and set the threads."""
     if args.device == "cuda" and not torch.cuda.is_available():
         refuse("--device cuda: no CUDA device is available; use --device cpu")
-    if args.json not in (None, "-"):
-        if not Path(args.json).parent.is_dir():
-            refuse(f"--json {args.json}: there is no folder {Path(args.json).parent}")
-        if Path(args.json).is_dir():
-            refuse(f"--json {args.json}: that is a folder; name a file in it")
+    if reason := why_not_written(args.json):
+        refuse(f"--json {args.json}: {reason}")
     if args.threads < 1:
         refuse(f"--threads must be 1 or more, not {args.threads}")
     torch.set_num_threads(args.threads)

@@ -1,4 +1,5 @@
-"""The folder that keeps what is made once: the compiled C++ kernel, and tile sizes per GPU."""
+"""The folder that keeps what is made once: the compiled C++ kernel, and tile sizes per GPU; and
+whether a file can be written."""
 
 import os
 import tempfile
@@ -24,3 +25,13 @@ def is_writable(directory: Path) -> bool:
             return True
     except OSError:
         return False
+
+
+def why_not_written(path: str | None) -> str | None:
+    """None where a result can be written to this file (None, or "-": to standard output), else the
+    reason and the fix."""
+    if path in (None, "-") or (Path(path).parent.is_dir() and not Path(path).is_dir()):
+        return None
+    if Path(path).is_dir():
+        return "that is a folder; name a file in it"
+    return f"there is no folder {Path(path).parent}"

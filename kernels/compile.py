@@ -25,19 +25,14 @@ from typing import Any, NamedTuple
 import torch
 
 from . import autotune, floor, launch
+from .cache import why_not_written
 
 # The name → Triton's backend and architecture, and the lanes of a warp.
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 GATHERS = {"_aggregate": 4, "_dots": 5}  # wide loads to a tile: four corners, and the gradient
 WIDE = launch.VECTOR
-TYPES = {
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.int32: "i32",
-    torch.int64: "i64",
-}
+TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16"}
+TYPES |= {torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
 LAYERS, KEYS, CHANNELS = 2, 16, (64, 256)
 WIDE_LOAD = r"LDG\.E\S*\.128|(global|buffer)_load_dwordx4"
 BARRIER, ATOMIC = "BAR|s_barrier", "RED\\.|REDG|ATOM|global_atomic|buffer_atomic"
@@ -284,20 +279,15 @@ def table(rows: Sequence[NamedTuple]) -> str:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=__doc__)
-    known = ",".join(TARGETS)
-    parser.add_argument("--target", default=known, help=f"GPUs, comma-separated (default: {known})")
-    parser.add_argument(
-        "--quick", action="store_true", help="only each kernel's default configuration"
-    )
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count(), help="processes (default: one a processor)"
-    )
-    parser.add_argument("--json", metavar="FILE", help="write the rows here too; - is the output")
+    known, add = ",".join(TARGETS), parser.add_argument
+    add("--target", default=known, help=f"GPUs, comma-separated (default: {known})")
+    add("--quick", action="store_true", help="only each kernel's default configuration")
+    text = "processes (default: one a processor)"
+    add("--workers", type=int, default=os.cpu_count(), help=text)
+    add("--json", metavar="FILE", help="write the rows here too; - is the output")
     options = parser.parse_args(arguments)
-    if options.json not in (None, "-") and not Path(options.json).parent.is_dir():
-        parser.error(f"--json {options.json}: there is no folder {Path(options.json).parent}")
-    if options.json not in (None, "-") and Path(options.json).is_dir():
-        parser.error(f"--json {options.json}: that is a folder; name a file in it")
+    if reason := why_not_written(options.json):
+        parser.error(f"--json {options.json}: {reason}")
     if options.workers is not None and options.workers < 1:
         parser.error(f"--workers must be 1 or more, not {options.workers}")
     options.target = options.target.split(",")

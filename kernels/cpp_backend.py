@@ -30,13 +30,8 @@ HEADERS = [SOURCE.with_name(name) for name in ("plan.h", "vectors.h")]
 # Neither flag changes what NaN and infinity do; both let the compiler vectorise.
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 # Tried in this order: not every compiler knows the processor by name or has OpenMP's library.
-EXTRAS = (
-    ("-march=native", "-fopenmp"),
-    ("-march=native", "-fopenmp-simd"),
-    ("-fopenmp",),
-    ("-fopenmp-simd",),
-    (),
-)
+EXTRAS = (("-march=native", "-fopenmp"), ("-march=native", "-fopenmp-simd"))
+EXTRAS += (("-fopenmp",), ("-fopenmp-simd",), ())
 TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float64: "float64"}
 
 

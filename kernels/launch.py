@@ -37,8 +37,8 @@ class Config(NamedTuple):
     warps: int
 
 
-# Tiles of one warp come first: it waits for no other warp, and for few rows' longest lists. Its
-# threads have eight values each; those of `_spread` and `_dots` four, for want of registers.
+# Tiles of one warp come first: it waits for no other warp, and for few queries' longest lists. For
+# float32 and 16 keys its threads have four values each; those of `_spread` two, to save registers.
 GATHER = [(2, 64, 1), (4, 64, 1), (4, 128, 2), (8, 128, 4), (1, 256, 1), (32, 64, 8)]
 KEYS = [(32, 0, 8), (16, 0, 4), (16, 0, 2)]
 CONFIGS: dict[str, list[Config]] = {

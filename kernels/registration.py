@@ -106,24 +106,12 @@ def attend_shapes(features, points, mask_maps, gates, seeds, temperature, backen
 
 
 @functools.partial(LIBRARY.impl, "attend_backward", dispatch_key="CompositeExplicitAutograd")
-def attend_backward(
-    features,
-    points,
-    mask_maps,
-    gates,
-    seeds,
-    temperature,
-    backend,
-    aggregate,
-    coverage,
-    kept,
-    wanted,
-):
+def attend_backward(features, points, mask_maps, gates, seeds, temperature, backend, *others):
     """Gradients of features, points, mask maps and gates in this order, empty where not wanted."""
     module = module_of(choose_backend(backend, points, features))
     inputs = Inputs(features, points, mask_maps or None, gates, seeds, temperature)
-    asked = Leaves.split(wanted, len(features))
-    grads = module.backward(inputs, (aggregate, coverage, kept), asked).flat()
+    *results, wanted = others  # the gradients of the three results
+    grads = module.backward(inputs, results, Leaves.split(wanted, len(features))).flat()
     leaves = Leaves(features, points, mask_maps, gates).flat()
     return [
         grad.to(leaf.dtype) if w else points.new_empty(0)

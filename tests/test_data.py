@@ -20,8 +20,7 @@ from acla.data.datasets import (
     find_set,
     match_stems,
     quarter_of_memory,
-    split_for_search,
-    split_validation,
+    split_every,
     training_sets,
 )
 from acla.data.degradations import mosaic, pair, patch_offset
@@ -99,14 +98,14 @@ def test_sample_is_natural_disjoint_and_offline(monkeypatch):
 
 def test_splits_are_disjoint_and_stable():
     paths = [Path(f"{i:03}.png") for i in range(43)]
-    for split, count in ((split_validation, 4), (split_for_search, 8)):
-        rest, apart = split(paths[::-1])
+    for nth, count in ((10, 4), (5, 8)):
+        rest, apart = split_every(paths[::-1], nth)
         assert len(apart) == count
         assert sorted(rest + apart) == paths
-        assert split(paths) == (rest, apart)
-    assert split_validation(paths[:3]) == (paths[:2], paths[2:3])
+        assert split_every(paths, nth) == (rest, apart)
+    assert split_every(paths[:3], 10) == (paths[:2], paths[2:3])
     with pytest.raises(DataError, match="--val-set"):
-        split_validation(paths[:1])
+        split_every(paths[:1], 10)
 
 
 def test_training_sets(tmp_path):
@@ -178,8 +177,6 @@ def test_processes_share_one_batch(pictures, task):
         ]
         for i in range(2):
             assert torch.equal(whole[i], torch.cat([part[i] for part in parts]))
-    with pytest.raises(UsageError, match="does not divide among 4"):
-        PatchSampler(pictures, task, 10, 6, world=4)
 
 
 def test_the_pictures_of_a_step_are_named(tmp_path):

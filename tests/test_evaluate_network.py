@@ -60,7 +60,9 @@ def test_short_formats_are_near_and_named(capsys, root, tmp_path, precision):
 
 @pytest.mark.parametrize("channels", [1, 3], ids=["Y", "colour"])
 def test_projection_is_a_protocol_of_its_own(capsys, root, tmp_path, monkeypatch, channels):
-    monkeypatch.setattr(evaluate, "published", lambda *_: {"Paper": {"psnr": 30.0, "ssim": 0.9}})
+    monkeypatch.setattr(
+        evaluate.metrics, "published", lambda *_: {"Paper": {"psnr": 30.0, "ssim": 0.9}}
+    )
     size = {"shift": 0.1, "channels": channels}
     file = restoring.write_network(tmp_path / "m.safetensors", Task("car", 10), **size)
     flags = ["--dataset", "Mine", "--data", root, "--task", "car", "--q", 90]

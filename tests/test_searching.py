@@ -171,6 +171,6 @@ def test_predicted_cost_is_what_the_flop_counter_counts_on_the_derived_network(w
             model.train()(pictures)
         return counter.get_total_flops()
 
-    predicted = full_attention_flops(2, 48 * 48, width, 16, masked=True)
+    predicted = full_attention_flops("acla", 2, 48 * 48, width, 16)
     counted = count(with_attention) - count(without)
     assert counted == pytest.approx(predicted, rel=0.01)

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import itertools
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from acla import cli, console
-from acla.analysis.qualities import middle
 from acla.config import Task
 from acla.data.datasets import find_set
 from acla.data.degradations import generator_for
+from acla.data.image import middle
 from acla.data.metrics import score_pictures
 from acla.kernels.bench import Row, device_name, write_rows
 from acla.kernels.timing import paired, percentiles
@@ -69,18 +69,11 @@ def kilo_macs(network: Checkpoint | None) -> float:
     return counter.get_total_flops() / 2 / 48**2 / 1e3
 
 
-def forward(model: nn.Module, precision: str, picture: Tensor) -> None:
-    """One tile through a network."""
-    with torch.no_grad(), computing_in(precision, CPU):
-        model(picture)
-
-
 def psnr_of(network: Checkpoint, precision: str, paths: list[Path], crop: int | None) -> float:
     """Mean PSNR of a set, or of the middle `crop` pixels of each of its pictures."""
 
     def predict(clean: Tensor, path: Path) -> tuple[Tensor, Tensor]:
-        own = clean if crop is None else middle(clean, crop)
-        return restored_pair(network, own, TASK, generator_for(path.stem))
+        return restored_pair(network, middle(clean, crop), TASK, generator_for(path.stem))
 
     with computing_in(precision, CPU):
         scored = score_pictures(predict, paths, TASK, desc=precision, leave=False)
@@ -105,20 +98,14 @@ def measured_rows(args: argparse.Namespace) -> Iterator[Row]:
             model = network.model if network else DnCNN().eval()
             model.to(memory_format=torch.channels_last)
             rows.append(row)
-            works.append(functools.partial(forward, model, precision, picture))
+            tile = functools.partial(model, picture)
+            works.append(torch.no_grad()(computing_in(precision, CPU)(tile)))
     for threads in args.cores:
-        yield from in_turns(rows, works, threads, args)
-
-
-def in_turns(
-    rows: list[Row], works: list[Callable[[], None]], threads: int, args: argparse.Namespace
-) -> Iterator[Row]:
-    """The rows with times on this many cores."""
-    torch.set_num_threads(threads)
-    for row, times in zip(rows, paired(works, "cpu", args.seconds), strict=True):
-        shares = percentiles([ms / 1e3 / (args.side**2 / 1e6) for ms in times])
-        seconds = {key.replace("ms_", "s_per_mp_"): value for key, value in shares.items()}
-        yield {"threads": threads, **row, **seconds}
+        torch.set_num_threads(threads)
+        for row, times in zip(rows, paired(works, "cpu", args.seconds), strict=True):
+            shares = percentiles([ms / 1e3 / (args.side**2 / 1e6) for ms in times])
+            seconds = {key.replace("ms_", "s_per_mp_"): value for key, value in shares.items()}
+            yield {"threads": threads, **row, **seconds}
 
 
 def table(rows: list[Row]) -> str:

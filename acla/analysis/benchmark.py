@@ -22,25 +22,14 @@ from acla import cli
 from acla.config import PAPER_POSITIONS, ModelConfig, Task, model_preset, train_preset
 from acla.data.datasets import Loader, PatchSampler, Pictures, sample
 from acla.distributed import Processes
-from acla.kernels import attend, to_rows
+from acla.kernels import attend, bench, to_rows
 from acla.kernels.baselines import Case, Implementation, by_grid_sample, make_case
-from acla.kernels.bench import (
-    Row,
-    add_flags,
-    check,
-    device_name,
-    empty_row,
-    report,
-    timed_rows,
-    write_rows,
-)
 from acla.kernels.timing import replay
 from acla.models.attention import CrossLayerAttention, mask_maps
 from acla.models.backbones import Backbone
 from acla.search.supernet import Supernet
 from acla.training.trainer import Trainer
 
-PARTS = ("networks", "attention", "supernet", "loader")
 # EDSR 32 × 256, EDSR 16 × 64 and RCAN, for the task and preset that have their size
 NETWORKS = {
     "edsr-32x256": ("sr", "paper", "edsr"),
@@ -52,7 +41,7 @@ WORKERS = (0, 1, 2)
 BATCHES, STEPS = 50, 5  # of the loader and of training, that are timed
 
 
-def network_rows(args: argparse.Namespace) -> Iterator[Row]:
+def network_rows(args: argparse.Namespace) -> Iterator[bench.Row]:
     """Inference with and without attention, in turns."""
     for name in NETWORKS:
         nets = pair_of_networks(name, args)
@@ -62,9 +51,9 @@ def network_rows(args: argparse.Namespace) -> Iterator[Row]:
         for which in ("network", "replay")[: 1 + (args.device == "cuda")]:
             works = []
             for label, call in calls.items():
-                row = empty_row(label, (1, 48, 48, config.width), which, args)
+                row = bench.empty_row(label, (1, 48, 48, config.width), which, args)
                 works.append((row, replay(call) if which == "replay" else call))
-            yield from timed_rows(works, args)
+            yield from bench.timed_rows(works, args)
 
 
 def pair_of_networks(name: str, args: argparse.Namespace) -> dict[str, Backbone]:
@@ -78,7 +67,7 @@ def pair_of_networks(name: str, args: argparse.Namespace) -> dict[str, Backbone]
     }
 
 
-def attention_rows(args: argparse.Namespace) -> Iterator[Row]:
+def attention_rows(args: argparse.Namespace) -> Iterator[bench.Row]:
     """The parts of the five modules' inference in turns, beside the modules as they run and the
     networks with and without them; then the networks' training steps, 8 patches of 64 × 64."""
     name, dtype = "edsr-16x64", getattr(torch, args.dtype)
@@ -90,13 +79,12 @@ def attention_rows(args: argparse.Namespace) -> Iterator[Row]:
         calls = {label: functools.partial(net, picture) for label, net in nets.items()}
         with mixed(args):
             parts = attention_parts(modules, (1, width, side, side), dtype, args.device)
-        calls |= parts
-        size = (1, side, side, width)
-        works = [
-            (empty_row(label, size, "network" if label in nets else "part", args, args.dtype), call)
-            for label, call in calls.items()
-        ]
-        yield from timed_rows([(row, mixed(args)(call)) for row, call in works], args)
+        size, works = (1, side, side, width), []
+        for label, call in (calls | parts).items():
+            which = "network" if label in nets else "part"
+            row = bench.empty_row(label, size, which, args, args.dtype)
+            works.append((row, mixed(args)(call)))
+        yield from bench.timed_rows(works, args)
     pictures = torch.rand(8, 1, 64, 64, device=args.device)
     seeds, works = torch.arange(8, device=args.device), []
 
@@ -105,9 +93,9 @@ def attention_rows(args: argparse.Namespace) -> Iterator[Row]:
         net.zero_grad(set_to_none=True)
 
     for label, net in nets.items():
-        row = empty_row(label, (8, 64, 64, width), "step", args, args.dtype)
+        row = bench.empty_row(label, (8, 64, 64, width), "step", args, args.dtype)
         works.append((row, mixed(args, learns=True)(functools.partial(step, net.train()))))
-    yield from timed_rows(works, args)
+    yield from bench.timed_rows(works, args)
 
 
 @contextlib.contextmanager
@@ -155,7 +143,7 @@ def without_gradients(net: torch.nn.Module, picture: Tensor) -> Tensor:
         return net(picture)
 
 
-def supernet_rows(args: argparse.Namespace) -> Iterator[Row]:
+def supernet_rows(args: argparse.Namespace) -> Iterator[bench.Row]:
     """A weight step of 16 blocks × 64, 136 pairs, batch 16, 48×48: with every gate open, and with
     every second one shut, its module computed nevertheless or skipped. Beside it the memory that
     `grid_sample` saves for backward in one pair, times the pairs."""
@@ -177,15 +165,15 @@ def supernet_rows(args: argparse.Namespace) -> Iterator[Row]:
         "supernet step, half shut, skipped": half,
     }
     works = [
-        (empty_row(name, size, "both", args), functools.partial(step, gates))
+        (bench.empty_row(name, size, "both", args), functools.partial(step, gates))
         for name, gates in steps.items()
     ]
-    yield from timed_rows(works, args)
+    yield from bench.timed_rows(works, args)
     case = make_case(size, 1.0, torch.float32, args.device)
     one = Case(case.features[:1], case.points[:, :, :, :1], case.mask_maps[:1], case.gradient)
     saved = min(saved_mb(by_grid_sample(per_key), one) for per_key in (False, True))
     pairs = 16 * 17 // 2
-    row = empty_row("grid_sample, saved tensors", size, "both", args)
+    row = bench.empty_row("grid_sample, saved tensors", size, "both", args)
     yield row | dict.fromkeys(("ms_p20", "ms_p50", "ms_p80")) | {"peak_mb": round(saved * pairs, 1)}
 
 
@@ -208,7 +196,7 @@ def saved_mb(implementation: Implementation, case: Case) -> float:
     return sum(size for pointer, size in kept.items() if pointer not in inputs) / 1e6
 
 
-def loader_rows(args: argparse.Namespace) -> Iterator[Row]:
+def loader_rows(args: argparse.Namespace) -> Iterator[bench.Row]:
     """Patches per second of the built-in pictures: of the loader for each number of workers, and of
     training steps on one batch."""
     device = torch.device(args.device)
@@ -219,7 +207,7 @@ def loader_rows(args: argparse.Namespace) -> Iterator[Row]:
     model = replace(model_preset("small", task), positions=positions)
     trainer = Trainer(model, config, Processes(device))
     batch = Loader(sampler, device, 0).batch(0)
-    row = {"device": device_name(args.device), "threads": torch.get_num_threads()}
+    row = {"device": bench.device_name(args.device), "threads": torch.get_num_threads()}
     row |= {"task": str(task), "batch_size": config.batch_size, "patch_size": config.patch_size}
     calls = {f"loader, {n} workers": (Loader(sampler, device, n).batch, BATCHES) for n in WORKERS}
     calls["training"] = (lambda step: trainer.step(step, sampler.indices, *batch), STEPS)
@@ -240,7 +228,7 @@ def per_second(call: Callable[[int], object], times: int, device: torch.device) 
     return times / (time.perf_counter() - begun)
 
 
-def ratios(rows: list[Row]) -> Iterator[str]:
+def ratios(rows: list[bench.Row]) -> Iterator[str]:
     """Time with attention of the time without, and by part; a supernet's memory beside
     grid_sample's; patches per second of the loader beside training's."""
     by_name = {(row["backend"], row.get("pass")): row for row in rows}
@@ -270,9 +258,17 @@ def ratios(rows: list[Row]) -> Iterator[str]:
                 yield f"{row['backend']}: {times:.1f}× the patches that training consumes"
 
 
+PARTS = {
+    "networks": network_rows,
+    "attention": attention_rows,
+    "supernet": supernet_rows,
+    "loader": loader_rows,
+}
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.parser("acla.analysis.benchmark", __doc__)
-    add_flags(parser)
+    bench.add_flags(parser)
     parser.add_argument("--only", choices=PARTS, help="one part (default: all four)")
     text = "of attention's features; bfloat16 by automatic mixed precision (default: float32)"
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help=text)
@@ -281,16 +277,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    check(args)
-    parts = {
-        "networks": network_rows,
-        "attention": attention_rows,
-        "supernet": supernet_rows,
-        "loader": loader_rows,
-    }
+    bench.check(args)
     chosen = [args.only] if args.only else PARTS
-    rows = write_rows((row for part in chosen for row in parts[part](args)), args.json)
-    report(rows, ratios(rows), args)
+    rows = bench.write_rows((row for part in chosen for row in PARTS[part](args)), args.json)
+    bench.report(rows, ratios(rows), args)
 
 
 if __name__ == "__main__":

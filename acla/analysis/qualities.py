@@ -17,7 +17,7 @@ from torch import Tensor
 from acla import cli, console
 from acla.analysis import plots
 from acla.data.datasets import find_set
-from acla.data.image import load, luma, to_levels, to_rgb
+from acla.data.image import load, luma, middle, to_levels, to_rgb
 from acla.data.metrics import psnr
 from acla.files import provenance
 from acla.restore import __main__ as restore
@@ -45,15 +45,6 @@ def score(path: Path, clean: Tensor, rgb: bool) -> float:
     """PSNR of Y or RGB, in dB, of a picture file, to 0.001."""
     pictures = [x.double() if rgb else luma(x.double()) for x in (load(path), clean)]
     return round(psnr(*(255 * x.permute(1, 2, 0).numpy() for x in pictures)), 3)
-
-
-def middle(picture: Tensor, side: int | None) -> Tensor:
-    """RGB of the middle `side`×`side` pixels, at most, of a picture [1 or 3, H, W]."""
-    picture = to_rgb(picture)
-    if side is None:
-        return picture
-    top, left = (max(0, length - side) // 2 for length in picture.shape[1:])
-    return picture[:, top : top + side, left : left + side].contiguous()
 
 
 def gains(row: dict[str, Any]) -> list[float]:
@@ -108,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.plot:
         plots.require_pyplot()
     clean = {
-        f"{name}-{path.stem}": middle(load(path), args.crop)
+        f"{name}-{path.stem}": to_rgb(middle(load(path), args.crop))
         for name in args.dataset.split(",")
         for path in find_set(name, args.data)
     }

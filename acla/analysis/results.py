@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from acla import cli, console
-from acla.config import MASKED, RENAMED, ModelConfig, Task, TrainConfig, from_dict
+from acla.config import OF_KEYS, OF_MASKS, RENAMED, ModelConfig, Task, TrainConfig, from_dict
 from acla.errors import NOT_VALID, AclaError, UsageError, reading
 from acla.models.factory import describe
 from acla.models.serialization import load_model
@@ -29,8 +29,6 @@ from acla.models.serialization import load_model
 MODEL, SCORES = "model.safetensors", "scores.json"
 METRICS = {"psnr": ".2f", "ssim": ".4f"}
 NOT_COMPARED = {"seed", "epoch_steps", "val_every"}  # do not change the network, or are the run's
-OF_KEYS = {"keys", "offset_radius", "offset_lr_mult"}
-OF_MASKS = {"mask_bias", "mask_temperature", "mask_noise"}
 # Columns of the short table and the names that published methods have in them
 SHORT = {
     "VDSR, DnCNN or IRCNN": ("VDSR", "DnCNN", "IRCNN"),
@@ -242,9 +240,9 @@ def group_labels(groups: list[list[Run]]) -> list[str]:
     names = dict.fromkeys(itertools.chain(*configs))
     varying = {name for name in names if len({show(c.get(name)) for c in configs}) > 1}
     labels = []
-    for config in configs:
-        hidden = set() if config["keys"] else OF_KEYS | OF_MASKS  # of modules it does not have
-        hidden |= set() if config["attention"] in MASKED else OF_MASKS
+    for group, config in zip(groups, configs, strict=True):
+        kind = group[0].model.kind
+        hidden = {*OF_KEYS * (not kind.keys), *OF_MASKS * (not kind.masked)}
         shown = [f"{n} {show(value)}" for n, value in config.items() if n in varying - hidden]
         labels.append(", ".join(shown) or "all")
     return labels

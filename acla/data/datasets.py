@@ -27,26 +27,13 @@ from acla.errors import AclaError, DataError, UsageError
 UNKNOWN_MEMORY = 8 * 2**30  # bytes, where the system does not report its size
 MAX_WORKERS = 4  # where their number is not given
 # Where a set is looked for, in this order; the last ones are EDSR-PyTorch's and BasicSR's
-LAYOUTS = (
-    "{name}",
-    "benchmark/{name}",
-    "train/{name}",
-    "benchmark/{name}/HR",
-    "{name}/HR",
-    "{name}/GTmod12",
-    "benchmark/{name}/GTmod12",
-    "{name}/{name}_train_HR",
-)
+LAYOUTS = ("{name}", "benchmark/{name}", "train/{name}", "benchmark/{name}/HR", "{name}/HR")
+LAYOUTS += ("{name}/GTmod12", "benchmark/{name}/GTmod12", "{name}/{name}_train_HR")
 # Natural pictures of scikit-image by split; the motorcycles are one scene, never divided
 SAMPLE = {
     "train": (
-        "astronaut.png",
-        "brick.png",
-        "grass.png",
-        "gravel.png",
-        "moon.png",
-        "motorcycle_left.png",
-        "motorcycle_right.png",
+        *("astronaut.png", "brick.png", "grass.png", "gravel.png", "moon.png"),
+        *("motorcycle_left.png", "motorcycle_right.png"),
     ),
     "val": ("coins.png", "rocket.jpg"),
     "test": ("camera.png", "chelsea.png", "coffee.png"),
@@ -125,16 +112,6 @@ def missing_set(name: str, root: Path) -> str:
     )
 
 
-def split_validation(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """(training, validation) of a training set: every tenth picture is for validation."""
-    return split_every(paths, 10)
-
-
-def split_for_search(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """(for the weights, for α) of a training set, 80 % and 20 %: every fifth picture is for α."""
-    return split_every(paths, 5)
-
-
 def split_every(paths: Sequence[Path], nth: int) -> tuple[list[Path], list[Path]]:
     """(the others, every nth picture in sorted order, or the last one of fewer than n). Raises
     DataError for fewer than two pictures."""
@@ -161,7 +138,7 @@ def training_sets(
         return training, {name: find_set(name, root, "val") for name in val_set.split(",")}
     if train_set == "sample":
         return training, {train_set: sample("val")}
-    training, validation = split_validation(training)
+    training, validation = split_every(training, 10)
     return training, {train_set: validation}
 
 
@@ -281,8 +258,6 @@ class PatchSampler:
         world: int = 1,
         channels: int | None = None,
     ) -> None:
-        if batch % world:
-            raise UsageError(f"a batch of {batch} does not divide among {world} processes")
         self.pictures, self.task, self.patch, self.size = pictures, task, patch, batch
         self.seed = seed % 2**64  # numpy takes no negative seeds
         self.channels = channels or task.channels
@@ -319,7 +294,7 @@ class PatchSampler:
         return [self.pictures.paths[self.picture(step, i)].name for i in range(self.size)]
 
     def window(self, step: int, index: int, rng: np.random.Generator) -> Tensor:
-        """The clean, augmented window that patch `index` is made from, with the task's channels."""
+        """The clean, augmented window [C, side, side] that patch `index` is made from."""
         picture = self.pictures[self.picture(step, index)]
         cut_out = cut_window(picture, window(self.task, self.patch, self.channels), rng)
         clean = fit_channels(from_levels(augment(cut_out, int(rng.integers(8)))), self.channels)
@@ -327,7 +302,7 @@ class PatchSampler:
 
 
 def cut(picture: Tensor, y: int, x: int, side: int, scale: int) -> Tensor:
-    """The patch of `side` low-quality pixels at (y, x), from a picture `scale` times larger."""
+    """The patch [C, side·scale, side·scale] at (y, x), in low-quality pixels, of [C, H, W]."""
     return picture[:, y * scale : (y + side) * scale, x * scale : (x + side) * scale]
 
 
@@ -373,24 +348,21 @@ class Loader:
         """(degraded, target) of one step, as PatchSampler.batch makes them, on the device. Steps in
         order are fast; any other one starts the workers anew. Raises DataError, PictureError."""
         if step != self.next_step:
-            self.batches = self.batches_from(step)
+            loader = DataLoader(
+                Batches(self.sampler, self.workers),
+                batch_size=None,
+                sampler=range(step, 2**62),
+                num_workers=self.workers,
+                pin_memory=self.device.type == "cuda",
+                worker_init_fn=start_worker,
+            )
+            self.batches = iter(loader)
         self.next_step = step + 1
         batch = next(self.batches)
         if isinstance(batch, AclaError):
             raise batch
         low, target = batch
         return low.to(self.device, non_blocking=True), target.to(self.device, non_blocking=True)
-
-    def batches_from(self, step: int) -> Iterator:
-        loader = DataLoader(
-            Batches(self.sampler, self.workers),
-            batch_size=None,
-            sampler=range(step, 2**62),
-            num_workers=self.workers,
-            pin_memory=self.device.type == "cuda",
-            worker_init_fn=start_worker,
-        )
-        return iter(loader)
 
 
 def start_worker(worker: int) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import tifffile
-from PIL import ExifTags, Image
+from PIL import Image
+from PIL.ExifTags import IFD, Base
 from PIL.PngImagePlugin import putchunk
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
@@ -17,16 +18,9 @@ from acla.errors import PictureError
 EXIF = b"Exif\0\0"  # what EXIF begins with in a JPEG
 IO16 = "16 bits per channel in a colour PNG need the extra io16: pip install '.[io16]'"
 # What a TIFF's own table says about the photo and not about how the file stores it
-DESCRIPTIVE = (
-    ExifTags.Base.ImageDescription,
-    ExifTags.Base.Make,
-    ExifTags.Base.Model,
-    ExifTags.Base.Software,
-    ExifTags.Base.DateTime,
-    ExifTags.Base.Artist,
-    ExifTags.Base.Copyright,
-)
-PARTS = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
+DESCRIPTIVE = (Base.ImageDescription, Base.Make, Base.Model, Base.Software, Base.DateTime)
+DESCRIPTIVE += (Base.Artist, Base.Copyright)
+PARTS = (IFD.Exif, IFD.GPSInfo)
 TIFF_SAMPLES = {tifffile.PHOTOMETRIC.RGB: (3, 4), tifffile.PHOTOMETRIC.MINISBLACK: (2,)}
 
 
@@ -37,7 +31,7 @@ def is_deep_colour(picture: Image.Image, path: str | Path) -> bool:
             depth, colour = file.read(26)[24:26]  # of its first chunk, IHDR
         return depth == 16 and colour != 0
     if picture.format == "TIFF":
-        bits = picture.tag_v2.get(ExifTags.Base.BitsPerSample, (1,))  # one for each channel
+        bits = picture.tag_v2.get(Base.BitsPerSample, (1,))  # one for each channel
         return len(bits) > 1 and max(bits) > 8
     return False
 
@@ -132,25 +126,29 @@ def tiff_table(
     By Pillow, which writes every table, because tifffile writes no EXIF. Raises ValueError,
     struct.error … for what no table holds.
     """
-    tag, (height, width, samples) = ExifTags.Base, planes.shape
+    height, width, samples = planes.shape
     source = Image.Exif()
     source.load(exif)
     values = descriptive(source)
-    values |= {tag.InterColorProfile: icc} if icc else {}
+    values |= {Base.InterColorProfile: icc} if icc else {}
     if dpi:
-        values |= {tag.XResolution: dpi[0], tag.YResolution: dpi[1], tag.ResolutionUnit: 2}  # inch
-    values |= {tag.ExtraSamples: 2} if samples == 4 else {}  # alpha, not multiplied into colours
+        values |= {
+            Base.XResolution: dpi[0],
+            Base.YResolution: dpi[1],
+            Base.ResolutionUnit: 2,
+        }  # inch
+    values |= {Base.ExtraSamples: 2} if samples == 4 else {}  # alpha, not multiplied into colours
     values |= {
-        tag.ImageWidth: width,
-        tag.ImageLength: height,
-        tag.BitsPerSample: (16,) * samples,
-        tag.Compression: 1,  # none
-        tag.PhotometricInterpretation: 2,  # RGB
-        tag.StripOffsets: 0,  # behind the table, which Pillow adds
-        tag.SamplesPerPixel: samples,
-        tag.RowsPerStrip: height,
-        tag.StripByteCounts: planes.nbytes,
-        tag.PlanarConfiguration: 1,  # R, G, B of a pixel together
+        Base.ImageWidth: width,
+        Base.ImageLength: height,
+        Base.BitsPerSample: (16,) * samples,
+        Base.Compression: 1,  # none
+        Base.PhotometricInterpretation: 2,  # RGB
+        Base.StripOffsets: 0,  # behind the table, which Pillow adds
+        Base.SamplesPerPixel: samples,
+        Base.RowsPerStrip: height,
+        Base.StripByteCounts: planes.nbytes,
+        Base.PlanarConfiguration: 1,  # R, G, B of a pixel together
     }
     table = ImageFileDirectory_v2()
     for name, value in values.items():

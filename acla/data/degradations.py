@@ -104,7 +104,7 @@ def enlarge(image: Tensor, scale: int) -> Tensor:
 
 
 def crop_to_multiple(image: Tensor, scale: int) -> Tensor:
-    """Cut bottom and right so that both sides are multiples of the scale.
+    """Cut [..., H, W] bottom and right so that both sides are multiples of the scale.
 
     Raises DataError if nothing is left.
     """
@@ -132,7 +132,7 @@ def jpeg(clean: Tensor, quality: int) -> Tensor:
 
 
 def jpeg_file(clean: Tensor, quality: int) -> bytes:
-    """The file that `jpeg` decodes."""
+    """The file that `jpeg` decodes, of [1 or 3, H, W]."""
     file = io.BytesIO()
     options = {"subsampling": "4:2:0"} if len(clean) == 3 else {}
     Image.fromarray(to_levels(clean)).save(file, "JPEG", quality=int(quality), **options)
@@ -152,7 +152,8 @@ def mosaic(clean: Tensor) -> Tensor:
 
 
 def degrade(clean: Tensor, task: Task, generator: torch.Generator | None = None) -> Tensor:
-    """The low-quality input of a clean picture that has the channels and the size of the task.
+    """The low-quality input [..., C, h, w] of a clean picture [..., C, H, W] of the task's channels
+    and size.
 
     Noise and a range of settings need the generator. Raises DataError for channels that the task
     cannot take.
@@ -200,7 +201,7 @@ def pair(
 def untouched(
     clean: Tensor, task: Task, generator: torch.Generator | None = None, channels: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(prediction, target) with the input as the prediction: the first row of the papers' tables.
+    """(prediction, target) [c, H, W], the input as the prediction: the first row of papers' tables.
 
     For sr that row is made on Y rounded to 8 bit (a gray file as it is), shrunk and enlarged
     without rounding in between: so were the bicubic rows of the literature, by MATLAB's rgb2ycbcr

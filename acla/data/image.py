@@ -19,36 +19,16 @@ from PIL import ExifTags, Image
 from torch import Tensor
 
 from acla.data.deep_colour import is_deep_colour, read_deep
-from acla.errors import PictureError
+from acla.errors import PictureError, one_line
 from acla.files import write_atomically
 
-FORMATS = {
-    ".png": "PNG",
-    ".bmp": "BMP",
-    ".tif": "TIFF",
-    ".tiff": "TIFF",
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".jpe": "JPEG",
-    ".jfif": "JPEG",
-}
+FORMATS = {".png": "PNG", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}
+FORMATS |= dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG")
 SUFFIXES = tuple(FORMATS)
 GRAY_MODES = ("1", "L", "LA", "La")
-BROKEN = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    OverflowError,
-    ZeroDivisionError,
-    struct.error,
-    zlib.error,
-)
+# What readers and writers raise of damaged pictures and metadata
+BROKEN = (OSError, EOFError, SyntaxError, ValueError, LookupError, ArithmeticError, TypeError)
+BROKEN += (AttributeError, AssertionError, struct.error, zlib.error)
 for library in ("PIL", "tifffile"):  # what they log of damaged files is said in one line
     logging.getLogger(library).addHandler(logging.NullHandler())
 # Pillow refuses more than twice this, lest a small file fill the memory; phones have 200 megapixels
@@ -79,8 +59,8 @@ def opened(
     """A Pillow picture for as long as the block lasts, its pixels not decoded yet.
 
     formats: those of Pillow that are tried, by default all. data: bytes to read instead of the
-    file's own. What Pillow raises in the block on
-    account of the file becomes a PictureError, which names it.
+    file's own. What Pillow raises in the block on account of the file becomes a PictureError, which
+    names it.
     """
     try:
         with warnings.catch_warnings():
@@ -152,12 +132,6 @@ def format_of(path: Path) -> str:
     return kind
 
 
-def one_line(error: Exception) -> str:
-    """An error's reason without line breaks, for a one-line message."""
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(reason.split())
-
-
 def from_levels(levels: np.ndarray) -> Tensor:
     """uint8 or uint16 [C, H, W] levels as a float32 picture in 0..1."""
     return torch.from_numpy(levels.astype(np.float32, order="C")).div_(np.iinfo(levels.dtype).max)
@@ -209,13 +183,22 @@ def rgb_to_ycc(rgb: Tensor) -> Tensor:
     return torch.stack([y, 128 / 255 + (b - y) / 1.772, 128 / 255 + (r - y) / 1.402])
 
 
+def middle(image: Tensor, side: int | None, grid: int = 1) -> Tensor:
+    """The middle of [C, H, W], at most `side` pixels a side (None: all), from a multiple of `grid`
+    on."""
+    if side is None:
+        return image
+    y, x = (max(0, length - side) // 2 // grid * grid for length in image.shape[1:])
+    return image[:, y : y + side, x : x + side]
+
+
 def to_rgb(image: Tensor) -> Tensor:
     """Gray [1, H, W] repeated to three channels; RGB as it is."""
     return image.expand(3, -1, -1) if len(image) == 1 else image
 
 
 def fit_channels(image: Tensor, channels: int) -> Tensor:
-    """The picture with 1 or 3 channels: colour becomes Y, unrounded; gray stays or is repeated."""
+    """[1 or 3, H, W] with so many channels: colour becomes Y, unrounded; gray stays or repeats."""
     if channels == 3:
         return to_rgb(image)
     return image if len(image) == 1 else luma(image)

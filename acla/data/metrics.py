@@ -20,28 +20,27 @@ from acla.console import markdown, progress
 from acla.data.image import load, luma, round_8bit, to_rgb
 from acla.errors import CheckpointError, DataError, UsageError
 
+PEAK = 255.0
 WINDOW = 11  # side of Wang's Gaussian window, in pixels
 
 
 # Of arrays [H, W] or [H, W, 3] of levels 0..255
 
 
-def psnr(prediction: np.ndarray, target: np.ndarray, border: int = 0, peak: float = 255.0) -> float:
-    """10 log10(peak² / MSE) in dB over all channels, `border` pixels cut on every side.
+def psnr(prediction: np.ndarray, target: np.ndarray, border: int = 0) -> float:
+    """10 log10(255² / MSE) in dB over all channels, `border` pixels cut on every side.
 
     Equal pictures score infinity. Raises ValueError if nothing is left inside the border.
     """
     prediction, target = inside(prediction, target, border)
     error = np.mean((prediction - target) ** 2)
-    return math.inf if error == 0 else float(10 * np.log10(peak**2 / error))
+    return math.inf if error == 0 else float(10 * np.log10(PEAK**2 / error))
 
 
-def ssim(
-    prediction: np.ndarray, target: np.ndarray, border: int = 0, peak: float = 255.0
-) -> float | None:
+def ssim(prediction: np.ndarray, target: np.ndarray, border: int = 0) -> float | None:
     """SSIM (Wang et al. 2004), averaged over channels, `border` pixels cut on every side.
 
-    11×11 Gaussian window of σ 1.5, C1 = (0.01 peak)², C2 = (0.03 peak)², population covariance,
+    11×11 Gaussian window of σ 1.5, C1 = (0.01 · 255)², C2 = (0.03 · 255)², population covariance,
     averaged where the window lies inside the picture. None for a picture with a side below 11
     pixels: the window fits nowhere.
     """
@@ -54,7 +53,7 @@ def ssim(
         gaussian_weights=True,  # scikit-image averages over the valid region only
         sigma=1.5,
         use_sample_covariance=False,
-        data_range=peak,
+        data_range=PEAK,
         channel_axis=2 if target.ndim == 3 else None,
     )
     return float(value)

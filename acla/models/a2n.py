@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from acla.config import ModelConfig
+from acla.models.attention import zero
 from acla.models.backbones import LEVELS, Backbone, FactorConvolution, convolution
 
 TEMPERATURE = 30  # of the softmax over the two branches
@@ -113,8 +114,7 @@ class A2N(Backbone):
         self.body = nn.Sequential(*blocks, convolution(width, width))
         self.tail = nn.Sequential(*enlarge, convolution(widths[-1], channels))
         if scale == 1:
-            nn.init.zeros_(self.tail[-1].weight)
-            nn.init.zeros_(self.tail[-1].bias)
+            zero(self.tail[-1])
 
     def shallow(self, pictures: Tensor) -> Tensor:
         return self.head(pictures)

@@ -5,6 +5,7 @@ offsets are (dy, dx) in pixels, y first
 
 Where each equation is computed:
 
+    Eq. 1, 3   NL and CLNL                 `NonLocal` in baselines.py
     Eq. 2      z = x + h(y)                h in `CrossLayerAttention.forward`, x + in backbones.py
     Eq. 5, 6   y, weighted sum of keys     sampling, softmax, sum: `kernels.attend`; g in `forward`
     Eq. 7, 9   binary Gumbel gate with its straight-through estimator
@@ -15,6 +16,8 @@ Where each equation is computed:
                                            linear
     Eq. 10     gates of insert positions   `draw_gates` in gumbel.py
     Eq. 11     several referred layers     `Backbone.walk` in backbones.py
+    Eq. 12, 13 cost                        cost.py
+    Eq. 14     loss of the search          `Search.weight_step`, `alpha_step` in search/loop.py
 
 The operator of Eq. 6 to 9 and 11 written literally is kernels/reference.py.
 """
@@ -79,8 +82,7 @@ class CrossLayerAttention(nn.Module):
         bias = rearrange(self.points.bias.data, "(l yxw k) -> l yxw k", yxw=3, k=self.keys)
         weight[:, :2] = 0
         bias[:, :2] = rings(self.keys, self.offset_radius)
-        nn.init.zeros_(self.output.weight)
-        nn.init.zeros_(self.output.bias)
+        zero(self.output)
         if self.mask is not None:
             nn.init.zeros_(self.mask)
             nn.init.constant_(self.mask_bias, self.initial_mask_bias)
@@ -159,6 +161,14 @@ class CrossLayerAttention(nn.Module):
             per_layer = state[name].unflatten(0, (self.layers, -1))
             state[name] = per_layer[index].flatten(0, 1).clone()
         return state
+
+
+def zero(layer: nn.Module) -> nn.Module:
+    """The layer with weights and bias of zero: what it ends, a module or a network, initially
+    changes nothing."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
 
 
 def fold(output: Tensor, value: Tensor, value_bias: Tensor) -> tuple[Tensor, Tensor]:

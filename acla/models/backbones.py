@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from acla.config import ATTENTIONS, ModelConfig
 from acla.kernels import to_rows
-from acla.models.attention import CrossLayerAttention, full_precision, mask_maps
+from acla.models.attention import CrossLayerAttention, full_precision, mask_maps, zero
 from acla.models.baselines import MultiHeadAttention, NonLocal, SqueezedAttention, SqueezeExcitation
 from acla.models.gumbel import position_seeds
 
@@ -57,20 +57,21 @@ class MeanShift(nn.Conv2d):
             return super().forward(x.to(self.weight.dtype))
 
 
-class ResidualBlock(nn.Module):
-    """EDSR's block: two 3×3 convolutions and a scaled shortcut."""
+class Residual(nn.Module):
+    """Layers and a shortcut around them, which keep the size of features [B,C,H,W]: the blocks of
+    EDSR, the blocks (RCAB) and groups of RCAN."""
 
-    def __init__(self, width: int, residual_scale: float):
+    def __init__(self, *layers: nn.Module, scale: float = 1.0):
         super().__init__()
-        self.body = nn.Sequential(convolution(width, width), nn.ReLU(), convolution(width, width))
-        self.residual_scale = residual_scale
+        self.body, self.scale = nn.Sequential(*layers), scale
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.add(x, self.body(x), alpha=self.residual_scale)
+        return torch.add(x, self.body(x), alpha=self.scale)
 
 
 class ChannelAttention(nn.Module):
-    """RCAN's channel attention: a factor 0..1 for each channel from the channels' means."""
+    """RCAN's channel attention: features [B,C,H,W] times a factor 0..1 for each channel, from the
+    channels' means."""
 
     def __init__(self, width: int, reduction: int):
         super().__init__()
@@ -83,39 +84,11 @@ class ChannelAttention(nn.Module):
         return x * self.conv_du(x.mean((2, 3), keepdim=True))
 
 
-class ChannelAttentionBlock(nn.Module):
-    """RCAN's residual block (RCAB)."""
-
-    def __init__(self, width: int, reduction: int):
-        super().__init__()
-        self.body = nn.Sequential(
-            convolution(width, width),
-            nn.ReLU(),
-            convolution(width, width),
-            ChannelAttention(width, reduction),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.body(x)
-
-
-class ResidualGroup(nn.Module):
-    """RCAN's residual group: blocks, a convolution and a shortcut around all."""
-
-    def __init__(self, width: int, blocks: int, reduction: int):
-        super().__init__()
-        inner = [ChannelAttentionBlock(width, reduction) for _ in range(blocks)]
-        self.body = nn.Sequential(*inner, convolution(width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.body(x)
-
-
 class Upsampler(nn.Sequential):
     """×2 and ×3 in one step of sub-pixel convolution, ×4 in two steps of ×2."""
 
     def __init__(self, scale: int, width: int):
-        steps = [2] * int(math.log2(scale)) if scale in (2, 4) else [scale]
+        steps = [2, 2] if scale == 4 else [scale]
         layers: list[nn.Module] = []
         for step in steps:
             layers += [convolution(width, width * step * step), nn.PixelShuffle(step)]
@@ -162,8 +135,7 @@ class Backbone(nn.Module):
         self.tail = nn.Sequential(*enlarge, convolution(width, channels))
         self.add_mean = MeanShift(channels, +1) if config.scale > 1 else None
         if config.scale == 1:
-            nn.init.zeros_(self.tail[-1].weight)
-            nn.init.zeros_(self.tail[-1].bias)
+            zero(self.tail[-1])
 
     @property
     def blocks(self) -> Iterable[nn.Module]:
@@ -272,6 +244,15 @@ def build_module(config: ModelConfig, layers: int) -> nn.Module:
 
 def build_block(config: ModelConfig) -> nn.Module:
     """One block of EDSR or group of RCAN, behind which a module can be inserted."""
+    width = config.width
     if config.backbone == "edsr":
-        return ResidualBlock(config.width, config.residual_scale)
-    return ResidualGroup(config.width, config.group_blocks, config.reduction)
+        return Residual(*two_convolutions(width), scale=config.residual_scale)
+    blocks = [
+        Residual(*two_convolutions(width), ChannelAttention(width, config.reduction))
+        for _ in range(config.group_blocks)
+    ]
+    return Residual(*blocks, convolution(width, width))
+
+
+def two_convolutions(width: int) -> tuple[nn.Module, ...]:
+    return convolution(width, width), nn.ReLU(), convolution(width, width)

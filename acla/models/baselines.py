@@ -21,7 +21,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from acla.models.attention import CrossLayerAttention
+from acla.models.attention import CrossLayerAttention, zero
 from acla.models.cost import RADIUS, embedded_width, head_count, squeezed_width
 
 MAX_LOGITS = 2**24  # of multi-head attention held at once, without gradients
@@ -47,7 +47,7 @@ class NonLocal(nn.Module):
         self.layers = layers
         self.theta = nn.Linear(width, inner)
         self.referred = nn.ModuleList(nn.Linear(width, 2 * inner) for _ in range(layers))  # φ, g
-        self.output = zero_linear(inner, width)
+        self.output = zero(nn.Linear(inner, width))
 
     def forward(
         self, query: Tensor, rows: Sequence[Tensor], gates: Tensor | None = None, *unused: object
@@ -94,7 +94,7 @@ class MultiHeadAttention(nn.Module):
         self.project = nn.Linear(width, 3 * width)  # q, k, v
         self.vertical = nn.Parameter(torch.empty(2 * RADIUS + 1, per_head))  # r^y
         self.horizontal = nn.Parameter(torch.empty(2 * RADIUS + 1, per_head))  # r^x
-        self.output = zero_linear(width, width)
+        self.output = zero(nn.Linear(width, width))
         nn.init.normal_(self.vertical, std=per_head**-0.5)
         nn.init.normal_(self.horizontal, std=per_head**-0.5)
 
@@ -186,14 +186,6 @@ class SqueezedAttention(CrossLayerAttention):
         """Arguments and results: see the module docstring."""
         added, kept = super().forward(query, rows, *others, **named)
         return added + self.excitation(query + added, rows)[0], kept
-
-
-def zero_linear(inputs: int, outputs: int) -> nn.Linear:
-    """An output convolution that starts at zero, so that inserting its module changes nothing."""
-    linear = nn.Linear(inputs, outputs)
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
-    return linear
 
 
 def gated_attention(query: Tensor, keys: Tensor, values: Tensor, gates: Tensor) -> Tensor:

@@ -72,13 +72,13 @@ def attention_flops(
     return total
 
 
-def full_attention_flops(modules: int, n: int, width: int, keys: int, masked: bool) -> int:
-    """m open modules that keep every key: m(m+1)/2 pairs."""
-    pairs = modules * (modules + 1) // 2
-    return modules * output_flops(n, width) + pairs * pair_flops(n, width, keys, n * keys, masked)
-
-
 # Any attention
+
+
+def full_attention_flops(attention: str, modules: int, n: int, width: int, keys: int) -> int:
+    """FLOPs of all modules of a network, each of which refers to those before it, with every key
+    kept."""
+    return sum(module_flops(attention, l + 1, n, width, keys) for l in range(modules))
 
 
 def module_flops(attention: str, layers: int, n: int, width: int, keys: int) -> int:
@@ -99,30 +99,6 @@ def module_flops(attention: str, layers: int, n: int, width: int, keys: int) -> 
             return 2 * convolutions + 2 * 2 * n * (layers * n) * inner
         case "se":
             return 2 * 2 * width * squeezed_width(width)
-        case "mha":
+        case _:  # mha
             relative = 2 * n * width * (2 * RADIUS + 1)  # each axis, then read for every offset
             return 2 * (4 * n * width**2 + 2 * n**2 * width + relative)
-    raise ValueError(f"no attention module is called {attention!r}")
-
-
-def module_parameters(attention: str, layers: int, width: int, keys: int) -> int:
-    """Parameters of one module that refers to `layers` layers."""
-    kind = ATTENTIONS[attention]
-    match kind.module:
-        case "cla" | "acla":
-            outputs = width + 3 * keys + (keys if kind.masked else 0)  # value, points, mask
-            return (layers * outputs + width) * (width + 1)
-        case "acla+se":
-            return sum(module_parameters(part, layers, width, keys) for part in ("acla", "se"))
-        case "nl":
-            return module_parameters("clnl", 1, width, keys)
-        case "clnl":
-            inner = embedded_width(width)
-            return (2 * layers + 1) * (width + 1) * inner + (inner + 1) * width
-        case "se":
-            inner = squeezed_width(width)
-            return (width + 1) * inner + (inner + 1) * width
-        case "mha":
-            per_head = width // head_count(width)
-            return 4 * (width + 1) * width + 2 * (2 * RADIUS + 1) * per_head
-    raise ValueError(f"no attention module is called {attention!r}")

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from acla.config import ModelConfig
 from acla.models.a2n import A2N
 from acla.models.backbones import Backbone
-from acla.models.cost import module_flops, module_parameters
+from acla.models.cost import full_attention_flops
 from acla.models.han import HAN
 
 
@@ -29,15 +29,14 @@ def describe(config: ModelConfig, side: int = 48) -> dict[str, object]:
     attention's share of both; and the configuration. (The paper's "FLOPs (G)" are these
     multiply-adds.)"""
     with torch.device("meta"):
-        params = sum(p.numel() for p in build_network(config).parameters())
-        backbone = build_network(config.plain)
+        network, backbone = build_network(config), build_network(config.plain)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             backbone(torch.empty(1, config.channels, side, side))
-    kind, size, layers = config.attention, (config.width, config.keys), len(config.positions)
-    attention = sum(module_flops(kind, l + 1, side * side, *size) for l in range(layers))
+    size = side * side, config.width, config.keys
+    attention = full_attention_flops(config.attention, len(config.positions), *size)
     return {
-        "params": params,
-        "attention_params": sum(module_parameters(kind, l + 1, *size) for l in range(layers)),
+        "params": sum(p.numel() for p in network.parameters()),
+        "attention_params": sum(p.numel() for p in network.attention.parameters()),
         f"macs_{side}x{side}": (counter.get_total_flops() + attention) // 2,
         f"attention_macs_{side}x{side}": attention // 2,
         **asdict(config),

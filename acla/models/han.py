@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from acla.config import ModelConfig
+from acla.models.attention import full_precision
 from acla.models.backbones import LEVELS, Backbone, convolution
 
 
@@ -30,8 +31,7 @@ class LayerAttention(nn.Module):
     def forward(self, layers: Tensor) -> Tensor:
         """Features [B,N,C,H,W] of N layers → as many."""
         rows = layers.flatten(2)
-        kind = "cpu" if layers.is_meta else layers.device.type  # autocast lacks meta
-        with torch.autocast(kind, enabled=False):  # float16 ends at 65,504
+        with full_precision(layers):  # float16 ends at 65,504
             scaled = LEVELS * rows.to(self.gamma.dtype)
             weights = (-scaled @ scaled.mT).softmax(-1)  # [B,N,N]
         return layers + self.gamma * (weights.to(rows.dtype) @ rows).view_as(layers)

@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from acla.config import ATTENTIONS, ModelConfig, Task, from_dict
-from acla.errors import NOT_VALID, CheckpointError, UsageError
+from acla.errors import NOT_VALID, CheckpointError, UsageError, one_line
 from acla.files import write_atomically
 from acla.models.backbones import Backbone
 from acla.models.factory import build_network
@@ -120,7 +120,7 @@ def parse_header(path: Path, header: Mapping[str, str]) -> tuple[ModelConfig, Ta
         info = from_json(header["info"])
         require_types("the notes", info, {})
     except (*NOT_VALID, UsageError) as error:
-        reason = in_one_line(error)
+        reason = one_line(error)
         raise CheckpointError(f"{path}: the configuration inside is not valid: {reason}") from error
     if task.scale != config.scale:
         raise CheckpointError(f"{path}: a network for ×{config.scale} with the task {task}")
@@ -135,7 +135,7 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -
         missing = sum(name in expected for name in odd)
         raise CheckpointError(
             f"{path}: does not fit its network: {missing} tensors are missing and "
-            f"{len(odd) - missing} are unknown, for instance {in_one_line(odd[0])}"
+            f"{len(odd) - missing} are unknown, for instance {one_line(odd[0])}"
         )
     for name, own in expected.items():
         tensor = tensors[name]
@@ -227,11 +227,6 @@ def from_json(text: str) -> Any:
         return int(digits)
 
     return json.loads(text, parse_int=integer)
-
-
-def in_one_line(text: object) -> str:
-    """A message that may contain names from a file, without their line breaks."""
-    return " ".join(str(text).split())
 
 
 def require_types(what: str, values: Any, kinds: Mapping[str, type]) -> None:

@@ -16,18 +16,8 @@ from acla.data.image import FORMATS
 from acla.data.jpeg import Cells
 from acla.errors import AclaError, Stopped, UsageError, out_of_memory
 from acla.models.serialization import Checkpoint
-from acla.restore import photo
+from acla.restore import inference, photo
 from acla.restore.colour import check_mosaic, restore_photo
-from acla.restore.inference import (
-    PRECISIONS,
-    TILE,
-    check_ensemble,
-    check_tile,
-    computing_in,
-    default_tile,
-    keep_memory,
-    pick_precision,
-)
 from acla.restore.jobs import find_jobs
 from acla.restore.photo import Photo
 from acla.restore.pretrained import Choice, PretrainedModels
@@ -47,8 +37,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     text = "the network (default: a pretrained model, by --task, the JPEG's quality and --sigma)"
     add("--checkpoint", type=Path, metavar="FILE", help=text)
     cli.add_task_flags(parser, "the network's")
-    text = f"side of a tile in low-quality pixels (default: {TILE[1]} for photos of more than "
-    text += f"{TILE[1]}×{TILE[1]} pixels, less for super-resolution)"
+    side = inference.TILE[1]
+    text = f"side of a tile in low-quality pixels (default: {side} for photos of more than "
+    text += f"{side}×{side} pixels, less for super-resolution)"
     add("--tile", type=int, metavar="N", help=text)
     text = "average over 8 flips and rotations: 8 times slower"
     add("--ensemble", action="store_true", help=text)
@@ -58,7 +49,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     text += "--q names another quality than the file's)"
     add("--project", action=argparse.BooleanOptionalAction, default=True, help=text)
     text = "number format of the network (default: auto, the device's fastest)"
-    add("--precision", choices=PRECISIONS, default="auto", help=text)
+    add("--precision", choices=inference.PRECISIONS, default="auto", help=text)
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace files that are there")
     text = "leave out photos whose result is there"
@@ -70,7 +61,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    check_tile(args.tile)
+    inference.check_tile(args.tile)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UsageError("photos are restored in one process: python, not torchrun")
     task = cli.task_from_flags(args)
@@ -83,8 +74,8 @@ def main(argv: list[str] | None = None) -> None:
     if task and task.name == "denoise" and args.task_sigma is None:
         task = BLIND
     models = PretrainedModels(args.checkpoint, task, cli.pick_device(args.device))
-    keep_memory(models.device)
-    check_ensemble(args.ensemble, models.task)
+    inference.keep_memory(models.device)
+    inference.check_ensemble(args.ensemble, models.task)
     jobs = find_jobs(args.source, args.out, args.suffix, args.overwrite, args.skip_existing)
     for text in jobs.notices:
         notice(printable(text))
@@ -116,8 +107,8 @@ def foresee(sizes: Sizes, models: PretrainedModels, args: argparse.Namespace) ->
         network = choose(path, quality, models, args).network
     except UsageError:
         return  # each photo says why
-    precision = pick_precision(args.precision, models.device, network.task)
-    with computing_in(precision, models.device):
+    precision = inference.pick_precision(args.precision, models.device, network.task)
+    with inference.computing_in(precision, models.device):
         announce(network.model, sizes, args.tile, args.ensemble)
 
 
@@ -168,8 +159,8 @@ def run_job(
     target.parent.mkdir(parents=True, exist_ok=True)
     cells = photo.read_cells(path) if args.project and own and quality == own else None
     if not args.asked and (own is None or (args.project and cells is None)):
-        told = "not a JPEG with Y, so it is left as it is; --task, --q or --checkpoint restores it"
-        show(path, [told, *photo.copy(path, target).notices])
+        why = "not a JPEG with Y, so it is left as it is; --task, --q or --checkpoint restores it"
+        show(path, [why, *photo.copy(path, target).notices])
         return f"{target}: not restored"
     chosen = choose(path, quality, models, args)
     network = chosen.network
@@ -178,11 +169,11 @@ def run_job(
     # A good JPEG, written at quality 95, would lose more than it gained
     source.quality = max(95, min(100, (own or 0) + 10))
     check_mosaic(source, network.task)
-    tile = args.tile or default_tile(network.config.scale, *source.levels.shape[:2])
+    tile = args.tile or inference.default_tile(network.config.scale, *source.levels.shape[:2])
     jpeg = FORMATS[target.suffix.lower()] == "JPEG"
     cells = cells if network.task.name == "car" else None
-    precision = pick_precision(args.precision, models.device, network.task)
-    with computing_in(precision, models.device):
+    precision = inference.pick_precision(args.precision, models.device, network.task)
+    with inference.computing_in(precision, models.device):
         restored = restore_photo(source, network, tile, args.ensemble, jpeg, advance, cells=cells)
     photo.save(restored, target)
     show(path, [*([chosen.notice] if chosen.notice else []), *restored.notices])
@@ -193,7 +184,7 @@ def run_job(
         return result
     if tile is None:
         return f"{result}, taken whole"
-    with computing_in(precision, models.device):
+    with inference.computing_in(precision, models.device):
         return f"{result}, {difference(restored, source, network, args.ensemble, jpeg, cells)}"
 
 

@@ -13,17 +13,8 @@ import torch
 from torch import Tensor
 
 from acla.config import Task
+from acla.data import image
 from acla.data.degradations import mosaic
-from acla.data.image import (
-    from_levels,
-    luma,
-    rgb_to_ycc,
-    to_full,
-    to_levels,
-    to_rgb,
-    to_studio,
-    ycc_to_rgb,
-)
 from acla.data.jpeg import Cells, projected
 from acla.errors import CheckpointError, PictureError
 from acla.models.serialization import Checkpoint
@@ -36,24 +27,24 @@ ROWS = 256  # converted at a time, so that no whole photo lies in float64
 
 def planes(levels: np.ndarray) -> Tensor:
     """Levels [H, W, C] as a float32 picture [C, H, W] in 0..1."""
-    return from_levels(levels.transpose(2, 0, 1))
+    return image.from_levels(levels.transpose(2, 0, 1))
 
 
 def full_luma(levels: np.ndarray, ycc: bool) -> Tensor:
     """Y in full range [1, H, W] of colour levels [H, W, 3]."""
-    return planes(levels[:, :, :1]) if ycc else to_full(luma(planes(levels)))
+    return planes(levels[:, :, :1]) if ycc else image.to_full(image.luma(planes(levels)))
 
 
 def network_input(photo: Photo, task: Task, channels: int) -> Tensor:
     """The picture [channels, H, W] in 0..1 that a network sees of a photo; gray as it is."""
     if photo.levels.shape[2] == 1 or channels == 3:
         picture = planes(photo.levels)
-        picture = ycc_to_rgb(picture).clamp_(0, 1) if photo.ycc else picture
-        return to_rgb(picture) if channels == 3 else picture
+        picture = image.ycc_to_rgb(picture).clamp_(0, 1) if photo.ycc else picture
+        return image.to_rgb(picture) if channels == 3 else picture
     height = photo.levels.shape[0]
     bands = (photo.levels[top : top + ROWS] for top in range(0, height, ROWS))
     y = torch.cat([full_luma(band, photo.ycc) for band in bands], 1)
-    return y if task.name == "car" else to_studio(y)
+    return y if task.name == "car" else image.to_studio(y)
 
 
 def output_levels(
@@ -66,17 +57,17 @@ def output_levels(
     for a `jpeg`, else become RGB.
     """
     if colour.shape[2] == 1:
-        levels = to_levels(answer.mean(0, keepdim=True), colour.dtype)
+        levels = image.to_levels(answer.mean(0, keepdim=True), colour.dtype)
     elif len(answer) == 3 and not ycc:
-        levels = to_levels(answer, colour.dtype)
+        levels = image.to_levels(answer, colour.dtype)
     else:
-        y = answer if task.name == "car" else to_full(answer)
+        y = answer if task.name == "car" else image.to_full(answer)
         if ycc:
             own = y if len(y) == 3 else torch.cat([y, planes(colour[:, :, 1:])])
-            levels = to_levels(own if jpeg else ycc_to_rgb(own), colour.dtype)
+            levels = image.to_levels(own if jpeg else image.ycc_to_rgb(own), colour.dtype)
         else:
             # Adding to R, G and B alike moves Y by as much and leaves Cb and Cr
-            levels = to_levels(planes(colour) + (y - full_luma(colour, False)), colour.dtype)
+            levels = image.to_levels(planes(colour) + (y - full_luma(colour, False)), colour.dtype)
     return levels[:, :, None] if levels.ndim == 2 else levels
 
 
@@ -108,7 +99,7 @@ def restore_photo(
         levels = np.empty_like(around.levels)
         rows = strips(network.model, picture, tile, ensemble, advance)
         if source.ycc and config.channels == 3:
-            rows = map(rgb_to_ycc, rows)
+            rows = map(image.rgb_to_ycc, rows)
         if cells and config.channels == 3:
             rows = (known(strip, source, cells) for strip in rows)
         rows = projected(rows, cells, picture.shape[1]) if cells else rows

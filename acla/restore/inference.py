@@ -87,8 +87,7 @@ def restored_pair(
     ensemble: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(prediction, target), both on the CPU, of a clean picture [C,H,W] that is degraded and
-    restored. Raises CheckpointError for an answer that is
-    not finite."""
+    restored. Raises CheckpointError for an answer that is not finite."""
     low, target = pair(clean, task, generator, network.config.channels)
     device = next(network.model.parameters()).device
     prediction = restore(network.model, low.to(device), tile, ensemble).cpu()
@@ -168,8 +167,8 @@ def strips(
 
 
 def predict(model: Backbone, part: Tensor, ensemble: bool) -> Tensor:
-    """A picture, or a part of one, through the network in one go, on the picture's device; as the
-    mean over the 8 flips and rotations, if wanted."""
+    """A picture [C,h,w], or a part of one, through the network in one go → [C,h·scale,w·scale], on
+    the picture's device; as the mean over the 8 flips and rotations, if wanted."""
     given = part.to(next(model.parameters()).device).unsqueeze(0)
     if not ensemble:
         return model(given)[0].to(part.device)

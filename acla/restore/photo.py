@@ -13,19 +13,10 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
+from acla.data import image
 from acla.data.deep_colour import EXIF, descriptive, encode_deep, is_deep_colour, read_deep
-from acla.data.image import (
-    BROKEN,
-    FORMATS,
-    GRAY_MODES,
-    format_of,
-    one_line,
-    opened,
-    to_array,
-    write,
-)
 from acla.data.jpeg import END, Cells, Plane, decode_cells, steps_of
-from acla.errors import PictureError
+from acla.errors import PictureError, one_line
 from acla.files import write_atomically
 from acla.restore.metadata import LONGEST, fitting, note_options, read_notes
 
@@ -75,7 +66,7 @@ def jpeg_quality(path: Path) -> int | None:
 
     Exact for IJG's encoders; for others least squares over the logarithms. Raises PictureError.
     """
-    with opened(path, READABLE) as picture:
+    with image.opened(path, READABLE) as picture:
         steps = steps_of(picture)
         if steps is None:
             return None
@@ -85,8 +76,8 @@ def jpeg_quality(path: Path) -> int | None:
 
 def in_colour(path: Path) -> bool:
     """Whether a photo has colour. Raises PictureError."""
-    with opened(path, READABLE) as picture:
-        return picture.mode not in GRAY_MODES and picture.mode[0] not in "IF"
+    with image.opened(path, READABLE) as picture:
+        return picture.mode not in image.GRAY_MODES and picture.mode[0] not in "IF"
 
 
 def read(path: Path, ycc: bool = False) -> Photo:
@@ -112,7 +103,7 @@ def read(path: Path, ycc: bool = False) -> Photo:
 
 def read_whole(path: Path, ycc: bool, data: bytes | None = None) -> Photo:
     """`read` of a file that is whole, or of its bytes, made whole."""
-    with opened(path, READABLE, data) as picture:
+    with image.opened(path, READABLE, data) as picture:
         notices: list[str] = []
         if getattr(picture, "is_animated", False):
             notices.append("several frames: the first is restored")
@@ -142,10 +133,10 @@ def read_whole(path: Path, ycc: bool, data: bytes | None = None) -> Photo:
             if picture.mode.startswith("I"):
                 notices.append("one transparent gray level is not kept")
             else:
-                gray = picture.mode in GRAY_MODES
+                gray = picture.mode in image.GRAY_MODES
                 picture = picture.convert("LA" if gray else "RGBA")
                 alpha = np.asarray(picture.getchannel("A"))
-        levels = to_array(picture, path)
+        levels = image.to_array(picture, path)
     return Photo(np.atleast_3d(levels), False, alpha, exif, icc, dpi, notices, notes)
 
 
@@ -155,7 +146,7 @@ def read_cells(path: Path) -> Cells | None:
     Y alone where those of chroma are not known; None where those of Y are not: it is not in the
     file, or not at full size. Raises PictureError.
     """
-    with opened(path, READABLE) as picture:
+    with image.opened(path, READABLE) as picture:
         if not (picture.mode == "L" or stores_ycc(picture)):
             return None
         _, orientation = read_exif(picture, [])
@@ -208,7 +199,7 @@ def read_exif(picture: Image.Image, notices: list[str]) -> tuple[bytes, int]:
             upright[ORIENTATION] = 1
             raw = upright.tobytes()
         return (raw if not raw or raw.startswith(EXIF) else EXIF + raw), orientation
-    except BROKEN:
+    except image.BROKEN:
         notices.append("EXIF that cannot be read is dropped")
         return b"", 1
 
@@ -217,7 +208,7 @@ def read_dpi(picture: Image.Image) -> tuple[float, float] | None:
     """Pixels per inch, if they are numbers that every format can hold."""
     try:
         across, down = (float(value) for value in picture.info["dpi"])
-    except BROKEN:
+    except image.BROKEN:
         return None
     sound = all(math.isfinite(value) and 1 <= value < 65535 for value in (across, down))
     return (across, down) if sound else None
@@ -266,7 +257,7 @@ def sized_exif(exif: bytes, width: int, height: int, notices: list[str]) -> byte
             return exif
         part.update({tag: size for tag, size in sizes.items() if tag in part})
         return data.tobytes()
-    except BROKEN:
+    except image.BROKEN:
         notices.append("EXIF that cannot be read is passed on with the old size")
         return exif
 
@@ -280,11 +271,11 @@ def copy(source: Path, path: Path) -> Photo:
     Raises PictureError for what is no whole picture, or cannot be written.
     """
     own = read(source)
-    with opened(source, READABLE) as picture:
+    with image.opened(source, READABLE) as picture:
         kind = "JPEG" if picture.format == "MPO" else picture.format
         if kind == "TIFF" and picture.mode.startswith("I"):
             kind = None  # 12 bits, or white as 0, which many programs misread
-    if kind == FORMATS.get(path.suffix.lower()):
+    if kind == image.FORMATS.get(path.suffix.lower()):
         own.notices.clear()
         write_atomically(path, source.read_bytes())
     else:
@@ -305,7 +296,7 @@ def save(photo: Photo, path: Path) -> None:
     A photo in `ycc` can become a JPEG alone. What the format cannot hold is dropped, with a notice
     in the photo's list. Raises PictureError, which names the file.
     """
-    kind = format_of(path)
+    kind = image.format_of(path)
     levels, alpha = photo.levels, photo.alpha
     if kind in ("JPEG", "BMP"):
         if alpha is not None:
@@ -322,7 +313,7 @@ def save(photo: Photo, path: Path) -> None:
         try:
             data = encode_deep(path, levels, alpha, photo.exif, photo.icc, photo.dpi)
             write_atomically(path, data)
-        except BROKEN as error:
+        except image.BROKEN as error:
             raise PictureError(f"{path}: cannot be written ({one_line(error)})") from error
         return
     options |= {"dpi": photo.dpi} if photo.dpi else {}
@@ -334,7 +325,7 @@ def save(photo: Photo, path: Path) -> None:
         options |= {"icc_profile": photo.icc} if photo.icc else {}
     if kind == "JPEG":  # 4:4:4: no second loss of colour
         options |= {"quality": photo.quality, "subsampling": 0}
-    write(to_pillow(levels, photo.ycc, alpha), path, **options)
+    image.write(to_pillow(levels, photo.ycc, alpha), path, **options)
 
 
 def fitting_exif(photo: Photo) -> bytes:
@@ -346,7 +337,7 @@ def fitting_exif(photo: Photo) -> bytes:
     )
     try:
         return fitting(photo.exif)
-    except BROKEN:
+    except image.BROKEN:
         return b""
 
 

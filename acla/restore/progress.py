@@ -65,7 +65,7 @@ class PixelBar:
 
 
 def announce(model: Backbone, sizes: Sizes, tile: int | None, ensemble: bool) -> None:
-    """Tell how long photos of more than one tile will take together, from the second of two calls
+    """Announce how long photos of more than one tile take together, from the second of two calls
     on a gray one: of 128 × 128 pixels on a CPU, of a whole tile on a GPU, which small ones leave
     idle. tile: None for the default of each photo."""
     scale, total = model.config.scale, sum(height * width for height, width in sizes.values())

@@ -22,8 +22,8 @@ def macs(model: ModelConfig, modules: int | None = None) -> int:
     """Multiply-adds of a network's attention for one low-quality picture of 48 × 48 with every key
     open, as train.py --describe prints them; or with that many modules, at any positions."""
     modules = len(model.positions) if modules is None else modules
-    masked = model.kind.masked
-    return full_attention_flops(modules, SIDE * SIDE, model.width, model.keys, masked) // 2
+    size = SIDE * SIDE, model.width, model.keys
+    return full_attention_flops(model.attention, modules, *size) // 2
 
 
 @dataclass(frozen=True)

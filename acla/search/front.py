@@ -42,7 +42,7 @@ def gates_at(positions: Sequence[int], modules: int, device: torch.device) -> Te
 def patch_psnr(
     net: Supernet, pairs: Pairs, processes: Processes, positions: Positions
 ) -> np.ndarray:
-    """PSNR in dB of every patch of all processes, with modules at these positions only."""
+    """PSNR in dB [n] of the patches of all processes, with modules at these positions only."""
     network, psnr = net.derive(positions).eval(), []  # faster than the supernet with gates
     for low, target in pairs:
         mse = (network(low).clamp(0, 1) - target).square().mean((1, 2, 3))

@@ -13,7 +13,7 @@ import numpy as np
 
 from acla import console
 from acla.config import format_positions
-from acla.data.datasets import find_set, sample, split_for_search
+from acla.data.datasets import find_set, sample, split_every
 from acla.distributed import Processes
 from acla.errors import AclaError, DataError
 from acla.files import write_atomically
@@ -77,7 +77,7 @@ def fold_sets(name: str, root: Path | None) -> list[Sets]:
         raise DataError(f"{len(paths)} picture(s) of {name} are too few to cross-validate: give λ")
     chosen = [paths[i * len(paths) // count] for i in range(count)]
     folds = [chosen[i::FOLDS] for i in range(FOLDS)]
-    return [Sets(*split_for_search([p for p in chosen if p not in fold]), fold) for fold in folds]
+    return [Sets(*split_every([p for p in chosen if p not in fold], 5), fold) for fold in folds]
 
 
 # λ by a budget

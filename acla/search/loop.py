@@ -14,7 +14,7 @@ from torch import Tensor
 from acla import console
 from acla.config import ModelConfig, SearchConfig, Task
 from acla.data import datasets
-from acla.data.datasets import Loader, PatchSampler, Pictures, find_set, sample, split_for_search
+from acla.data.datasets import Loader, PatchSampler, Pictures, find_set, sample, split_every
 from acla.distributed import Processes, means
 from acla.files import provenance, write_atomically
 from acla.models.backbones import Backbone
@@ -58,7 +58,7 @@ def search_sets(name: str, root: Path | None) -> Sets:
     """The pictures of a set, every fifth one for α. Raises DataError."""
     if name == "sample":
         return Sets(sample("train"), sample("val"))
-    return Sets(*split_for_search(find_set(name, root, "train")))
+    return Sets(*split_every(find_set(name, root, "train"), 5))
 
 
 # The steps
@@ -153,7 +153,8 @@ class Search:
         optimizer.step()
 
     def batch(self, step: int, stream: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Degraded patches, their targets and the seeds of their masks: this process's share."""
+        """This process's degraded patches [B,C,h,w], their targets [B,C,H,W] and the seeds [B] of
+        their masks."""
         loader = self.loaders[stream]
         low, target = loader.batch(step)
         of_step = self.config.seed, step, loader.sampler.indices, stream

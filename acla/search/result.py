@@ -52,7 +52,8 @@ def table(result: SearchResult) -> str:
     architecture, model = result.architecture, result.architecture.model
     lines = front_lines(architecture) if architecture.front else gate_lines(result)
     size = architecture.patch
-    dense = full_attention_flops(model.blocks, size**2, model.width, model.keys, masked=True)
+    network = model.attention, model.blocks, size**2, model.width, model.keys
+    dense = full_attention_flops(*network)
     saved = 1 - architecture.cost / dense
     shown = console.plural(min(len(result.psnr), MAX_SCORED), "validation picture")
     lines += [

@@ -16,13 +16,21 @@ from typing import Any, Self
 
 import numpy as np
 
-from acla.config import ModelConfig, Task, TrainConfig, flag_name, from_dict
+from acla.config import ModelConfig, Task, TrainConfig, flag_of, from_dict
 from acla.console import finite
 from acla.data.datasets import PatchSampler
 from acla.distributed import Processes
-from acla.errors import NOT_VALID, AclaError, CheckpointError, DataError, Stopped, UsageError
+from acla.errors import (
+    NOT_VALID,
+    AclaError,
+    CheckpointError,
+    DataError,
+    Stopped,
+    UsageError,
+    one_line,
+)
 from acla.files import clear_temporary, provenance, write_atomically
-from acla.models.serialization import START_OVER, in_one_line, save_model, save_state
+from acla.models.serialization import START_OVER, save_model, save_state
 from acla.training.trainer import Trainer
 
 MODEL, BEST, STATE = "model.safetensors", "best.safetensors", "state.safetensors"
@@ -196,17 +204,17 @@ def resumed_plan(kind: type, progress: dict, args: argparse.Namespace, path: Pat
     try:
         plan = kind(**{name: from_dict(parts[name], p) for name, p in progress["plan"].items()})
     except (*NOT_VALID, AttributeError, UsageError) as error:
-        reason = in_one_line(error)
+        reason = one_line(error)
         raise CheckpointError(
             f"{path}: the plan inside is not valid or of another version: {reason}{START_OVER}"
         ) from error
     allowed = WITH_RESUME if "train" in parts else WITH_RESUME[:3]
     given = {name for name, value in vars(args).items() if value is not None}
     if other := sorted(given - {"resume", *allowed}):
-        names = ", ".join(flag({"auto": "lam"}.get(n, n.removeprefix("task_"))) for n in other)
+        names = ", ".join(flag_of({"auto": "lam"}.get(n, n.removeprefix("task_"))) for n in other)
         raise UsageError(
             f"--resume goes on with the run as it was begun: leave out {names}; it takes "
-            f"{', '.join(map(flag, allowed))}"
+            f"{', '.join(map(flag_of, allowed))}"
         )
     if "steps" not in given:
         return plan
@@ -214,10 +222,6 @@ def resumed_plan(kind: type, progress: dict, args: argparse.Namespace, path: Pat
     if args.steps < least:
         raise UsageError(f"--steps {args.steps}: the run is at step {progress['step']}; give more")
     return dataclasses.replace(plan, train=dataclasses.replace(plan.train, steps=args.steps))
-
-
-def flag(name: str) -> str:
-    return f"--{flag_name(name)}"
 
 
 def require_same_data(progress: dict, data: dict[str, str]) -> None:

@@ -101,8 +101,8 @@ class Trainer:
     def update(
         self, low: Tensor, target: Tensor, seeds: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        """Change the weights by one step; returns the loss and, with clipping, the gradient's
-        norm."""
+        """Change the weights by one step on patches [B,C,h,w], targets [B,C,H,W] and seeds [B] of
+        the masks' noise; returns the loss and, with clipping, the gradient's norm."""
         config = self.config
         self.optimizer.zero_grad(set_to_none=True)
         with compiling(config.compile), fastest_convolutions():

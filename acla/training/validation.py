@@ -10,12 +10,13 @@ from torch import Tensor
 from acla.config import Task
 from acla.data.datasets import Pictures
 from acla.data.degradations import generator_for, pair
-from acla.data.image import from_levels
+from acla.data.image import from_levels, middle
 from acla.data.metrics import protocol_line, score_psnr
 from acla.errors import DataError
 from acla.models.backbones import Backbone
 
 SIDE = 256  # pixels of a picture's middle, at most
+GRID = 8  # of JPEG blocks and of the Bayer pattern
 
 
 def validation_set(paths: Sequence[Path], task: Task, channels: int) -> Pictures:
@@ -43,16 +44,10 @@ def validation_pair(
     """(input, target) [C,H,W] of a picture's middle."""
     path = pictures.paths[index]
     try:
-        clean = middle(from_levels(pictures[index]))
+        clean = middle(from_levels(pictures[index]), SIDE, GRID)
         return pair(clean, task, generator_for(path.stem), channels)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
-
-
-def middle(picture: Tensor) -> Tensor:
-    """The middle of [C,H,W], cut on the grid of JPEG blocks and of the Bayer pattern."""
-    y, x = ((max(0, side - SIDE) // 2) // 8 * 8 for side in picture.shape[1:])
-    return picture[:, y : y + SIDE, x : x + SIDE]
 
 
 @torch.no_grad()
