@@ -155,7 +155,8 @@ def publish(args: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> None:
     console.say("\n\n".join(parts))
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Networks, list[str]]:
+    """The command's flags, the networks, and the flags that are common to all."""
     flags = parser("acla.analysis.trial", __doc__, OUT)
     text = "a network by flags of train.py, once for each"
     flags.add_argument("--network", action="append", default=[], metavar="'NAME: FLAGS'", help=text)
@@ -166,14 +167,20 @@ def main(argv: list[str] | None = None) -> None:
         raise UsageError("give --network for each network to train, or --show FILE")
     if args.show and common:
         raise UsageError(f"--show trains nothing: leave out {' '.join(common)}")
-    if args.show:
-        wanted = ("network", "task", "seed", "step", "params", MACS)
-        publish(args, read_rows(args.show, "a file of --json", wanted))
-        return
     named = [text.partition(":")[::2] for text in args.network]
     if len(dict(named)) < len(named):
         raise UsageError("--network: every NAME once")
-    publish(args, train_all(args, {name: (flags, None) for name, flags in named}, common))
+    return args, {name: (flags, None) for name, flags in named}, common
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, networks, common = parse(argv)
+    if args.show:
+        wanted = ("network", "task", "seed", "step", "params", MACS)
+        rows = read_rows(args.show, "a file of --json", wanted)
+    else:
+        rows = train_all(args, networks, common)
+    publish(args, rows)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ The other flags are those of train.py, for networks of at least 8 blocks. The ch
 those that are no flags of train.py are here alone: a network's file does not hold its change.
 `acla.analysis.trial --show` prints the table once more."""
 
+import argparse
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -125,15 +126,20 @@ VARIANTS: dict[str, tuple[str, trial.Change | None]] = {
 }
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, trial.Networks, list[str]]:
+    """As `trial.parse`, of the chosen variants."""
     parser = trial.parser("acla.analysis.variants", __doc__, OUT)
     parser.add_argument("--variants", metavar="A,B", help="these alone, and none")
     args, common = parser.parse_known_args(argv)
     chosen = ["none", *args.variants.split(",")] if args.variants else VARIANTS
     if unknown := [name for name in chosen if name not in VARIANTS]:
         raise UsageError(f"--variants: unknown {unknown[0]!r}; known: {', '.join(VARIANTS)}")
-    networks = {name: VARIANTS[name] for name in chosen}
-    trial.publish(args, trial.train_all(args, networks, common))
+    return args, {name: VARIANTS[name] for name in chosen}, common
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, *networks = parse(argv)
+    trial.publish(args, trial.train_all(args, *networks))
 
 
 if __name__ == "__main__":
