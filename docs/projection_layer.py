@@ -1,7 +1,9 @@
-"""A small network for JPEGs trained with the projection as its last layer, or after half of the
+"""A network for gray JPEGs trained with the projection as its last layer, or after half of the
 steps, beside one trained without; all are scored with the projection, as `restore` uses them.
 
 python docs/projection_layer.py --data DIR --seed 0 --json rows.jsonl
+python docs/projection_layer.py --data DIR --init weights/car-q5-60-none.safetensors --lr 1e-4 \
+    --steps 150 --q 10 40 75 95 --crop 96 --json rows.jsonl
 """
 
 import argparse
@@ -17,17 +19,17 @@ from acla.config import ModelConfig, Task
 from acla.data import jpeg
 from acla.data.datasets import PatchSampler, Pictures, find_set, training_sets
 from acla.data.degradations import jpeg_file
-from acla.data.image import fit_channels, load, round_8bit
+from acla.data.image import fit_channels, load, middle, round_8bit
 from acla.data.metrics import psnr
 from acla.files import write_rows
 from acla.models.factory import build_network
+from acla.models.serialization import load_model
 from acla.training.trainer import adam, halved, restoration_loss, set_rate
 
 MODEL = ModelConfig(blocks=8, width=32, channels=1, attention="none", keys=0)
-RATE, BATCH, PATCH = 1e-3, 4, 32
-FIRST = {"without": 1.0, "layer": 0.0, "layer, second half": 0.5}  # step with a layer, of all
-QUALITIES = (10, 20, 40, 60, 75, 90, 95)
-SETS, SIDE = "LIVE1,Kodak24", 128  # scored on the middles of pictures
+BATCH, PATCH = 4, 32
+FIRST = {"without": 1.0, "layer": 0.0, "layer, second half": 0.5}  # share of steps before it
+SETS = ("LIVE1", "Kodak24")
 DCT = torch.from_numpy(jpeg.dct(np.eye(64, dtype=np.float32).reshape(64, 8, 8)).reshape(64, 64)).T
 
 
@@ -50,19 +52,23 @@ def compress(clean: Tensor, quality: int) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.tensor(part, dtype=torch.float32) for part in parts)
 
 
-def train(sampler: PatchSampler, seed: int, steps: int, first: float) -> torch.nn.Module:
-    """A network after so many steps, with the layer from a share of them on."""
-    torch.manual_seed(seed)
-    network = build_network(MODEL).train()
-    optimizer = adam(network.parameters(), RATE)
-    for step in console.progress(range(steps), unit="step", desc="train"):
-        set_rate(optimizer, halved(RATE, step, steps // 6))
-        rngs = [np.random.default_rng((seed, step, index)) for index in sampler.indices]
+def initial(args: argparse.Namespace) -> torch.nn.Module:
+    torch.manual_seed(args.seed)
+    return load_model(args.init).model if args.init else build_network(MODEL)
+
+
+def train(sampler: PatchSampler, args: argparse.Namespace, first: float) -> torch.nn.Module:
+    """A network after all steps, with the layer from a share of them on."""
+    network = initial(args).train()
+    optimizer = adam(network.parameters(), args.lr)
+    for step in console.progress(range(args.steps), unit="step", desc="train"):
+        set_rate(optimizer, halved(args.lr, step, max(1, args.steps // 6)))
+        rngs = [np.random.default_rng((args.seed, step, index)) for index in sampler.indices]
         windows = [sampler.window(step, *pair) for pair in zip(sampler.indices, rngs, strict=True)]
         files = [compress(w, int(r.integers(5, 96))) for w, r in zip(windows, rngs, strict=True)]
         low, quantised, tables = (torch.stack(part) for part in zip(*files, strict=True))
         answer = network(low)
-        if step >= first * steps:
+        if step >= first * args.steps:
             answer = project(answer, quantised, tables)
         optimizer.zero_grad()
         restoration_loss("psnr", answer, torch.stack(windows)).backward()
@@ -82,28 +88,27 @@ def gain(network: torch.nn.Module, pictures: list[Tensor], quality: int) -> floa
     return float(np.mean(gains))
 
 
-def middle(path: Path) -> Tensor:
-    """The middle of a picture's Y, rounded to 8 bit."""
-    picture = round_8bit(fit_channels(load(path), 1))
-    top, left = ((length - SIDE) // 2 for length in picture.shape[1:])
-    return picture[:, top : top + SIDE, left : left + SIDE]
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--train-set", default="BSD400")
+    parser.add_argument("--init", type=Path, metavar="FILE", help="network to begin with")
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--q", type=int, nargs="+", default=(10, 20, 40, 60, 75, 90, 95))
+    parser.add_argument("--crop", type=int, default=128, help="side of the middles scored")
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args(argv)
     paths, _ = training_sets(args.train_set, None, args.data)
     sampler = PatchSampler(Pictures(paths), Task("car", 5, 95), PATCH, BATCH, args.seed)
-    pictures = [middle(path) for name in SETS.split(",") for path in find_set(name, args.data)]
+    paths = [path for name in SETS for path in find_set(name, args.data)]
+    pictures = [middle(round_8bit(fit_channels(load(path), 1)), args.crop) for path in paths]
+    networks = {"no more": initial(args).eval()} if args.init else {}
+    networks |= {name: train(sampler, args, first) for name, first in FIRST.items()}
     rows = []
-    for name, first in FIRST.items():
-        network = train(sampler, args.seed, args.steps, first)
-        gains = {f"q{q}": round(gain(network, pictures, q), 3) for q in QUALITIES}
+    for name, network in networks.items():
+        gains = {f"q{q}": round(gain(network, pictures, q), 3) for q in args.q}
         rows.append({"trained": name, "seed": args.seed, "steps": args.steps, **gains})
     write_rows(args.json, rows)
     console.say(console.markdown(list(rows[0]), [list(map(str, row.values())) for row in rows]))

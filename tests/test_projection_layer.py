@@ -1,5 +1,6 @@
 """The projection onto a JPEG's cells as a layer, of the measurement in docs/."""
 
+import argparse
 import importlib.util
 from pathlib import Path
 
@@ -47,7 +48,8 @@ def test_its_gradient_is_that_of_the_answer_inside_the_cells_alone(clean):
 def test_networks_with_and_without_the_layer_begin_alike_and_part():
     pictures = Pictures(sample("train"))
     sampler = PatchSampler(pictures, Task("car", 5, 95), 16, 2)
-    one, same, other = (layer.train(sampler, 0, 6, first) for first in (1.0, 1.0, 0.5))
+    args = argparse.Namespace(init=None, seed=0, steps=6, lr=1e-3)
+    one, same, other = (layer.train(sampler, args, first) for first in (1.0, 1.0, 0.5))
     weights = [network.state_dict() for network in (one, same, other)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert any(not torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
