@@ -48,9 +48,19 @@ def test_the_spread_between_seeds_is_told_from_that_between_positions():
     alone = ranking.spreads(rows(0.0, 1.0))
     assert alone["seeds"] == pytest.approx(0, abs=1e-9)
     assert alone["positions"] == pytest.approx(0.153, abs=0.01)
+    assert alone["at_most"] > alone["positions"]
     noisy = ranking.spreads(rows(1.0, 0.0))
     assert noisy["positions"] == 0
     assert noisy["seeds"] > 1
+
+
+def test_chance_is_the_share_of_block_names_by_which_a_search_ranks_as_well(monkeypatch):
+    assert ranking.chance([TRUTH], TRUTH, 3) == pytest.approx(1 / 6)
+    opposite = {p: -psnr for p, psnr in TRUTH.items()}
+    assert ranking.chance([opposite], TRUTH, 3) == 1
+    monkeypatch.setattr(ranking, "EXACT", 2)  # two orders, one of them as it is
+    assert ranking.chance([TRUTH], TRUTH, 3) in (0.5, 1)
+    assert ranking.chance([opposite], TRUTH, 3) == 1
 
 
 def test_searches_are_judged_by_the_truth(capsys, monkeypatch):
@@ -65,24 +75,29 @@ def test_searches_are_judged_by_the_truth(capsys, monkeypatch):
     for method in ("paper", "front"):
         search.main([*SMALL, *SHORT, "--method", method, "--out", method])
     capsys.readouterr()
-    ranking.main(["t.jsonl", "paper", "front"])
+    ranking.main(["t.jsonl", "paper", "front", "--json", "scores.jsonl"])
     shown = capsys.readouterr().out
+    ranking.main(["t.jsonl", "scores.jsonl"])
+    assert capsys.readouterr().out == shown
     names = [line.split("|")[1].strip() for line in shown.splitlines() if line.startswith("| ")]
     assert names[2:] == [
         "paper: supernet",
         "paper: α",
         "front: supernet",
         "a seed of the truth",
+        "the truth",
         "even positions",
         "random positions",
     ]
-    rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in shown.splitlines()[2:8]}
+    rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in shown.splitlines()[2:9]}
     assert [cell.strip() for cell in rows["a seed of the truth"]] == [
         "2",
         "1.000 ± 0.000",
         "1.000 ± 0.000",
+        "–",
         "0.000 ± 0.000",
     ]
+    assert rows["the truth"][-1].strip() == "0.000"
     # Even: 3; 2, 3; all. Random: 30.233, 30.467 on average of 30.4, 30.6
     assert rows["even positions"][-1].strip() == f"{0.2 / 4:.3f}"
     assert rows["random positions"][-1].strip() == f"{(0.4 - 0.7 / 3 + 0.6 - 1.4 / 3) / 4:.3f}"

@@ -3,20 +3,23 @@
     python -m acla.analysis.ranking truth.jsonl runs/search/seed-0 runs/search/seed-1
 
 truth.jsonl is a file of `acla.analysis.truth`, the others are folders of search.py on the same
-space. Tau is Kendall's, over all networks and among those with as many modules; regret the dB lost
-against the best network of at most that cost, the mean over all costs. `a seed of the truth` ranks
-by one seed and is judged by the others: as good as training every network once."""
+space, or files of --json. Tau is Kendall's, over all networks and among those with as many modules;
+regret the dB lost against the best network of at most that cost, the mean over all costs. Chance is
+the share of the ways to name the blocks by which the same searches have as much tau at equal cost.
+`the truth` ranks by itself: the least regret of a choice among networks of one cost. `a seed of the
+truth` ranks by one seed and is judged by the others alone, the searches by all."""
 
 import argparse
 import functools
 import itertools
+import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.stats import kendalltau
+from scipy.stats import chi2, kendalltau
 
 from acla import cli, console
 from acla.analysis.results import mean_and_deviation
@@ -24,6 +27,7 @@ from acla.analysis.truth import Row, read_truth
 from acla.config import ModelConfig, SearchConfig, Task, format_positions, from_dict
 from acla.distributed import Processes
 from acla.errors import UsageError
+from acla.files import read_rows, write_atomically
 from acla.models.serialization import load_state
 from acla.search.architecture import even_spread
 from acla.search.front import patch_psnr
@@ -32,6 +36,7 @@ from acla.training import trainer
 
 Positions = tuple[int, ...]
 Scores = Mapping[Positions, float]  # by network
+EXACT = 5  # blocks, whose names are permuted in every way; of more, in as many ways at random
 
 
 def means(rows: Sequence[Row], seeds: set[int] | None = None) -> dict[Positions, float]:
@@ -60,6 +65,22 @@ def tau(scores: Scores, truth: Scores) -> tuple[float, float]:
     return of(list(truth)), float(np.nanmean(alike))
 
 
+def chance(searches: Sequence[Scores], truth: Scores, blocks: int) -> float:
+    """The share of the permutations of the blocks by which the searches' mean tau at equal cost is
+    at least what it is."""
+
+    def mean(order: Sequence[int]) -> float:
+        renamed = {n: tuple(sorted(int(order[p - 1]) for p in n)) for n in truth}
+        return statistics.mean(tau({n: s[renamed[n]] for n in truth}, truth)[1] for s in searches)
+
+    rng, places = np.random.default_rng(0), range(1, blocks + 1)
+    orders = list(itertools.permutations(range(1, min(blocks, EXACT) + 1)))
+    if blocks > EXACT:
+        orders = [places, *(rng.permutation(places) for _ in orders[1:])]
+    least = mean(places) - 1e-9
+    return statistics.mean(mean(order) >= least for order in orders)
+
+
 def regret(choose: Callable[[list[Positions]], Positions], truth: Scores) -> float:
     """The dB that the networks chosen of each cost lose against the best of at most that cost, the
     mean over the costs. choose: takes the networks with as many modules."""
@@ -72,7 +93,8 @@ def regret(choose: Callable[[list[Positions]], Positions], truth: Scores) -> flo
 
 def spreads(rows: Sequence[Row]) -> dict[str, float]:
     """Standard deviations in dB among networks of one cost: between seeds, of a network's gain over
-    the seed's mean; and between positions, of the mean over the seeds without what seeds add."""
+    the seed's mean; and between positions, of the mean over the seeds without what seeds add, and
+    what they exceed in one case of 20 at most (chi-square, of the mean with what seeds add)."""
     seeds = sorted({row["seed"] for row in rows})
     by_seed = [means(rows, {seed}) for seed in seeds]
     noise, total = [], []
@@ -85,7 +107,9 @@ def spreads(rows: Sequence[Row]) -> dict[str, float]:
             noise += [residual] * (len(group) - 1)
             total += [psnr.mean(0).var(ddof=1)] * (len(group) - 1)
     between = max(0.0, float(np.mean(total) - np.mean(noise) / len(seeds)))
-    return {"seeds": float(np.mean(noise)) ** 0.5, "positions": between**0.5}
+    most = sum(total) / chi2.ppf(0.05, len(total))
+    spread = {"seeds": np.mean(noise), "positions": between, "at_most": most}
+    return {name: float(variance) ** 0.5 for name, variance in spread.items()}
 
 
 def pareto(truth: Scores) -> list[Positions]:
@@ -101,25 +125,28 @@ def pareto(truth: Scores) -> list[Positions]:
 def score_lines(
     by_method: Mapping[str, Sequence[Scores]], rows: Sequence[Row], blocks: int
 ) -> Iterator[list[str]]:
-    """A row of the table for each method: tau, tau at equal cost, regret; means and standard
-    deviations over its searches."""
+    """A row of the table for each method: tau, tau at equal cost, its chance, regret; means and
+    standard deviations over its searches."""
     truth, seeds = means(rows), {row["seed"] for row in rows}
     for name, searches in by_method.items():
         taus = [(*tau(one, truth), regret(best_by(one), truth)) for one in searches]
-        yield [name, str(len(searches)), *map(mean_and_deviation, zip(*taus, strict=True))]
+        *ranked, lost = map(mean_and_deviation, zip(*taus, strict=True))
+        yield [name, str(len(searches)), *ranked, f"{chance(searches, truth, blocks):.2f}", lost]
     if len(seeds) > 1:
         taus = []
         for seed in sorted(seeds):
             one, others = means(rows, {seed}), means(rows, seeds - {seed})
             taus.append((*tau(one, others), regret(best_by(one), others)))
-        shown = map(mean_and_deviation, zip(*taus, strict=True))
-        yield ["a seed of the truth", str(len(seeds)), *shown]
+        *ranked, lost = map(mean_and_deviation, zip(*taus, strict=True))
+        yield ["a seed of the truth", str(len(seeds)), *ranked, "–", lost]
+    least = regret(best_by(truth), truth)
+    yield ["the truth", "–", "–", "–", "–", f"{least:.3f}"]
     even = regret(lambda group: even_spread(blocks, len(group[0])), truth)
-    yield ["even positions", "–", "–", "–", f"{even:.3f}"]
+    yield ["even positions", "–", "–", "–", "–", f"{even:.3f}"]
     psnr = [[truth[n] for n in group] for group in by_count(list(truth))]
     best = np.maximum.accumulate([max(group) for group in psnr])
     random = np.mean(best - [np.mean(group) for group in psnr])  # the expected regret
-    yield ["random positions", "–", "–", "–", f"{random:.3f}"]
+    yield ["random positions", "–", "–", "–", "–", f"{random:.3f}"]
 
 
 def best_by(scores: Scores) -> Callable[[list[Positions]], Positions]:
@@ -155,6 +182,22 @@ def read_search(
     return {"paper: supernet": psnr, "paper: α": sums}
 
 
+def write_scores(path: Path, by_method: Mapping[str, Sequence[Scores]]) -> None:
+    """A line for each method and search: the name and [positions, score] of every network."""
+    rows = [
+        {"ranked by": name, "scores": [[n, float(score)] for n, score in scores.items()]}
+        for name, searches in by_method.items()
+        for scores in searches
+    ]
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def read_scores(path: Path) -> list[tuple[str, Scores]]:
+    """What `write_scores` has written. Raises AclaError."""
+    rows = read_rows(path, "a file of acla.analysis.ranking --json", ("ranked by", "scores"))
+    return [(row["ranked by"], {tuple(n): score for n, score in row["scores"]}) for row in rows]
+
+
 # The command
 
 
@@ -162,8 +205,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.parser("acla.analysis.ranking", __doc__)
     cli.add_common_flags(parser)
     parser.add_argument("truth", type=Path, metavar="FILE", help="of acla.analysis.truth")
-    text = "of search.py's --out, of one seed; the supernet's state must be there"
+    text = "of search.py's --out, of one seed, with the supernet's state; or a file of --json"
     parser.add_argument("folders", nargs="*", type=Path, metavar="DIR", help=text)
+    text = "JSON lines to write: the scores of every search"
+    parser.add_argument("--json", type=Path, metavar="FILE", help=text)
     return parser.parse_args(argv)
 
 
@@ -178,10 +223,16 @@ def main(argv: list[str] | None = None) -> None:
         )
     by_method: dict[str, list[Scores]] = {}
     for folder in args.folders:
-        for name, scores in read_search(folder, list(truth), model, args.data).items():
+        if folder.is_file():
+            read = read_scores(folder)
+        else:
+            read = read_search(folder, list(truth), model, args.data).items()
+        for name, scores in read:
             by_method.setdefault(name, []).append(scores)
+    if args.json:
+        write_scores(args.json, by_method)
     lines = score_lines(by_method, rows, model.blocks)
-    head = ("ranked by", "searches", "tau", "tau at equal cost", "regret, dB")
+    head = ("ranked by", "searches", "tau", "tau at equal cost", "chance", "regret, dB")
     console.say(console.markdown(head, lines))
     console.say(
         "the best networks: "
@@ -190,8 +241,9 @@ def main(argv: list[str] | None = None) -> None:
     if len({row["seed"] for row in rows}) > 1:
         spread = spreads(rows)
         console.say(
-            f"standard deviation at equal cost: {spread['positions']:.3f} dB between positions, "
-            f"{spread['seeds']:.3f} dB between seeds"
+            f"standard deviation at equal cost: {spread['positions']:.3f} dB between positions "
+            f"(at most {spread['at_most']:.3f}, 19 times of 20), {spread['seeds']:.3f} dB between "
+            "seeds"
         )
 
 
