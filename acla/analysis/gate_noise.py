@@ -5,6 +5,7 @@
 At the supernet's last weights, with α at 0 as where the second stage begins: mean and standard
 deviation of the gradient over steps, which differ in patches and gates; both the mean over α."""
 
+import argparse
 import dataclasses
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def gradients(search: Search, draws: int, steps: int) -> torch.Tensor:
     return torch.stack(seen)
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.parser("acla.analysis.gate_noise", __doc__)
     cli.add_common_flags(parser)
     parser.add_argument("folder", type=Path, metavar="DIR", help="of search.py's --out, one seed")
@@ -34,7 +35,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--draws", type=int, nargs="+", default=(1, 2), metavar="N", help=text)
     text = "of each (default: 80)"
     parser.add_argument("--steps", type=int, default=80, metavar="N", help=text)
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
     search, rows = load_search(args.folder, args.data), []
     for draws in args.draws:
         seen = gradients(search, draws, args.steps)
