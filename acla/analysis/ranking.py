@@ -156,26 +156,32 @@ def best_by(scores: Scores) -> Callable[[list[Positions]], Positions]:
 # Searches
 
 
-def read_search(
-    folder: Path, networks: Sequence[Positions], model: ModelConfig, data: Path | None
-) -> dict[str, Scores]:
-    """Scores of the networks by a search: the PSNR of its supernet on held-out patches, and of the
-    paper's method the sum of α of the open positions. Raises AclaError, and UsageError for a search
-    of another space."""
+def load_search(folder: Path, data: Path | None) -> Search:
+    """The search of a folder at its last step. Raises AclaError."""
     path = folder / STATE
     tensors, values = load_state(path)
     kinds = {"task": Task, "model": ModelConfig, "search": SearchConfig}
     plan = SearchPlan(
         **{name: from_dict(kind, values["plan"][name]) for name, kind in kinds.items()}
     )
-    if plan.model != model:
-        raise UsageError(f"{path}: not a search of the truth's network")
     search = Search(plan, search_sets(plan.search.train_set, data), Processes(torch.device("cpu")))
     trainer.unpack(search.parts, tensors, path)
+    return search
+
+
+def read_search(
+    folder: Path, networks: Sequence[Positions], model: ModelConfig, data: Path | None
+) -> dict[str, Scores]:
+    """Scores of the networks by a search: the PSNR of its supernet on held-out patches, and of the
+    paper's method the sum of α of the open positions. Raises AclaError, and UsageError for a search
+    of another space."""
+    search = load_search(folder, data)
+    if search.plan.model != model:
+        raise UsageError(f"{folder / STATE}: not a search of the truth's network")
     search.net.eval()
     score = functools.partial(patch_psnr, search.net, held_out(search), search.processes)
     psnr = {network: score(network).mean() for network in networks}
-    if plan.search.method == "front":
+    if search.plan.search.method == "front":
         return {"front: supernet": psnr}
     alpha = search.net.alpha.tolist()
     sums = {network: sum(alpha[p - 1] for p in network) for network in networks}
