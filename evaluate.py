@@ -23,7 +23,7 @@ from acla.data.jpeg import project_onto
 from acla.distributed import Processes, join
 from acla.errors import DataError, UsageError
 from acla.files import provenance
-from acla.models.serialization import load_model
+from acla.models.serialization import load_model, read_header
 from acla.restore import inference
 from acla.restore.pretrained import PretrainedModels
 
@@ -63,7 +63,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     cli.add_task_flags(parser, "the network's, else the set's")
     group = parser.add_argument_group("What is scored (one of these)")
     source = group.add_mutually_exclusive_group()
-    text = f"a network (default: {DEFAULT_CHECKPOINT} if there is one, else a pretrained one)"
+    text = f"a network (default: {DEFAULT_CHECKPOINT} if it is for the task, else a pretrained one)"
     source.add_argument("--checkpoint", type=Path, metavar="FILE", help=text)
     source.add_argument("--baseline", action="store_true", help="the untouched input")
     text = "pictures made elsewhere, whose file stem starts with the original's "
@@ -175,22 +175,34 @@ def network(file: Path, device: torch.device, args: argparse.Namespace) -> Metho
 
 
 def default_checkpoint(args: argparse.Namespace, sets: Iterable[str]) -> Path:
-    """The network that train.py writes by default, or else a pretrained one. Raises UsageError
-    where there is neither."""
-    file = DEFAULT_CHECKPOINT
-    if not file.is_file():
-        task = cli.task_from_flags(args) or metrics.TASK_OF_SET.get(next(iter(sets)), Task())
+    """The network that train.py writes by default, where it is for the task of the flags, or else a
+    pretrained one. Raises UsageError where there is neither."""
+    file, flags = DEFAULT_CHECKPOINT, cli.task_from_flags(args)
+    why = f"there is no {file}"
+    if file.is_file():
+        _, trained, _ = read_header(file)
+        why = "" if covers(trained, flags, args) else f"{file} is for {trained}"
+    if why:
+        task = flags or metrics.TASK_OF_SET.get(next(iter(sets)), Task())
         try:
             pretrained = PretrainedModels(None, task, torch.device("cpu"), task.channels)
             setting = None if task.until or task.scale > 1 else task.setting
             file = pretrained.pick(setting, task.channels == 3).path
         except UsageError as error:
             raise UsageError(
-                f"there is no {DEFAULT_CHECKPOINT} to score and {error}; or give --baseline or "
-                "--predictions DIR"
+                f"{why}, and {error}; or give --baseline or --predictions DIR"
             ) from error
-    notice(f"checkpoint {file}: the default; --checkpoint changes it")
+    because = f", since {why}" if why else ""
+    notice(f"checkpoint {file}: the default{because}; --checkpoint changes it")
     return file
+
+
+def covers(trained: Task, flags: Task | None, args: argparse.Namespace) -> bool:
+    """Whether a network of this task is for the task of the flags, or for any without them."""
+    same_name = flags is None or flags.name == trained.name
+    return same_name and (
+        not flags or cli.names_no_setting(args, flags.name) or trained.covers(flags)
+    )
 
 
 def read_prediction(

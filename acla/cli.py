@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import os
 import re
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +25,7 @@ from acla.config import (
 )
 from acla.console import error, notice
 from acla.errors import AclaError, Stopped, UsageError, out_of_memory
-from acla.kernels import available_backends, why_not
+from acla.kernels import available_backends, output, why_not
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -120,26 +119,12 @@ def pick_preset(name: str | None, device: torch.device) -> str:
 
 def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> None:
     """Run a script: errors that the user can mend become one line and an exit status (1: the work
-    failed, 2: the call was wrong). Output that nobody reads any more (`| head -1`) ends it
-    quietly, with the status that a shell gives for that; closed output (`>&-`) is thrown away."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-    sys.stdout.reconfigure(errors="backslashreplace")  # terminals without σ
-    try:
-        try:
-            run_open(main, argv)
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (sys.stdout, sys.stderr):  # Python flushes both once more when it ends
-            os.dup2(nowhere, stream.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+    failed, 2: the call was wrong), and `kernels.output` bears output that nobody reads."""
+    output.run(run_open, main, argv)
 
 
 def run_open(main: Callable[[list[str] | None], None], argv: list[str] | None) -> None:
-    """`run` with standard output and error open."""
+    """`run`, but for output that nobody reads."""
     try:
         main(argv)
     except BrokenPipeError:

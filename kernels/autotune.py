@@ -5,7 +5,6 @@ B batch · L referred layers · K sampled keys per layer and query · H,W grid �
 """
 
 import argparse
-import contextlib
 import functools
 import importlib.util
 import itertools
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from . import launch
+from . import launch, output
 from .cache import is_writable
 from .inputs import Inputs, Leaves
 
@@ -182,10 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     options = parse(arguments)
     if options.show:
-        with contextlib.suppress(BrokenPipeError):
-            print(show(), flush=True)
-            return 0
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush
+        print(show())
         return 0
     if not options.device.startswith("cuda") or not torch.cuda.is_available():
         print(
@@ -221,4 +217,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(output.run(main))

@@ -19,7 +19,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from . import available_backends, floor
+from . import available_backends, floor, output
 from .baselines import (
     KEYS,
     LAYERS,
@@ -311,4 +311,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(output.run(main))

@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from . import output
 from .cpp_backend import library
 
 
@@ -22,4 +23,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(output.run(main))

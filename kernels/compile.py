@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import autotune, floor, launch
+from . import autotune, floor, launch, output
 from .cache import why_not_written
 
 # The name → Triton's backend and architecture, and the lanes of a warp.
@@ -324,4 +324,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(output.run(main))

@@ -190,13 +190,15 @@ def test_sizes_and_types_can_be_chosen(capsys):
         assert f"wants BxHxWxCxLxK, 1x48x48x64x5x16, not '{wrong}'" in capsys.readouterr().err
 
 
-def test_a_reader_may_leave_early():
-    command = [sys.executable, "-m", "kernels.autotune", "--show"]
+@pytest.mark.parametrize("words", [["autotune", "--show"], ["bench", "--help"]], ids=" ".join)
+def test_a_reader_may_leave_early(words):
+    command = [sys.executable, "-m", f"kernels.{words[0]}", *words[1:]]
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, check=False)
+    options = {"cwd": ROOT, "env": os.environ | {"PYTHONUNBUFFERED": ""}, "check": False}
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, **options)
     os.close(writer)
-    assert (done.returncode, done.stderr) == (0, b"")
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_show_needs_no_gpu(capsys):

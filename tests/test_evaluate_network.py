@@ -204,17 +204,29 @@ def test_default_checkpoint(capsys, root, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrained, "FOLDERS", (tmp_path / "weights",))
     code, err = failure(capsys, "--dataset", "Mine", "--data", root)
     assert code == 2
-    assert "no runs/train/model.safetensors to score and no pretrained model for car q10" in err
+    assert "no runs/train/model.safetensors, and no pretrained model for car q10" in err
     assert "give --baseline or --predictions DIR" in err
     write_network(tmp_path / "weights" / "car-q10-acla.safetensors", Task("car", 10))
     write_network(tmp_path / "weights" / "car-q5-60-acla.safetensors", Task("car", 5, 60))
     for flags, name in ((), "q10"), (("--q", "30"), "q5-60"), (("--q", "5-60"), "q5-60"):
         evaluate.main(["--dataset", "Mine", "--data", str(root), *flags])
         err = capsys.readouterr().err
-        assert f"weights/car-{name}-acla.safetensors: the default; --checkpoint changes it" in err
+        why = "since there is no runs/train/model.safetensors"
+        assert f"weights/car-{name}-acla.safetensors: the default, {why}; --checkpoint" in err
         assert "is scored on" not in err
     code, err = failure(capsys, "--dataset", "Mine", "--data", root, "--task", "sr")
     assert (code, "python train.py --task sr" in err) == (2, True)
     write_network(tmp_path / "runs" / "train" / "model.safetensors", Task("car", 10))
-    evaluate.main(["--dataset", "Mine", "--data", str(root)])
-    assert "runs/train/model.safetensors: the default" in capsys.readouterr().err
+    for flags, taken in (
+        ((), "checkpoint runs/train/model.safetensors: the default; "),
+        (("--task", "car"), "checkpoint runs/train/model.safetensors: the default; "),
+        (
+            ("--q", "30"),
+            "q5-60-acla.safetensors: the default, since runs/train/model",
+        ),
+    ):
+        evaluate.main(["--dataset", "Mine", "--data", str(root), *flags])
+        assert taken in capsys.readouterr().err
+    code, err = failure(capsys, "--dataset", "Mine", "--data", root, "--task", "sr")
+    told = "error: runs/train/model.safetensors is for car q10, and no pretrained model for sr x2"
+    assert (code, err.startswith(told)) == (2, True)

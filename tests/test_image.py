@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
@@ -110,6 +111,12 @@ def test_gray_of_12_bits_or_with_zero_as_white_is_read_as_it_looks(tmp_path):
             copy(path, tmp_path / target)
             with Image.open(tmp_path / target) as picture:
                 assert np.allclose(np.asarray(picture) / 65535, exact, atol=1e-5)
+
+
+def test_signed_values_are_refused(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", np.arange(-32, 31, dtype=np.int8).reshape(7, 9))
+    with pytest.raises(PictureError, match=r"a\.tif: signed values of 8 bits; convert"):
+        load(tmp_path / "a.tif")
 
 
 @pytest.mark.parametrize(("colour", "samples"), [(2, 3), (6, 4), (4, 2)], ids=["rgb", "rgba", "la"])

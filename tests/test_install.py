@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("acla", "kernels", "pyproject.toml", "README.md", "LICENSE")
+PARTS = ("acla", "kernels", "tests", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
 NETWORK = "car-rgb-q5-95-none"  # for photos in colour
 LOST = (  # files of the package kernels that are gone
     "from importlib.metadata import files; "
@@ -50,6 +51,9 @@ def wheels(tmp_path) -> dict[str, Path]:
     program = f"from setuptools import build_meta; build_meta.build_sdist({str(work)!r})"
     run(tree, sys.executable, "-c", program)
     (archive,) = work.glob("acla-*.tar.gz")
+    with tarfile.open(archive) as packed:
+        names = {Path(*Path(name).parts[1:]) for name in packed.getnames()}
+    assert {path.relative_to(ROOT) for path in (ROOT / "tests").glob("*.py")} <= names
     run(work, sys.executable, "-m", "pip", "wheel", "--no-deps", archive)
     return {name: next(work.glob(f"{name}-*.whl")) for name in ("acla", "kernels")}
 

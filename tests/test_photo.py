@@ -207,6 +207,27 @@ def test_of_several_frames_the_first_is_read(tmp_path, make_scene, suffix):
     assert own.notices == ["several frames: the first is restored"]
 
 
+def test_a_damaged_png_is_refused(tmp_path, make_scene):
+    path = tmp_path / "a.png"
+    Image.fromarray(make_scene(41, 53)).save(path)
+    data = bytearray(path.read_bytes())
+    data[60] ^= 255
+    path.write_bytes(data)
+    with pytest.raises(PictureError, match=r"a\.png: not a readable picture \(broken data"):
+        photo.read(path)
+
+
+@pytest.mark.parametrize("text", ['{"shape": [2, 4, 5, 3]}', "ImageJ=1.53t\nimages=2\n", "A cat"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_tiff_s_description_of_its_frames_is_not_that_of_the_result(tmp_path, dtype, text):
+    frames = np.arange(2 * 4 * 5 * 3, dtype=dtype).reshape(2, 4, 5, 3)
+    tifffile.imwrite(tmp_path / "a.tif", frames, photometric="rgb", description=text, metadata=None)
+    photo.save(photo.read(tmp_path / "a.tif"), tmp_path / "b.tif")
+    assert np.array_equal(tifffile.imread(tmp_path / "b.tif"), frames[0])
+    with Image.open(tmp_path / "b.tif") as picture:
+        assert (picture.getexif().get(0x010E) == text) == (text == "A cat")
+
+
 def test_a_phone_s_jpeg_of_several_frames(tmp_path, make_scene):
     path, frames = tmp_path / "a.jpg", [Image.fromarray(make_scene(16, 24, 3, s)) for s in (0, 1)]
     frames[0].save(path, "MPO", save_all=True, append_images=frames[1:], quality=30)

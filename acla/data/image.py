@@ -26,6 +26,7 @@ FORMATS = {".png": "PNG", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}
 FORMATS |= dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG")
 SUFFIXES = tuple(FORMATS)
 GRAY_MODES = ("1", "L", "LA", "La")
+SIGNED = 2  # TIFF's SampleFormat
 # What readers and writers raise of damaged pictures and metadata
 BROKEN = (OSError, EOFError, SyntaxError, ValueError, LookupError, ArithmeticError, TypeError)
 BROKEN += (AttributeError, AssertionError, struct.error, zlib.error)
@@ -84,6 +85,8 @@ def to_array(picture: Image.Image, path: str | Path) -> np.ndarray:
         return full_scale(levels, getattr(picture, "tag_v2", {}))
     if picture.mode == "F":
         raise PictureError(f"{path}: gray values in floating point; convert it to 8 or 16 bits")
+    if SIGNED in getattr(picture, "tag_v2", {}).get(ExifTags.Base.SampleFormat, ()):
+        raise PictureError(f"{path}: signed values of 8 bits; convert it to unsigned ones")
     gray = picture.mode in GRAY_MODES
     return np.asarray(picture.convert("L" if gray else "RGB"))
 

@@ -184,6 +184,8 @@ def read_exif(picture: Image.Image, notices: list[str]) -> tuple[bytes, int]:
     An upright picture's EXIF is passed on to the byte, but for a TIFF's, which is mixed with its
     layout. Broken EXIF is dropped, with a notice.
     """
+    if picture.format == "PNG":
+        picture.load()  # getexif does, and what is damaged is no matter of EXIF
     try:
         stored = picture.getexif()
         orientation = stored.get(ORIENTATION, 1)
