@@ -71,7 +71,7 @@ def test_a_network_for_many_qualities_takes_what_no_other_serves(
     tasks = {"a": Task("car", 10), "b": Task("car", 5, 60)}
     provide(tmp_path / "weights", monkeypatch, tasks)
     Image.fromarray(make_scene(16, 16, 1)).save(tmp_path / "in.jpg", quality=quality)
-    call(tmp_path / "in.jpg", tmp_path / "out.png")
+    call(tmp_path / "in.jpg", tmp_path / "out.png", "--no-project")
     out, err = capsys.readouterr()
     assert f"car {chosen}, " in out
     assert ("is outside what the network was trained for (car q5-60)" in err) == outside
@@ -123,6 +123,18 @@ def test_photos_in_colour_get_the_network_of_colour(
     out, err = capsys.readouterr()
     assert out.endswith(f", {chosen} (JPEG quality {quality}, {kind})\n")
     assert err == ""
+
+
+def test_a_jpeg_better_than_the_networks_are_for_is_left_as_it_is(
+    tmp_path, capsys, networks, make_scene
+):
+    photo, out = tmp_path / "in.jpg", tmp_path / "out.jpg"
+    for quality, left in ((46, True), (45, False)):
+        Image.fromarray(make_scene(16, 17, 1)).save(photo, quality=quality)
+        call(photo, out, "--overwrite")
+        assert (out.read_bytes() == photo.read_bytes()) == left
+        told = f"of quality {quality}, and car-q40-paper is for car q40, so it is left as it is"
+        assert (told in capsys.readouterr().err) == left
 
 
 def test_the_task_names_the_network(tmp_path, capsys, monkeypatch, make_scene):

@@ -20,7 +20,7 @@ from acla.restore import inference, photo
 from acla.restore.colour import check_mosaic, restore_photo
 from acla.restore.jobs import find_jobs
 from acla.restore.photo import Photo
-from acla.restore.pretrained import Choice, PretrainedModels
+from acla.restore.pretrained import REACH, Choice, PretrainedModels
 from acla.restore.progress import PixelBar, Sizes, announce, sizes_of
 
 BLIND = Task("denoise", 0, 55)  # without --sigma
@@ -159,11 +159,14 @@ def run_job(
     target.parent.mkdir(parents=True, exist_ok=True)
     cells = photo.read_cells(path) if args.project and own and quality == own else None
     if not args.asked and (own is None or (args.project and cells is None)):
-        why = "not a JPEG with Y, so it is left as it is; --task, --q or --checkpoint restores it"
-        show(path, [why, *photo.copy(path, target).notices])
-        return f"{target}: not restored"
+        return leave(path, target, "not a JPEG with Y")
     chosen = choose(path, quality, models, args)
     network = chosen.network
+    best = network.task.until or network.task.setting + REACH
+    if not args.asked and args.project and own > best:  # it would lose
+        return leave(
+            path, target, f"of quality {own}, and {chosen.path.stem} is for {network.task}"
+        )
     ycc = network.config.channels == 1 or network.task.name == "car"
     source = photo.read(path, ycc)
     # A good JPEG, written at quality 95, would lose more than it gained
@@ -186,6 +189,13 @@ def run_job(
         return f"{result}, taken whole"
     with inference.computing_in(precision, models.device):
         return f"{result}, {difference(restored, source, network, args.ensemble, jpeg, cells)}"
+
+
+def leave(path: Path, target: Path, why: str) -> str:
+    """Write a photo as it is, and say why. Raises PictureError."""
+    why += ", so it is left as it is; --task, --q or --checkpoint restores it"
+    show(path, [why, *photo.copy(path, target).notices])
+    return f"{target}: not restored"
 
 
 def show(path: Path, notices: list[str]) -> None:
