@@ -88,7 +88,7 @@ def gain(network: torch.nn.Module, pictures: list[Tensor], quality: int) -> floa
     return float(np.mean(gains))
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--train-set", default="BSD400")
@@ -99,7 +99,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--q", type=int, nargs="+", default=(10, 20, 40, 60, 75, 90, 95))
     parser.add_argument("--crop", type=int, default=128, help="side of the middles scored")
     parser.add_argument("--json", type=Path, required=True)
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
     paths, _ = training_sets(args.train_set, None, args.data)
     sampler = PatchSampler(Pictures(paths), Task("car", 5, 95), PATCH, BATCH, args.seed)
     paths = [path for name in SETS for path in find_set(name, args.data)]
