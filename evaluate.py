@@ -199,10 +199,9 @@ def default_checkpoint(args: argparse.Namespace, sets: Iterable[str]) -> Path:
 
 def covers(trained: Task, flags: Task | None, args: argparse.Namespace) -> bool:
     """Whether a network of this task is for the task of the flags, or for any without them."""
-    same_name = flags is None or flags.name == trained.name
-    return same_name and (
-        not flags or cli.names_no_setting(args, flags.name) or trained.covers(flags)
-    )
+    if flags and cli.names_no_setting(args, flags.name):
+        return flags.name == trained.name
+    return flags is None or trained.covers(flags)
 
 
 def read_prediction(

@@ -17,8 +17,8 @@ from acla.search.loop import Search
 
 
 def gradients(search: Search, draws: int, steps: int) -> torch.Tensor:
-    """α's gradients [steps, J] in the first steps of the second stage, without a change of α."""
-    search.config = dataclasses.replace(search.plan.search, draws=draws, alpha_lr=1e-30)
+    """α's gradients [steps, J] in the first steps of the second stage, each with α at 0."""
+    search.config = dataclasses.replace(search.plan.search, draws=draws)
     seen = []
     for step in range(steps):
         search.net.alpha.data.zero_()

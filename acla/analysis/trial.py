@@ -127,9 +127,9 @@ def train_all(
         flags, change = networks[name]
         out = ["--out", str(args.out / f"{name}-{seed}"), "--seed", seed]
         runs[name, seed] = Run([*common, *shlex.split(flags), *out], processes, batches)
-        if change and runs[name, seed].trainer.averaged:
-            raise UsageError(f"--ema: averages would lack the change of {name!r}; leave it out")
         if change:
+            if runs[name, seed].trainer.averaged:
+                raise UsageError(f"--ema: averages would lack the change of {name!r}; leave it out")
             change(runs[name, seed].trainer)
     streams = make_streams(len(runs), processes.device)
     steps = max(run.plan.train.steps for run in runs.values())

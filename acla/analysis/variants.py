@@ -75,50 +75,49 @@ def scale_updates(
     in which all updates of the attention rise from zero; decay: its weight decay, apart from the
     gradient (AdamW)."""
     model = trainer.model
-    named = [(n.split(".")[1], p) for n, p in model.attention.named_parameters()]
     of_points = torch.tensor([offsets, offsets, logits], device=trainer.device)
     of_points = of_points.repeat_interleave(model.config.keys)
+    attention: list[tuple[Tensor, float | Tensor]] = []
+    for name, parameter in model.attention.named_parameters():
+        kind, factor = name.split(".")[1], linear
+        if kind == "points":
+            factor = of_points.repeat(len(parameter) // len(of_points))
+            factor = factor.view(-1, *[1] * (parameter.dim() - 1))
+        attention.append((parameter, 1 if kind.startswith("mask") else factor))
     before: list[Tensor] = []
     done = iter(range(1, trainer.config.steps + 1))
 
-    def factor(name: str, parameter: Tensor) -> float | Tensor:
-        if name == "points":
-            repeated = of_points.repeat(len(parameter) // len(of_points))
-            return repeated.view(-1, *[1] * (parameter.dim() - 1))
-        return 1 if name.startswith("mask") else linear
-
     def begin(*_) -> None:
-        before[:] = [parameter.detach().clone() for _, parameter in named]
+        before[:] = [parameter.detach().clone() for parameter, _ in attention]
 
     @torch.no_grad()
     def end(*_) -> None:
         step = next(done)
         share = min(1, step / (warmup * trainer.config.steps)) if warmup else 1
-        for (name, parameter), old in zip(named, before, strict=True):
-            update = share * factor(name, parameter) * (parameter - old)
+        for (parameter, factor), old in zip(attention, before, strict=True):
+            update = share * factor * (parameter - old)
             parameter.copy_((1 - decay * trainer.lr(step)) * old + update)
 
     trainer.optimizer.register_step_pre_hook(begin)
     trainer.optimizer.register_step_post_hook(end)
 
 
-def change(function: Callable[..., None], *values, **named) -> trial.Change:
-    return functools.partial(lambda trainer: function(trainer, *values, **named))
-
-
 VARIANTS: dict[str, tuple[str, trial.Change | None]] = {
     "none": ("--attention none", None),
     "acla": (ATTENDED, None),
     "offsets and logits x1 (paper)": (f"{ATTENDED} --offset-lr-mult 1", None),
-    "offsets x100": (ATTENDED, change(scale_updates, offsets=10)),
-    "offsets x100 and logits x1": (ATTENDED, change(scale_updates, offsets=10, logits=0.1)),
-    "query x255": (ATTENDED, change(change_query, lambda query: 255 * query)),
-    "query normalised": (ATTENDED, change(change_query, normalised)),
+    "offsets x100": (ATTENDED, functools.partial(scale_updates, offsets=10)),
+    "offsets x100 and logits x1": (
+        ATTENDED,
+        functools.partial(scale_updates, offsets=10, logits=0.1),
+    ),
+    "query x255": (ATTENDED, functools.partial(change_query, change=lambda query: 255 * query)),
+    "query normalised": (ATTENDED, functools.partial(change_query, change=normalised)),
     "keys on 3x3 and ring of 8 px": (ATTENDED, near_and_wide),
     "h from 0.01": (ATTENDED, small_output),
-    "warm-up": (ATTENDED, change(scale_updates, warmup=0.25)),
-    "g and h x10": (ATTENDED, change(scale_updates, linear=10)),
-    "weight decay 0.1": (ATTENDED, change(scale_updates, decay=0.1)),
+    "warm-up": (ATTENDED, functools.partial(scale_updates, warmup=0.25)),
+    "g and h x10": (ATTENDED, functools.partial(scale_updates, linear=10)),
+    "weight decay 0.1": (ATTENDED, functools.partial(scale_updates, decay=0.1)),
     "8 keys": (f"{ATTENDED} --keys 8", None),
     "32 keys": (f"{ATTENDED} --keys 32", None),
     "behind 1 to 4": ("--attention acla --positions 1,2,3,4", None),

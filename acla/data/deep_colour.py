@@ -135,11 +135,8 @@ def tiff_table(
     values = descriptive(source)
     values |= {Base.InterColorProfile: icc} if icc else {}
     if dpi:
-        values |= {
-            Base.XResolution: dpi[0],
-            Base.YResolution: dpi[1],
-            Base.ResolutionUnit: 2,
-        }  # inch
+        values |= {Base.XResolution: dpi[0], Base.YResolution: dpi[1]}
+        values |= {Base.ResolutionUnit: 2}  # inch
     values |= {Base.ExtraSamples: 2} if samples == 4 else {}  # alpha, not multiplied into colours
     values |= {
         Base.ImageWidth: width,
