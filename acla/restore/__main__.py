@@ -163,7 +163,7 @@ def run_job(
     chosen = choose(path, quality, models, args)
     network = chosen.network
     best = network.task.until or network.task.setting + REACH
-    if not args.asked and args.project and own > best:  # it would lose
+    if not args.asked and args.project and own > best:  # it may lose
         return leave(
             path, target, f"of quality {own}, and {chosen.path.stem} is for {network.task}"
         )
