@@ -26,13 +26,16 @@ def test_ratios_by_hand():
     rows += [row("supernet step, half shut, all computed", 8.0, "both", peak_mb=80.0)]
     rows += [row("supernet step, half shut, skipped", 2.0, "both", peak_mb=40.0)]
     rows += [row("grid_sample, saved tensors", None, "both", peak_mb=1600.0)]
+    rows += [row("tiles", 4.0, "tiles"), row("tiles, compiled", 3.0, "tiles", first_s=20.5)]
     rows += [{"backend": "loader, 1 workers", "patches_per_second": 300.0}]
     rows += [{"backend": "training", "patches_per_second": 10.0}]
-    network, replayed, step, parts, memory, skipped, loader = benchmark.ratios(rows)
+    network, replayed, step, parts, compiled, memory, skipped, loader = benchmark.ratios(rows)
     assert "edsr + acla takes 1.060 of edsr's time at 48² (" in network
     assert "1.060 of edsr's time under graph replay" in replayed
     assert "1.250 of edsr's time in training" in step
     assert parts == "attention at 48², ms: planning 3.0, gather 4.0"
+    assert compiled.startswith("tiles, compiled: 0.750 of")
+    assert "20.5 s" in compiled
     assert "1/16.0 of" in memory
     assert "0.25 of the time, 0.50 of the memory" in skipped
     assert loader.startswith("loader, 1 workers: 30.0×")
@@ -103,6 +106,26 @@ def attending_network():
             for layer in (module.points, module.output):
                 torch.nn.init.normal_(layer.weight, std=0.3)
     return net
+
+
+def test_every_way_with_tiles_gives_the_same_picture(monkeypatch):
+    monkeypatch.setattr(benchmark, "pair_of_networks", lambda name, _: {name: attending_network()})
+    monkeypatch.setattr(benchmark, "TILE_SIDE", 12)
+    monkeypatch.setattr(torch, "compile", lambda net, options=None: net)  # half a minute each
+    given = []
+
+    def timed_rows(works, _):
+        given.extend(works)
+        return [row for row, _ in works]
+
+    monkeypatch.setattr(bench, "timed_rows", timed_rows)
+    args = benchmark.parse(["--only", "tiles"])
+    names = [row["backend"] for row in benchmark.tile_rows(args)]
+    assert names[0] == "tiles"
+    assert len(set(names)) == 5
+    results = [torch.cat(work()) for _, work in given]
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0])
 
 
 @pytest.mark.parametrize("part", ["aggregate", "coverage"])

@@ -1,15 +1,17 @@
-"""Time whole networks, attention part by part, the supernet's training step, and the loader.
+"""Time whole networks, attention part by part, tiles, the supernet's step, and the loader.
 
     python -m acla.analysis.benchmark --only networks
 
 networks: EDSR and RCAN with and without ACLA at Table 9's positions on a 48×48 picture, on a GPU
 also as CUDA graphs; attention: EDSR 16 × 64's five modules by part, and a training step with and
-without them; supernet: time and memory of a step; loader: patches per second by number of
-workers, beside what training consumes. One JSON row for each measurement, then ratios.
+without them; tiles: EDSR 16 × 64 on the tiles of a photo, by torch's own means for convolutions;
+supernet: time and memory of a step; loader: patches per second by number of workers, beside what
+training consumes. One JSON row for each measurement, then ratios.
 """
 
 import argparse
 import contextlib
+import copy
 import functools
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +39,7 @@ NETWORKS = {
     "rcan-10x20x64": ("sr", "paper", "rcan"),
 }
 SIDES = (48, 384)  # of the pictures on which attention is timed by part
+TILE_SIDE = 192
 WORKERS = (0, 1, 2)
 BATCHES, STEPS = 50, 5  # of the loader and of training, that are timed
 
@@ -143,6 +146,36 @@ def without_gradients(net: torch.nn.Module, picture: Tensor) -> Tensor:
         return net(picture)
 
 
+def tile_rows(args: argparse.Namespace) -> Iterator[bench.Row]:
+    """Four tiles through EDSR 16 × 64, one by one as `acla.restore` takes them, and in other ways;
+    `first_s`: seconds of a way's first call, which may compile."""
+    name = "edsr-16x64"
+    net = pair_of_networks(name, args)[name]
+    size = 4, TILE_SIDE, TILE_SIDE, net.config.width
+    tiles = [*torch.rand(4, 1, net.config.channels, *size[1:3], device=args.device)]
+    fresh = functools.partial(copy.deepcopy, net)
+    ways = {
+        "tiles": (net, tiles),
+        "tiles, as a batch": (net, [torch.cat(tiles)]),
+        "tiles, channels first": (fresh().to(memory_format=torch.contiguous_format), tiles),
+        "tiles, compiled": (torch.compile(fresh()), tiles),
+        "tiles, compiled and frozen": (torch.compile(fresh(), options={"freezing": True}), tiles),
+    }
+    works = []
+    with torch.compiler.config.patch(force_disable_caches=True):
+        for label, (way, batches) in ways.items():
+            row = bench.empty_row(label, size, "tiles", args)
+            call = functools.partial(map_without_gradients, way, batches)
+            begun = time.perf_counter()
+            call()
+            works.append((row | {"first_s": round(time.perf_counter() - begun, 2)}, call))
+    yield from bench.timed_rows(works, args)
+
+
+def map_without_gradients(net: torch.nn.Module, pictures: list[Tensor]) -> list[Tensor]:
+    return [without_gradients(net, picture) for picture in pictures]
+
+
 def supernet_rows(args: argparse.Namespace) -> Iterator[bench.Row]:
     """A weight step of 16 blocks × 64, 136 pairs, batch 16, 48×48: with every gate open, and with
     every second one shut, its module computed nevertheless or skipped. Beside it the memory that
@@ -242,6 +275,12 @@ def ratios(rows: list[bench.Row]) -> Iterator[str]:
             parts = {n: r["ms_p50"] for (n, p, h), r in by_size.items() if (p, h) == ("part", H)}
             parts["gather"] = parts.pop("planning, gather") - parts["planning"]
             yield f"attention at {H}², ms: " + ", ".join(f"{n} {t:.1f}" for n, t in parts.items())
+    if alone := by_name.get(("tiles", "tiles")):
+        for (name, which), row in by_name.items():
+            if which == "tiles" and row is not alone:
+                share = row["ms_p50"] / alone["ms_p50"]
+                first = f"first call {row['first_s']} s"
+                yield f"{name}: {share:.3f} of the time (less is better), {first}"
     if step := by_name.get(("supernet step", "both")):
         saved = by_name["grid_sample, saved tensors", "both"]["peak_mb"]
         yield f"a supernet step needs 1/{saved / step['peak_mb']:.1f} of grid_sample's memory"
@@ -261,6 +300,7 @@ def ratios(rows: list[bench.Row]) -> Iterator[str]:
 PARTS = {
     "networks": network_rows,
     "attention": attention_rows,
+    "tiles": tile_rows,
     "supernet": supernet_rows,
     "loader": loader_rows,
 }
@@ -269,7 +309,7 @@ PARTS = {
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.parser("acla.analysis.benchmark", __doc__)
     bench.add_flags(parser)
-    parser.add_argument("--only", choices=PARTS, help="one part (default: all four)")
+    parser.add_argument("--only", choices=PARTS, help="one part (default: all)")
     text = "of attention's features; bfloat16 by automatic mixed precision (default: float32)"
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help=text)
     return parser.parse_args(argv)
