@@ -29,6 +29,7 @@ from acla.kernels.baselines import Case, Implementation, by_grid_sample, make_ca
 from acla.kernels.timing import replay
 from acla.models.attention import CrossLayerAttention, mask_maps
 from acla.models.backbones import Backbone
+from acla.restore.inference import keep_memory
 from acla.search.supernet import Supernet
 from acla.training.trainer import Trainer
 
@@ -318,6 +319,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     bench.check(args)
+    keep_memory(torch.device(args.device))  # as restoring and evaluating do
     chosen = [args.only] if args.only else PARTS
     rows = bench.write_rows((row for part in chosen for row in PARTS[part](args)), args.json)
     bench.report(rows, ratios(rows), args)
