@@ -23,16 +23,14 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from acla import cli, console
+from acla.analysis.precision import psnrs
 from acla.config import Task
 from acla.data.datasets import find_set
-from acla.data.degradations import generator_for
-from acla.data.image import middle
-from acla.data.metrics import score_pictures
 from acla.kernels.bench import Row, device_name, write_rows
 from acla.kernels.timing import paired, percentiles
 from acla.models.factory import describe
 from acla.models.serialization import Checkpoint
-from acla.restore.inference import computing_in, restored_pair
+from acla.restore.inference import computing_in
 from acla.restore.pretrained import PretrainedModels
 
 TASK, SET = Task("car", 10), "LIVE1"
@@ -69,17 +67,6 @@ def kilo_macs(network: Checkpoint | None) -> float:
     return counter.get_total_flops() / 2 / 48**2 / 1e3
 
 
-def psnr_of(network: Checkpoint, precision: str, paths: list[Path], crop: int | None) -> float:
-    """Mean PSNR of a set, or of the middle `crop` pixels of each of its pictures."""
-
-    def predict(clean: Tensor, path: Path) -> tuple[Tensor, Tensor]:
-        return restored_pair(network, middle(clean, crop), TASK, generator_for(path.stem))
-
-    with computing_in(precision, CPU):
-        scored = score_pictures(predict, paths, TASK, desc=precision, leave=False)
-        return statistics.mean(one.psnr for one in scored)
-
-
 def measured_rows(args: argparse.Namespace) -> Iterator[Row]:
     """A row for each network, format and number of cores."""
     path, ours, *_ = PretrainedModels(None, TASK, CPU, channels=1).pick(10, False)
@@ -94,7 +81,9 @@ def measured_rows(args: argparse.Namespace) -> Iterator[Row]:
             row["kmacs_per_pixel"] = round(kilo_macs(network), 1)
             row["psnr"] = None
             if network and paths:
-                row["psnr"] = round(psnr_of(network, precision, paths, args.crop), 4)
+                row["psnr"] = round(
+                    statistics.mean(psnrs(network, TASK, precision, paths, args.crop)), 4
+                )
             model = network.model if network else DnCNN().eval()
             model.to(memory_format=torch.channels_last)
             rows.append(row)

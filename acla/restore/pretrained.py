@@ -96,17 +96,24 @@ class PretrainedModels:
         return Choice(chosen.path, self.load(chosen.path), "" if self.named else reason, notice)
 
 
+def folder() -> Path:
+    """The one of FOLDERS that there is."""
+    return next((folder for folder in FOLDERS if folder.is_dir()), FOLDERS[-1])
+
+
+def shipped() -> list[ModelFile]:
+    """The pretrained models, by name."""
+    headers = {path: read_header(path) for path in sorted(folder().glob("*.safetensors"))}
+    return [ModelFile(path, task, config.channels) for path, (config, task, _) in headers.items()]
+
+
 def candidates_for(task: Task, channels: int | None) -> list[ModelFile]:
     """The pretrained models for a task, of every quality or noise level. Raises UsageError where
     there is none."""
-    folder = next((folder for folder in FOLDERS if folder.is_dir()), FOLDERS[-1])
-    shipped = []
-    for path in sorted(folder.glob("*.safetensors")):
-        config, trained, _ = read_header(path)
-        shipped.append(ModelFile(path, trained, config.channels))
+    there = shipped()
     fitting = [
         one
-        for one in shipped
+        for one in there
         if (one.task.name, one.task.scale) == (task.name, task.scale)
         and channels in (None, one.channels)
     ]
@@ -115,9 +122,9 @@ def candidates_for(task: Task, channels: int | None) -> list[ModelFile]:
     flag = f"--task {task.name}"
     if task.name in SETTING_FLAG:
         flag += f" --{SETTING_FLAG[task.name]} {task.value}"
-    there = ", ".join(dict.fromkeys(str(one.task) for one in shipped)) or "none"
+    tasks = ", ".join(dict.fromkeys(str(one.task) for one in there)) or "none"
     raise UsageError(
-        f"no pretrained model for {task} in {folder} (models there: {there}); train one (python "
+        f"no pretrained model for {task} in {folder()} (models there: {tasks}); train one (python "
         f"train.py {flag} --out DIR) and name it: --checkpoint DIR/model.safetensors"
     )
 
