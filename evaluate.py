@@ -32,7 +32,7 @@ DEFAULT_CHECKPOINT = Path("runs/train/model.safetensors")
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    check(args)
+    check_flags(args)
     processes = join(cli.pick_device(args.device))
     inference.keep_memory(processes.device)
     flags = cli.task_from_flags(args)
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     results = []
     for name, paths in sets.items():
         images = score_set(method, tasks[name], paths, folders[name], args.seed, processes)
-        results.append(report(name, tasks[name], method, images))
+        results.append(result_entry(name, tasks[name], method, images))
     if processes.first:
         text = "\n".join(metrics.result_table(method.label, result) for result in results)
         made_on = {"seed": args.seed, "provenance": provenance(processes.device)}
@@ -90,7 +90,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def check(args: argparse.Namespace) -> None:
+def check_flags(args: argparse.Namespace) -> None:
     """Refuse impossible flags before any work is done. Raises UsageError."""
     inference.check_tile(args.tile)
     no_network = args.baseline or args.predictions
@@ -291,7 +291,9 @@ def score_set(
 # What is reported
 
 
-def report(name: str, task: Task, method: Method, images: list[dict[str, Any]]) -> dict[str, Any]:
+def result_entry(
+    name: str, task: Task, method: Method, images: list[dict[str, Any]]
+) -> dict[str, Any]:
     """One entry of the results: everything needed to compare it later."""
     scores = {key: [row[key] for row in images if row[key] is not None] for key in ("psnr", "ssim")}
     if small := len(images) - len(scores["ssim"]):

@@ -22,7 +22,7 @@ from acla.files import write_atomically
 from acla.search import lambda_selection, loop
 from acla.search.architecture import for_task
 from acla.search.loop import SearchPlan, Sets
-from acla.search.result import SearchResult, table
+from acla.search.result import SearchResult, search_table
 from acla.training import run_dir, validation
 
 OUT = Path("runs/search")
@@ -73,7 +73,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     text += "the training pictures (default: by --preset; paper: Table 9's)"
     options = {"dest": "lam", "type": parse_lambda, "default": argparse.SUPPRESS}
     add("--lambda", metavar="X|auto", help=text, **options)
-    text = f"values that --lambda auto tries (default: {','.join(map(str, lambda_selection.GRID))})"
+    usual = ",".join(map(str, lambda_selection.LAMBDAS))
+    text = f"values that --lambda auto tries (default: {usual})"
     add("--grid", metavar="X,X…", type=parse_grid, help=text)
     text = "most multiply-adds of the attention for a 48×48 picture, with every key open; λ by "
     text += "bisection, or the best network of the front"
@@ -155,7 +156,7 @@ def search(
     """Choose λ by cross-validation if asked to, then search with one seed or with several."""
     out, notes = args.out, {}
     if selection.auto:
-        grid, trials = selection.grid or lambda_selection.GRID, out / "trials"
+        grid, trials = selection.grid or lambda_selection.LAMBDAS, out / "trials"
         lam, rows = lambda_selection.cross_validate(plan, args.data, trials, grid, processes)
         plan, notes = plan.change(lam=lam), {"cross_validation": rows}
         console.say(lambda_selection.validation_table(rows))
@@ -164,7 +165,7 @@ def search(
 
     def once(plan: SearchPlan, out: Path) -> SearchResult:
         if whole:
-            return loop.run(plan, sets, out, processes, notes=notes, budget=selection.budget)
+            return loop.run_search(plan, sets, out, processes, notes=notes, budget=selection.budget)
         return lambda_selection.within_budget(plan, sets, out, selection.budget, processes, notes)
 
     if selection.seeds == 1:
@@ -183,7 +184,7 @@ def search(
 
 def report(result: SearchResult, out: Path) -> None:
     """Print the result, and a notice of gates that are not settled."""
-    console.say(table(result))
+    console.say(search_table(result))
     if result.undecided:
         console.notice(
             f"{result.undecided} of {len(result.architecture.alpha)} gates are still undecided "

@@ -147,7 +147,7 @@ def load_data(plan: TrainPlan, args: argparse.Namespace, processes: Processes) -
         Loader(sampler, processes.device, args.workers),
         validation.validation_set(val_paths, plan.task, channels),
         val_sets,
-        {"train": datasets.digest(paths), "val": datasets.digest(val_paths)},
+        {"train": datasets.fingerprint(paths), "val": datasets.fingerprint(val_paths)},
     )
 
 

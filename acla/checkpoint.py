@@ -156,8 +156,8 @@ def rename(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
     own = {
         "conv_first": "head.0",
         "AAB_trunk": "body",
-        "trunk_conv": f"body.{count(tensors, 'AAB_trunk')}",
-        "conv_last": f"tail.{count(tensors, 'upconv', '')}",
+        "trunk_conv": f"body.{count_numbers(tensors, 'AAB_trunk')}",
+        "conv_last": f"tail.{count_numbers(tensors, 'upconv', '')}",
     }
     for step in (1, 2):
         names = {"upconv": "1", "att": "2", "HRconv": "4"}
@@ -166,7 +166,7 @@ def rename(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
     return {own.get(first, first) + dot + rest: tensor for first, dot, rest, tensor in parts}
 
 
-def count(tensors: dict[str, Tensor], name: str, dot: str = ".") -> int:
+def count_numbers(tensors: dict[str, Tensor], name: str, dot: str = ".") -> int:
     """How many different numbers follow a name."""
     matches = (re.match(rf"{re.escape(name + dot)}(\d+)\.", other) for other in tensors)
     return len({match[1] for match in matches if match})
@@ -177,12 +177,12 @@ def infer_config(tensors: dict[str, Tensor], kind: str) -> ModelConfig:
     tensors that are no network's; `load_strictly` compares all of them later."""
     width, channels = tensors["head.0.weight"].shape[:2]
     size = {"width": width, "channels": channels, "attention": "none", "keys": 0}
-    size["blocks"] = blocks = count(tensors, "body") - 1
+    size["blocks"] = blocks = count_numbers(tensors, "body") - 1
     match kind:
         case "edsr":
             size["residual_scale"] = 0.1 if (blocks, width) == (32, 256) else 1.0
         case "rcan" | "han":
-            size["group_blocks"] = count(tensors, "body.0.body") - 1
+            size["group_blocks"] = count_numbers(tensors, "body.0.body") - 1
             size["reduction"] = width // len(tensors["body.0.body.0.body.3.conv_du.0.weight"])
         case "a2n":
             size["reduction"] = width // len(tensors["body.0.ADM.0.weight"])

@@ -25,7 +25,7 @@ from acla.config import (
 )
 from acla.console import error, notice
 from acla.errors import AclaError, Stopped, UsageError, out_of_memory
-from acla.kernels import available_backends, output, why_not
+from acla.kernels import BACKENDS, output, why_not
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -97,8 +97,8 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: no CUDA device is available; use --device cpu")
     backend = os.environ.get("ACLA_BACKEND") or "auto"
-    if backend not in ("auto", *available_backends()):
-        known = ", ".join(available_backends())
+    if backend not in ("auto", *BACKENDS):
+        known = ", ".join(BACKENDS)
         raise UsageError(f"ACLA_BACKEND names no backend: {backend!r}; known: {known}")
     gpu = name == "cuda" or (name == "auto" and torch.cuda.is_available())
     device = torch.device("cuda" if gpu else "cpu")

@@ -67,19 +67,15 @@ ATTENTIONS = {
     "se": AttentionKind("se"),
     "mha": AttentionKind("mha"),
 }
-DEFAULT_KEYS = {name: kind.keys for name, kind in ATTENTIONS.items() if kind.keys}
 # Fields of modules that sample keys, and of those with masks
 OF_KEYS = ("keys", "offset_radius", "offset_lr_mult")
 OF_MASKS = ("mask_bias", "mask_temperature", "mask_noise")
-MASKED = tuple(name for name, kind in ATTENTIONS.items() if kind.masked)
 
 
 Limits = tuple[str, Callable[[float], bool]]  # in words, and the check
 POSITIVE: Limits = ("above 0", lambda value: 0 < value < math.inf)
 NOT_NEGATIVE: Limits = ("0 or more", lambda value: 0 <= value < math.inf)
 SEED: Limits = ("0 or more and below 2^62", lambda value: 0 <= value < 2**62)
-RADIUS: Limits = ("above 0 and at most 1024", lambda value: 0 < value <= 1024)
-SHARE: Limits = ("0 or more and below 1", lambda value: 0 <= value < 1)
 
 
 def between(least: int, most: int) -> Limits:
@@ -191,7 +187,10 @@ class ModelConfig:
         16, "sampled keys per layer and query (K)", between(0, 1024), shown="by --attention"
     )
     offset_radius: float = option(
-        2.0, "pixels between the rings on which keys start", RADIUS, shown="2"
+        2.0,
+        "pixels between the rings on which keys start",
+        ("above 0 and at most 1024", lambda value: 0 < value <= 1024),
+        shown="2",
     )
     mask_bias: float = option(
         2.0,
@@ -308,7 +307,9 @@ class SearchConfig:
         1e-4, "learning rate of α at the start of the second stage, then cosine", POSITIVE
     )
     warmup: float = option(
-        0.5, "share of the steps that train weights alone (first stage), 0..1", SHARE
+        0.5,
+        "share of the steps that train weights alone (first stage), 0..1",
+        ("0 or more and below 1", lambda value: 0 <= value < 1),
     )
     lam: float = option(
         0.2,

@@ -14,6 +14,7 @@ import torch
 from acla.errors import reading
 from acla.kernels.timing import commit
 
+Row = dict[str, Any]  # values by name
 PACKAGES = ("torch", "triton", "numpy", "pillow", "scikit-image")
 
 
@@ -51,12 +52,12 @@ def write_atomically(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write JSON lines, one for each row."""
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-def read_rows(path: Path, what: str, names: Iterable[str]) -> list[dict[str, Any]]:
+def read_rows(path: Path, what: str, names: Iterable[str]) -> list[Row]:
     """The rows of JSON lines, which hold at least these names. Raises AclaError: not `what`."""
     with reading(path, what):
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

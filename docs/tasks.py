@@ -19,7 +19,7 @@ from acla.restore.inference import restore
 from acla.restore.pretrained import PretrainedModels
 
 PICTURE, TOP, LEFT, SIDE = "chelsea.png", 60, 100, 192  # the part, in pixels
-TASKS = {
+EXAMPLES = {
     "JPEG of quality 10": Task("car", 10),
     "noise of σ 50": Task("denoise", 50),
     "a third of the size": Task("sr", 3),
@@ -51,7 +51,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     out = parse(argv).out
     pyplot = require_pyplot()
-    rows = {name: before_and_after(task) for name, task in TASKS.items()}
+    rows = {name: before_and_after(task) for name, task in EXAMPLES.items()}
     figure, axes = pyplot.subplots(
         3, len(rows), figsize=(2.2 * len(rows), 7.2), layout="constrained", squeeze=False
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .launch import launch
 from .primitives import (
-    Plan,
+    KeyPlan,
     entries_of,
     entry_of,
     feature_arguments,
@@ -75,7 +75,7 @@ def _aggregate(
 
 
 def aggregate(
-    features: Sequence[Tensor], plan: Plan, gates: Tensor | None, H: int, W: int
+    features: Sequence[Tensor], plan: KeyPlan, gates: Tensor | None, H: int, W: int
 ) -> Tensor:
     """s_l Σ_k m f x^l(p_i + Δp_ik) of Eq. 6, [B,H,W,L,C] of the features' type."""
     B, L, N, K = plan.corner.shape
@@ -142,7 +142,7 @@ def _dots(
 
 def dots(
     features: Sequence[Tensor],
-    plan: Plan,
+    plan: KeyPlan,
     gates: Tensor | None,
     grad: Tensor,
     closed: bool,
@@ -202,7 +202,7 @@ def _scatter(
         tl.atomic_add(below + C, w3[:, None] * grad, mask=mask, sem="relaxed")
 
 
-def scatter(plan: Plan, gates: Tensor | None, grad: Tensor) -> list[Tensor]:
+def scatter(plan: KeyPlan, gates: Tensor | None, grad: Tensor) -> list[Tensor]:
     """The features' gradients L × [B,H+2,W+2,C], float32, added atomically: the last bits vary from
     run to run. grad [B,H,W,L,C], contiguous."""
     B, H, W, L, C = grad.shape
@@ -254,7 +254,7 @@ def _sum_rows(
     tl.store(pointer_of(outs, l) + (pixel * C + c), gate * total, mask=c < C)
 
 
-def sum_rows(plan: Plan, gates: Tensor | None, grad: Tensor) -> list[Tensor]:
+def sum_rows(plan: KeyPlan, gates: Tensor | None, grad: Tensor) -> list[Tensor]:
     """As `scatter`, but every sum in one order: the same bits in every run."""
     B, H, W, L, C = grad.shape
     K = plan.corner.shape[-1]

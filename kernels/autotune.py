@@ -32,7 +32,7 @@ SIZES = [
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def candidates(call: launch.Call, lanes: int) -> list[launch.Config]:
+def candidates(call: launch.Launch, lanes: int) -> list[launch.Config]:
     """The configurations worth timing: each tile once, the default first."""
     tiles: dict[tuple, launch.Config] = {}
     for config in launch.CONFIGS[call.name]:
@@ -41,7 +41,7 @@ def candidates(call: launch.Call, lanes: int) -> list[launch.Config]:
 
 
 def tune(
-    calls: Sequence[launch.Call], lanes: int, timer: Callable[[Callable[[], None]], float]
+    calls: Sequence[launch.Launch], lanes: int, timer: Callable[[Callable[[], None]], float]
 ) -> dict[str, dict[launch.Config, float]]:
     """The time of each configuration by `timer` (any unit), fastest first, for each kernel and kind
     of size: the sum counts where a kernel is launched more than once. A tie goes to the earlier
@@ -50,7 +50,7 @@ def tune(
     for key, group in itertools.groupby(sorted(calls, key=launch.call_key), launch.call_key):
         group = list(group)
 
-        def time(config: launch.Config, group: list[launch.Call] = group) -> float:
+        def time(config: launch.Config, group: list[launch.Launch] = group) -> float:
             # A scatter adds to its buffer again and again, which takes as long as the first time.
             return sum(timer(functools.partial(call.run, config, lanes)) for call in group)
 
@@ -71,16 +71,16 @@ def problem(size: tuple[int, ...], dtype: torch.dtype, device: torch.device | st
     return Inputs(features, points, maps, gates, seeds)
 
 
-def trace(inputs: Inputs, run: bool) -> list[launch.Call]:
+def trace(inputs: Inputs, run: bool) -> list[launch.Launch]:
     """The launches of a forward pass, of both backward passes and of a count. Where they do not
     `run`, they are only listed, and no GPU is needed."""
     from . import accounting, padding, triton_backend
 
     features, points, maps, _, seeds, _ = inputs
     wanted = Leaves([True] * len(features), True, [True] * len(maps), True)
-    calls: list[launch.Call] = []
+    calls: list[launch.Launch] = []
 
-    def note(call: launch.Call) -> None:
+    def note(call: launch.Launch) -> None:
         calls.append(call)
         if run:  # the next launches read what this one writes
             call.run(launch.CONFIGS[call.name][0], launch.hardware(points.device)[1])
@@ -99,7 +99,7 @@ def trace(inputs: Inputs, run: bool) -> list[launch.Call]:
     return calls
 
 
-def compile_all(kinds: Sequence[tuple], device: torch.device, workers: int) -> None:
+def precompile(kinds: Sequence[tuple], device: torch.device, workers: int) -> None:
     """Compile what `tune` will time, in processes. kinds: (size, type) of each problem."""
     shares = [(i, workers, kinds, device) for i in range(workers)]
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
@@ -136,10 +136,10 @@ def save_choices(path: Path, gpu: str, chosen: dict[str, list[int]]) -> None:
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
         file.write("{\n" + ",\n".join(rows) + "\n}\n")
     os.replace(file.name, path)
-    launch.choose.cache_clear()
+    launch.choose_config.cache_clear()
 
 
-def show() -> str:
+def saved_choices() -> str:
     """The saved choices and where they lie, and the defaults."""
     lines = []
     for path in (launch.user_copy(), launch.REPOSITORY_COPY):
@@ -181,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     options = parse(arguments)
     if options.show:
-        print(show())
+        print(saved_choices())
         return 0
     if not options.device.startswith("cuda") or not torch.cuda.is_available():
         print(
@@ -204,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     timer = functools.partial(do_bench_cudagraph, rep=20, return_mode="median")
     kinds = [*itertools.product(options.sizes, [DTYPES[name] for name in options.dtypes])]
     with torch.cuda.device(device):
-        compile_all(kinds, device, os.cpu_count() or 1)
+        precompile(kinds, device, os.cpu_count() or 1)
         for size, dtype in kinds:
             tried = tune(trace(problem(size, dtype, device), run=True), lanes, timer)
             save_choices(options.out, gpu, {key: list(next(iter(t))) for key, t in tried.items()})

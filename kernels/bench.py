@@ -19,7 +19,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from . import available_backends, floor, output
+from . import BACKENDS, floor, output
 from .baselines import (
     KEYS,
     LAYERS,
@@ -109,7 +109,7 @@ def operator_rows(size: tuple[int, int, int, int], args: argparse.Namespace) -> 
     dtype = getattr(torch, args.dtype)
     small = make_case((1, 13, 11, size[3]), 0.5, dtype, args.device)
     by_name = implementations(args.device)
-    ours = [name for name in by_name if name in available_backends()]
+    ours = [name for name in by_name if name in BACKENDS]
     right = working(by_name, small)
     args.failed += [name for name in ours if name not in right]
     timed = right | {"conv3x3": by_convolution}
@@ -181,7 +181,7 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else f"cpu {platform.machine()}"
 
 
-def write_rows(rows: Iterable[Row], path: str | None) -> list[Row]:
+def stream_rows(rows: Iterable[Row], path: str | None) -> list[Row]:
     """The rows, each of which is on standard error and in the file (or on the output, "-") as soon
     as it is measured: a later failure, for want of memory for instance, takes none with it. A file
     is replaced at the first row."""
@@ -241,7 +241,7 @@ def title(row: Row) -> str:
 # The command
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_bench_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of a benchmark: device, threads, length and output."""
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
@@ -254,7 +254,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     summary, sizes = __doc__.splitlines()[0], ",".join(SIZES)
     parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=summary)
-    add_flags(parser)
+    add_bench_flags(parser)
     add = parser.add_argument
     add("--sizes", default=sizes, help=f"BxHxWxC, several with commas (default: {sizes})")
     types, text = ("float32", "bfloat16", "float16"), "of the features (default: float32)"
@@ -262,7 +262,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def check(args: argparse.Namespace) -> None:
+def check_flags(args: argparse.Namespace) -> None:
     """Refuse impossible flags before anything is measured, and set the threads."""
     if args.device == "cuda" and not torch.cuda.is_available():
         refuse("--device cuda: no CUDA device is available; use --device cpu")
@@ -298,14 +298,14 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError
     except ValueError:
         refuse(f"--sizes {args.sizes}: sizes are BxHxWxC, for instance {SIZES[0]}")
-    check(args)
+    check_flags(args)
     args.failed, args.limits = [], None
     if args.device == "cuda":
         try:
             args.limits = floor.gpu_of(torch.device("cuda", torch.cuda.current_device()))
         except LookupError as reason:
             print(f"no floor: {reason}", file=sys.stderr)
-    rows = write_rows((row for size in sizes for row in operator_rows(size, args)), args.json)
+    rows = stream_rows((row for size in sizes for row in operator_rows(size, args)), args.json)
     report(rows, ratios(rows), args)
     return 1 if args.failed else 0
 

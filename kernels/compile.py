@@ -26,13 +26,13 @@ import torch
 
 from . import autotune, floor, launch, output
 from .cache import why_not_written
+from .launch import VECTOR
 
 # The name → Triton's backend and architecture, and the lanes of a warp.
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 GATHERS = {"_aggregate": 4, "_dots": 5}  # wide loads to a tile: four corners, and the gradient
-WIDE = launch.VECTOR
-TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16"}
-TYPES |= {torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
+TRITON_TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16"}
+TRITON_TYPES |= {torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
 LAYERS, KEYS, CHANNELS = 2, 16, (64, 256)
 WIDE_LOAD = r"LDG\.E\S*\.128|(global|buffer)_load_dwordx4"
 BARRIER, ATOMIC = "BAR|s_barrier", "RED\\.|REDG|ATOM|global_atomic|buffer_atomic"
@@ -129,7 +129,7 @@ def jobs(targets: Sequence[str], quick: bool) -> list[Job]:
     return list(jobs_by_key.values())
 
 
-def job_of(call: launch.Call, target: str, config: launch.Config) -> Job:
+def job_of(call: launch.Launch, target: str, config: launch.Config) -> Job:
     """A launch as Triton's compiler takes it, specialised as at the launch."""
     lanes = TARGETS[target][2]
     blocks = call.blocks(config, lanes)
@@ -143,7 +143,7 @@ def job_of(call: launch.Call, target: str, config: launch.Config) -> Job:
         if isinstance(value, torch.Tensor):
             if value.data_ptr() % 16 == 0:
                 attributes[path] = [["tt.divisibility", 16]]
-            return f"*{TYPES[value.dtype]}"
+            return f"*{TRITON_TYPES[value.dtype]}"
         if isinstance(value, float):
             return "fp32"
         if isinstance(value, int) and len(path) == 1:
@@ -168,16 +168,16 @@ def job_of(call: launch.Call, target: str, config: launch.Config) -> Job:
     keys = rows / config.warps
     if "BLOCK_C" in blocks:
         C, dtype = values["C"], call.dtype
-        variant = f"{TYPES[dtype]} C{C}"
+        variant = f"{TRITON_TYPES[dtype]} C{C}"
         share = blocks["BLOCK_C"] * blocks.get("BLOCK_N", 0) * dtype.itemsize
-        whole = share // (lanes * config.warps * WIDE)  # wide loads of a tile to a thread
+        whole = share // (lanes * config.warps * VECTOR)  # wide loads of a tile to a thread
         if values.get("UNIT", 1) > 1:  # else rows start anywhere, and narrow loads are right
             wide_loads = GATHERS.get(call.name, 0) * whole
         chunks = -(-C // blocks["BLOCK_C"])
         if call.name != "_dots":  # a program to each chunk
             keys, chunks = keys / chunks, 1
-        adding = 1 + floor.REAL / floor.VECTOR
-        each = {"_scatter": adding, "_pad": 0}.get(call.name, floor.reading(dtype))
+        adding = 1 + floor.REAL / VECTOR
+        each = {"_scatter": adding, "_pad": 0}.get(call.name, floor.per_value(dtype))
         least = floor.CORNERS * C * each / lanes
     elif "BLOCK_N" in blocks:
         keys, chunks = keys * values["K"], 0
@@ -204,17 +204,17 @@ def compile_job(job: Job) -> Compiled:
     code = read_nvidia(asm["cubin"]) if "cubin" in asm else read_amd(asm["amdgcn"])
     widths = code.widths
     load = max(widths, default=0)
-    if job.wide_loads and widths[WIDE] < job.wide_loads:
-        load = max((width for width in widths if width < WIDE), default=0)
+    if job.wide_loads and widths[VECTOR] < job.wide_loads:
+        load = max((width for width in widths if width < VECTOR), default=0)
     problems = [f"spills {code.spills}"] if code.spills else []
-    if job.wide_loads and load < WIDE:
+    if job.wide_loads and load < VECTOR:
         problems.append(f"loads {load} bytes at a time")
-    narrow = widths.total() - widths[WIDE] - widths[WIDE // 2]
+    narrow = widths.total() - widths[VECTOR] - widths[VECTOR // 2]
     return Compiled(
         *(job.target, job.kernel.strip("_"), job.variant, *job.config),
         *(code.registers, code.spills, compiled.metadata.shared, load),
         *(len(code.operations), round(code.per_key(job), 1), round(job.floor, 1)),
-        *(code.count(BARRIER), f"{widths[WIDE]}/{widths[WIDE // 2]}/{narrow}"),
+        *(code.count(BARRIER), f"{widths[VECTOR]}/{widths[VECTOR // 2]}/{narrow}"),
         *(code.count(ATOMIC), " and ".join(problems)),
     )
 
@@ -269,7 +269,7 @@ def set_cache(directory: str) -> None:
     os.environ["TRITON_CACHE_DIR"] = directory
 
 
-def table(rows: Sequence[NamedTuple]) -> str:
+def aligned(rows: Sequence[NamedTuple]) -> str:
     """Aligned columns under the fields' names."""
     lines = [rows[0]._fields, *([str(value) for value in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -313,7 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json == "-":
         print(text)
     else:
-        print(table(rows))
+        print(aligned(rows))
         if options.json:
             Path(options.json).write_text(text + "\n", encoding="utf-8")
     bad = [row for row in rows if row.problem]

@@ -32,7 +32,7 @@ FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared"
 # Tried in this order: not every compiler knows the processor by name or has OpenMP's library.
 EXTRAS = (("-march=native", "-fopenmp"), ("-march=native", "-fopenmp-simd"))
 EXTRAS += (("-fopenmp",), ("-fopenmp-simd",), ())
-TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float64: "float64"}
+TYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float64: "float64"}
 
 
 class Problem(ctypes.Structure):
@@ -143,7 +143,7 @@ class LibraryCall:
         B, H, W, L, _, K = shape
         features, points, mask_maps, gates, seeds, temperature = inputs
         dtype = features[0].dtype
-        self.storage = dtype if dtype in TYPES else torch.float32
+        self.storage = dtype if dtype in TYPE_NAMES else torch.float32
         self.arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
         sizes = B, H, W, L, K, features[0].shape[-1], outputs
         self.problem = Problem(*sizes, torch.get_num_threads(), temperature)
@@ -180,7 +180,7 @@ class LibraryCall:
         loaded = library()
         if isinstance(loaded, str):
             raise RuntimeError(loaded)
-        getattr(loaded, f"{function}_{TYPES[self.storage]}")(ctypes.byref(self.problem))
+        getattr(loaded, f"{function}_{TYPE_NAMES[self.storage]}")(ctypes.byref(self.problem))
 
 
 def rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -207,7 +207,7 @@ def library() -> ctypes.CDLL | str:
         command = [*compiler, *FLAGS, *extras]
         try:
             # The predefined macros name the compiler's version and the instructions it may use.
-            macros = run([*command, "-dM", "-E", "-x", "c++", os.devnull])
+            macros = run_compiler([*command, "-dM", "-E", "-x", "c++", os.devnull])
             key = hashlib.sha256("\0".join((*sources, *command, macros)).encode())
             return cached(command, key.hexdigest()[:32])
         except (OSError, subprocess.SubprocessError) as error:
@@ -230,25 +230,25 @@ def cached(command: list[str], key: str) -> ctypes.CDLL:
     """
     directory = cache_directory()
     for path in sorted(directory.glob(f"cpu-{key}-*.so")):
-        if path.stem.endswith(digest(path)):
+        if path.stem.endswith(content_hash(path)):
             return ctypes.CDLL(str(path))
     keep = is_writable(directory)
     with tempfile.TemporaryDirectory(prefix="compile-", dir=directory if keep else None) as scratch:
         path = Path(scratch, "cpu.so")
         often = "once" if keep else f"for this process alone: {directory} cannot be written"
         logger.warning("compiling the C++ kernel, %s; it takes about half a minute", often)
-        run([*command, str(SOURCE), "-o", str(path)])
+        run_compiler([*command, str(SOURCE), "-o", str(path)])
         if keep:
-            path = path.rename(directory / f"cpu-{key}-{digest(path)}.so")
+            path = path.rename(directory / f"cpu-{key}-{content_hash(path)}.so")
         return ctypes.CDLL(str(path))  # once loaded it needs no file
 
 
-def digest(path: Path) -> str:
+def content_hash(path: Path) -> str:
     """A short hash of the file's content."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
-def run(command: list[str]) -> str:
+def run_compiler(command: list[str]) -> str:
     """The command's output; its errors are raised."""
     quiet = {"capture_output": True, "stdin": subprocess.DEVNULL}
     readable = {"encoding": "utf-8", "errors": "replace"}

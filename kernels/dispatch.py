@@ -6,18 +6,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-BACKENDS = ("reference", "torch", "cpp", "triton")
+BACKENDS = ("reference", "torch", "cpp", "triton")  # that `backend=` takes besides "auto"
 FASTEST = {
     "cpu": ("cpp", "it is the fastest on CPUs"),
     "cuda": ("triton", "it is the fastest on GPUs"),
 }
 
 logger = logging.getLogger(__name__)
-
-
-def available_backends() -> tuple[str, ...]:
-    """The names that `backend=` takes besides "auto"."""
-    return BACKENDS
 
 
 def choose_backend(backend: str, points: Tensor, features: Sequence[Tensor] = ()) -> str:
@@ -37,14 +32,14 @@ def settle(points: Tensor, features: Sequence[Tensor] = ()) -> str:
     best, why = FASTEST.get(points.device.type, ("torch", "nothing faster runs on this device"))
     reason = why_not(best, points, features)
     if reason is None:
-        say(logging.INFO, best, why)
+        log_choice(logging.INFO, best, why)
         return best
-    say(logging.WARNING, "torch", f"{best}, which is faster, was refused: {reason}")
+    log_choice(logging.WARNING, "torch", f"{best}, which is faster, was refused: {reason}")
     return "torch"
 
 
 @functools.cache
-def say(level: int, backend: str, reason: str) -> None:
+def log_choice(level: int, backend: str, reason: str) -> None:
     """Log, once a process, what "auto" took and why."""
     logger.log(level, "backend='auto' took %r: %s", backend, reason)
 

@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import torch
 
+from .launch import VECTOR
+
 CORNERS = 4
-VECTOR = 16  # bytes that one lane loads, stores or adds to memory with one instruction
 REAL = 4  # bytes of an offset, a logit, a mask map's value; sums are as wide
 
 
@@ -50,7 +51,7 @@ def forward_work(
         bytes=inputs_bytes(B, L, K, H, W, C, dtype) + results,
         flops=6 * C * kept,
         gathered=CORNERS * C * dtype.itemsize * kept,
-        instructions=round(CORNERS * C * kept * reading(dtype)),
+        instructions=round(CORNERS * C * kept * per_value(dtype)),
     )
 
 
@@ -72,7 +73,7 @@ def backward_work(
         bytes=2 * inputs_bytes(B, L, K, H, W, C, dtype) + gradient,
         flops=6 * C * (keys + kept),
         gathered=CORNERS * C * dtype.itemsize * (keys + kept),
-        instructions=round(CORNERS * C * (keys * reading(dtype) + kept * (1 + REAL / VECTOR))),
+        instructions=round(CORNERS * C * (keys * per_value(dtype) + kept * (1 + REAL / VECTOR))),
     )
 
 
@@ -82,7 +83,7 @@ def inputs_bytes(B: int, L: int, K: int, H: int, W: int, C: int, dtype: torch.dt
     return pixels * (C * dtype.itemsize + K * REAL) + B * H * W * L * 3 * K * REAL
 
 
-def reading(dtype: torch.dtype) -> float:
+def per_value(dtype: torch.dtype) -> float:
     """Instructions for one value that is gathered and multiplied: the multiply-add, the conversion
     to float32, the share of a wide load."""
     return 1 + (dtype.itemsize < REAL) + dtype.itemsize / VECTOR

@@ -20,7 +20,7 @@ import torch
 from .cache import cache_directory
 
 REPOSITORY_COPY = Path(__file__).with_name("tuned.json")
-VECTOR = 16  # bytes that one thread loads at once
+VECTOR = 16  # bytes that one thread loads, stores or adds to memory with one instruction
 KEYS_OF_TILE = 16
 NARROWEST = 16  # channels of the least tile, where there are as many
 SMALL, LARGE = 1 << 15, 1 << 18  # queries times layers times images, that divide sizes in classes
@@ -39,25 +39,25 @@ class Config(NamedTuple):
 
 # Tiles of one warp come first: it waits for no other warp, and for few queries' longest lists. For
 # float32 and 16 keys its threads have four values each; those of `_spread` two, to save registers.
-GATHER = [(2, 64, 1), (4, 64, 1), (4, 128, 2), (8, 128, 4), (1, 256, 1), (32, 64, 8)]
-KEYS = [(32, 0, 8), (16, 0, 4), (16, 0, 2)]
+GATHER_TILES = [(2, 64, 1), (4, 64, 1), (4, 128, 2), (8, 128, 4), (1, 256, 1), (32, 64, 8)]
+KEY_TILES = [(32, 0, 8), (16, 0, 4), (16, 0, 2)]
 CONFIGS: dict[str, list[Config]] = {
     name: [Config(*values) for values in listed]
     for name, listed in {
         "_pad": [(16, 64, 4), (32, 64, 4), (8, 128, 4)],
-        "_plan": [(8, 0, 1), (4, 0, 1), *KEYS],
-        "_spread": [(4, 0, 1), (8, 0, 1), *KEYS],
-        "_count": [(8, 0, 1), (4, 0, 1), *KEYS],
-        "_aggregate": GATHER,
+        "_plan": [(8, 0, 1), (4, 0, 1), *KEY_TILES],
+        "_spread": [(4, 0, 1), (8, 0, 1), *KEY_TILES],
+        "_count": [(8, 0, 1), (4, 0, 1), *KEY_TILES],
+        "_aggregate": GATHER_TILES,
         "_dots": [(4, 32, 1), (2, 64, 1), (8, 64, 2), (4, 128, 2), (16, 32, 4), (32, 32, 8)],
-        "_scatter": GATHER,
+        "_scatter": GATHER_TILES,
         "_sum_rows": [(4, 64, 1), (8, 64, 2), (8, 128, 4)],
         "_sum_maps": [(8, 0, 1), (4, 0, 1), (32, 0, 4)],
     }.items()
 }
 
 
-class Call(NamedTuple):
+class Launch(NamedTuple):
     """One launch of a kernel, all but its tile."""
 
     kernel: Any
@@ -122,11 +122,11 @@ def options_of(config: Config) -> dict[str, Any]:
     return {"num_warps": config.warps, "enable_fp_fusion": True}
 
 
-hooks: list[Callable[[Call], None]] = []  # the last one gets the calls instead of the GPU
+hooks: list[Callable[[Launch], None]] = []  # the last one gets the calls instead of the GPU
 
 
 @contextmanager
-def recording(hook: Callable[[Call], None]) -> Iterator[None]:
+def recording(hook: Callable[[Launch], None]) -> Iterator[None]:
     """Inside, launches are handed to `hook` and do not run."""
     hooks.append(hook)
     try:
@@ -138,13 +138,13 @@ def recording(hook: Callable[[Call], None]) -> Iterator[None]:
 def launch(
     kernel: Any, grid: tuple[int, int, int], rows_block: str | None = "BLOCK_N", **arguments: Any
 ) -> None:
-    """Run a kernel with the tile chosen for it; grid and rows_block as in `Call`."""
-    call = Call(kernel, arguments, grid, rows_block)
+    """Run a kernel with the tile chosen for it; grid and rows_block as in `Launch`."""
+    call = Launch(kernel, arguments, grid, rows_block)
     if hooks:
         hooks[-1](call)
         return
     name, lanes = hardware(call.device)
-    call.run(choose(name, call.name, call_key(call)), lanes)
+    call.run(choose_config(name, call.name, call_key(call)), lanes)
 
 
 @functools.cache
@@ -156,7 +156,7 @@ def hardware(device: torch.device) -> tuple[str, int]:
     return properties.name, properties.warp_size
 
 
-def call_key(call: Call) -> str:
+def call_key(call: Launch) -> str:
     """What a choice is saved under: the kernel, the type it loads, K, C and the class of sizes."""
     K, C = call.arguments.get("K", 0), call.arguments.get("C", 0)
     return key_of(call.name, call.dtype, K, C, call.size_class)
@@ -169,7 +169,7 @@ def key_of(kernel: str, dtype: torch.dtype, K: int, C: int, size_class: str) -> 
 
 
 @functools.cache
-def choose(gpu: str, kernel: str, key: str) -> Config:
+def choose_config(gpu: str, kernel: str, key: str) -> Config:
     """The saved choice for this GPU, the user's before the repository's; else the default. For a
     CPU, which interprets, the tile of most rows: every program costs it the same."""
     for path in (user_copy(), REPOSITORY_COPY):

@@ -69,7 +69,7 @@ def attend(
         seeds: [B] int64, one an image, for the mask's Gumbel noise (`logistic_noise`, counter = the
             key's index in [H,W,L,K]). None means no noise: evaluation.
         temperature: τ of Eq. 7; only the gradient of the masks depends on it.
-        backend: "auto", or one of `available_backends()`, which runs or raises.
+        backend: "auto", or one of `BACKENDS`, which runs or raises.
         counts: whether `kept` is wanted, which costs a GPU a launch.
 
     Gradients: the masks' own is the sigmoid's at τ, every other one uses the hard masks (Eq. 7, 9);
@@ -82,7 +82,7 @@ def attend(
     """
     features, mask_maps = list(features), None if mask_maps is None else list(mask_maps)
     inputs = Inputs(features, points, mask_maps, gates, seeds, temperature)
-    check(inputs)
+    check_inputs(inputs)
     if backend == "auto":
         backend = os.environ.get("ACLA_BACKEND") or "auto"
     if backend == "reference":
@@ -139,7 +139,7 @@ def runs_whole(query: Tensor, features: Sequence[Tensor]) -> bool:
     )
 
 
-def check(inputs: Inputs) -> None:
+def check_inputs(inputs: Inputs) -> None:
     """Refuse arguments that do not fit together, naming the argument and what was wanted."""
     features, points, mask_maps, gates, seeds, temperature = inputs
     if points.ndim != 6 or points.shape[4] != 3:

@@ -37,7 +37,7 @@ class Keys(NamedTuple):
         return cls(points, maps, inputs.seeds, points.stride(), strides)
 
 
-class Plan(NamedTuple):
+class KeyPlan(NamedTuple):
     """The keys of each query, open ones first: entry (b, l, n, slot) of the lists [B,L,N,K].
 
     For the forward pass only open keys of open layers are written; for the backward pass all, with

@@ -17,8 +17,8 @@ from .accounting import tally
 from .inputs import Inputs, Leaves
 from .launch import launch
 from .primitives import (
+    KeyPlan,
     Keys,
-    Plan,
     blend,
     decide,
     entries_of,
@@ -93,7 +93,9 @@ def _plan(
         tl.store(coverage_ptr + (b * N + n) * L + l, covered, mask=n < N)
 
 
-def make_plan(inputs: Inputs, coverage: Tensor | None = None, kept: Tensor | None = None) -> Plan:
+def make_plan(
+    inputs: Inputs, coverage: Tensor | None = None, kept: Tensor | None = None
+) -> KeyPlan:
     """The forward pass's plan, which also fills coverage [B,H,W,L], float32, and kept [B,L],
     float64 zeros, where keys are counted; without them the backward pass's: closed keys and layers
     too, with the keys' numbers."""
@@ -102,7 +104,7 @@ def make_plan(inputs: Inputs, coverage: Tensor | None = None, kept: Tensor | Non
     def empty(dtype: torch.dtype, *last: int) -> Tensor:
         return torch.empty(B, L, H * W, *last, dtype=dtype, device=inputs.points.device)
 
-    plan = Plan(
+    plan = KeyPlan(
         corner=empty(torch.int64, K),
         dy=empty(torch.float32, K),
         dx=empty(torch.float32, K),
@@ -214,7 +216,7 @@ def _spread(
 
 def spread(
     inputs: Inputs,
-    plan: Plan,
+    plan: KeyPlan,
     dots: Tensor | None,
     grad_coverage: Tensor | None,
     grad_kept: Tensor | None,
@@ -290,7 +292,7 @@ def _sum_maps(
     tl.store(at, total, mask=tl.arange(0, BLOCK_K) < K)
 
 
-def sum_maps(plan: Plan, grad_mask: Tensor, H: int, W: int) -> list[Tensor]:
+def sum_maps(plan: KeyPlan, grad_mask: Tensor, H: int, W: int) -> list[Tensor]:
     """The mask maps' gradients L × [B,H+2,W+2,K] from the keys' own [B,L,N,K], each sum in a fixed
     order."""
     B, L, _, K = grad_mask.shape
@@ -303,7 +305,7 @@ def sum_maps(plan: Plan, grad_mask: Tensor, H: int, W: int) -> list[Tensor]:
 
 
 def sort_by_pixel(
-    plan: Plan, H: int, W: int, listed: Tensor | None = None
+    plan: KeyPlan, H: int, W: int, listed: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The plan's entries in the order of their corner's pixel in [L,B,H+2,W+2], and where in it
     each pixel begins. `listed` [B,L,N,K]: the entries to take; None means all. Equal pixels keep

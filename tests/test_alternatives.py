@@ -73,5 +73,5 @@ def test_a_row_for_each_network_format_and_number_of_cores(
 
 def test_the_table_of_the_document_is_the_measured_one():
     rows = (ROOT / "results/restoring-cpu.jsonl").read_text(encoding="utf-8").splitlines()
-    text = alternatives.table([json.loads(row) for row in rows])
+    text = alternatives.times_table([json.loads(row) for row in rows])
     assert text in (ROOT / "docs/restoring.md").read_text(encoding="utf-8")

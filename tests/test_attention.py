@@ -205,7 +205,7 @@ def test_on_gpus_a_large_pointwise_convolution_is_one_but_in_full_a_product(monk
         noted = lambda *args, n=name, f=function: taken.append(n) or f(*args)  # noqa: E731
         monkeypatch.setattr(F, name, noted)
     for large, full in ((720, False), (721, False), (720, True)):
-        monkeypatch.setattr(attention, "LARGE", large)  # 2·5·4·6·3 multiply-adds
+        monkeypatch.setattr(attention, "LARGE_PRODUCT", large)  # 2·5·4·6·3 multiply-adds
         found = pointwise(rows.as_subclass(OnGpu), weight, bias, full=full)
         torch.testing.assert_close(found.as_subclass(torch.Tensor), expected)
     assert taken == ["conv2d", "linear", "linear"]

@@ -24,9 +24,9 @@ def own_cache(tmp_path, monkeypatch):
     """Nobody's saved choices but those of the test."""
     monkeypatch.setenv("ACLA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(launch, "REPOSITORY_COPY", tmp_path / "repository.json")
-    launch.choose.cache_clear()
+    launch.choose_config.cache_clear()
     yield
-    launch.choose.cache_clear()
+    launch.choose_config.cache_clear()
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_a_trace_launches_every_kernel_and_runs_none(calls):
 
 def test_without_a_saved_choice_the_first_configuration_is_taken(calls):
     for call in calls:
-        chosen = launch.choose("GPU", call.name, launch.call_key(call))
+        chosen = launch.choose_config("GPU", call.name, launch.call_key(call))
         assert chosen == launch.CONFIGS[call.name][0]
 
 
@@ -76,7 +76,7 @@ def test_a_kernel_that_is_launched_twice_is_timed_as_a_whole(calls):
 def test_processes_share_the_compilations(monkeypatch):
     compiled = []
     monkeypatch.setattr(
-        launch.Call, "compile", lambda call, config, lanes: compiled.append((call.name, config))
+        launch.Launch, "compile", lambda call, config, lanes: compiled.append((call.name, config))
     )
     kinds = [((16, 48, 48, 64, 5, 16), torch.float32), ((1, 9, 9, 64, 5, 16), torch.float32)]
     shares = [autotune.compile_share(i, 3, kinds, torch.device("cpu")) for i in range(3)]
@@ -91,10 +91,10 @@ def test_choices_are_saved_and_the_users_come_first(calls, tmp_path):
     key = launch.call_key(call)
     assert key == "aggregate bfloat16 K16 C64 small"
     autotune.save_choices(launch.REPOSITORY_COPY, "GPU", {key: [32, 32, 4], "other": [8, 64, 2]})
-    assert launch.choose("GPU", call.name, key) == (32, 32, 4)
-    assert launch.choose("another GPU", call.name, key) == launch.CONFIGS[call.name][0]
+    assert launch.choose_config("GPU", call.name, key) == (32, 32, 4)
+    assert launch.choose_config("another GPU", call.name, key) == launch.CONFIGS[call.name][0]
     autotune.save_choices(launch.user_copy(), "GPU", {key: [16, 128, 4]})
-    assert launch.choose("GPU", call.name, key) == (16, 128, 4)
+    assert launch.choose_config("GPU", call.name, key) == (16, 128, 4)
     autotune.save_choices(launch.REPOSITORY_COPY, "Another", {key: [16, 64, 4]})
     saved = json.loads(launch.REPOSITORY_COPY.read_text())
     assert saved["GPU"] == {key: [32, 32, 4], "other": [8, 64, 2]}
@@ -107,7 +107,7 @@ def test_choices_are_saved_and_the_users_come_first(calls, tmp_path):
 def test_a_file_that_is_no_table_is_ignored(calls, text):
     launch.user_copy().parent.mkdir(parents=True)
     launch.user_copy().write_text(text)
-    assert launch.choose("GPU", "_plan", "key") == launch.CONFIGS["_plan"][0]
+    assert launch.choose_config("GPU", "_plan", "key") == launch.CONFIGS["_plan"][0]
 
 
 @pytest.mark.parametrize("lanes", [32, 64])
@@ -168,10 +168,10 @@ def no_home(monkeypatch):
 
 def test_without_a_home_the_kernels_run_with_other_choices(no_home, calls):
     key = launch.call_key(calls[0])
-    assert launch.choose("GPU", calls[0].name, key) == launch.CONFIGS[calls[0].name][0]
-    launch.choose.cache_clear()
+    assert launch.choose_config("GPU", calls[0].name, key) == launch.CONFIGS[calls[0].name][0]
+    launch.choose_config.cache_clear()
     autotune.save_choices(launch.REPOSITORY_COPY, "GPU", {key: [16, 0, 2]})
-    assert launch.choose("GPU", calls[0].name, key) == (16, 0, 2)
+    assert launch.choose_config("GPU", calls[0].name, key) == (16, 0, 2)
 
 
 def test_where_nothing_can_be_saved_nothing_is_tuned(no_home, monkeypatch, capsys):

@@ -10,7 +10,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from acla.config import (
     ATTENTIONS,
     BACKBONES,
-    DEFAULT_KEYS,
     PAPER_POSITIONS,
     ModelConfig,
     Task,
@@ -90,7 +89,7 @@ def test_pictures_of_any_size(backbone, channels, scale):
 )
 def test_inserted_modules_start_as_the_identity_and_every_parameter_learns(backbone, attention):
     torch.manual_seed(0)
-    keys = 3 if attention in DEFAULT_KEYS else 0
+    keys = 3 if ATTENTIONS[attention].keys else 0
     changes = {"backbone": backbone, "attention": attention, "keys": keys, "scale": 2}
     net = build_network(replace(SMALL, **changes))
     plain = build_network(replace(net.config, attention="none", positions=(), keys=0))

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import train
-from acla.config import ATTENTIONS, DEFAULT_KEYS, ModelConfig
+from acla.config import ATTENTIONS, ModelConfig
 from acla.models import baselines
 from acla.models.attention import CrossLayerAttention
 from acla.models.backbones import Backbone, build_module
@@ -54,7 +54,7 @@ def make(name, width, layers):
 
 
 def config(attention, **changes):
-    keys = 3 if attention in DEFAULT_KEYS else 0
+    keys = 3 if ATTENTIONS[attention].keys else 0
     return replace(SMALL, attention=attention, keys=keys, **changes)
 
 

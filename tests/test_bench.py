@@ -39,7 +39,7 @@ def test_rows_have_their_fields_and_every_implementation(tmp_path, capsys):
 
 
 def test_rows_alone_are_on_standard_output(capsys):
-    rows = bench.write_rows([{"a": 1}, {"a": 2}], "-")
+    rows = bench.stream_rows([{"a": 1}, {"a": 2}], "-")
     lines = capsys.readouterr().out.splitlines()
     assert [json.loads(line)["a"] for line in lines] == [row["a"] for row in rows] == [1, 2]
 

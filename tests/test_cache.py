@@ -10,7 +10,7 @@ import pytest
 import torch
 from operator_cases import make
 
-from kernels import attend, available_backends, build, cache, cpp_backend, dispatch, torch_backend
+from kernels import BACKENDS, attend, build, cache, cpp_backend, dispatch, torch_backend
 
 ROOT = Path(__file__).parents[1]
 POINTS = torch.zeros(1, 1, 1, 1, 3, 1)
@@ -21,9 +21,9 @@ def fresh_choice(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixtu
     """As in a process that has not chosen yet."""
     monkeypatch.delenv("ACLA_BACKEND", raising=False)
     caplog.set_level(logging.INFO, dispatch.__name__)
-    dispatch.say.cache_clear()
+    dispatch.log_choice.cache_clear()
     yield
-    dispatch.say.cache_clear()
+    dispatch.log_choice.cache_clear()
 
 
 def test_auto_takes_the_compiled_kernel_and_says_so_once(fresh_choice, caplog):
@@ -53,7 +53,7 @@ def test_the_environment_presets_auto_and_nothing_else(fresh_choice, monkeypatch
 def test_a_named_backend_is_refused_with_the_reason():
     with pytest.raises(RuntimeError, match="'cpp' refused: tensors are on meta, cpp needs cpu"):
         dispatch.choose_backend("cpp", POINTS.to("meta"))
-    assert {"reference", "torch", "cpp"} <= set(available_backends())
+    assert {"reference", "torch", "cpp"} <= set(BACKENDS)
 
 
 # ---- the compiler and its cache

@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from acla.config import ATTENTIONS, DEFAULT_KEYS, MASKED, ModelConfig
+from acla.config import ATTENTIONS, ModelConfig
 from acla.models.backbones import build_module
 from acla.models.cost import (
     attention_flops,
@@ -25,7 +25,7 @@ BASELINES = ("nl", "clnl", "se", "mha")
 
 
 def network(attention: str, width: int, keys: int) -> ModelConfig:
-    kept = keys if attention in DEFAULT_KEYS else 0
+    kept = keys if ATTENTIONS[attention].keys else 0
     return ModelConfig(attention=attention, width=width, keys=kept)
 
 
@@ -89,7 +89,7 @@ def test_multiply_adds_are_those_that_torch_counts(attention, layers, width, H, 
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         build_module(config, layers)(query, rows)
     counted = counter.get_total_flops()
-    if attention in MASKED:
+    if ATTENTIONS[attention].masked:
         counted -= layers * 2 * width * config.keys * ((H + 2) * (W + 2) - H * W)
     if attention == "mha":
         heads = head_count(width)

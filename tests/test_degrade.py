@@ -22,7 +22,7 @@ from acla.data.degradations import (
     pair,
     shrink,
     untouched,
-    window,
+    window_side,
 )
 from acla.data.image import from_levels, luma, round_8bit, to_levels
 from acla.errors import DataError
@@ -218,7 +218,7 @@ def test_untouched_sr_is_y_without_rounding_in_between(make_picture):
     ids=str,
 )
 def test_window_leaves_room(task, patch, channels, side):
-    assert window(task, patch, channels) == side
+    assert window_side(task, patch, channels) == side
 
 
 def test_qualities_of_a_range_are_drawn_evenly_and_again_the_same(make_scene):

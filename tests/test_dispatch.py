@@ -43,11 +43,11 @@ def pretend(monkeypatch):
         monkeypatch.setattr(triton.runtime, "driver", Driver())
         use.asked = 0
         triton_backend.why_not_on.cache_clear()
-        dispatch.say.cache_clear()
+        dispatch.log_choice.cache_clear()
 
     yield use
     triton_backend.why_not_on.cache_clear()
-    dispatch.say.cache_clear()
+    dispatch.log_choice.cache_clear()
 
 
 def test_a_gpu_that_triton_reaches_is_asked_once(pretend):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from acla.analysis import figures, plots
-from acla.analysis.attribution import Keys, Scene, diffusion_index
+from acla.analysis.attribution import QueryKeys, Scene, diffusion_index
 from acla.config import Task
 
 
@@ -21,12 +21,12 @@ def scene(side: int = 24, scale: int = 1) -> Scene:
     return Scene(low, 10, 20, (14 * scale, 26 * scale, 8), (15 * scale, 27 * scale), task)
 
 
-def sampled(*offsets: tuple[float, float], layers: int = 1) -> Keys:
+def sampled(*offsets: tuple[float, float], layers: int = 1) -> QueryKeys:
     """Keys of the scene's query, the first of them shut."""
     position = torch.tensor(offsets) + torch.tensor([5.0, 7.0])
     weight = torch.arange(1.0, len(offsets) + 1).softmax(0)
     kept = torch.arange(len(offsets)) > 0
-    return Keys(*(value.expand(layers, *value.shape) for value in (position, weight, kept)))
+    return QueryKeys(*(value.expand(layers, *value.shape) for value in (position, weight, kept)))
 
 
 def panels(figure) -> list:

@@ -15,11 +15,11 @@ def test_the_gradient_of_two_draws_is_the_mean_over_opposite_gates(capsys, monke
     search.main([*SMALL, *SHORT, "--out", "s"])
     capsys.readouterr()
     found = load_search(Path("s"), Path("../data"))
-    pairs = gate_noise.gradients(found, 2, 3)
-    assert torch.equal(pairs, gate_noise.gradients(found, 2, 3))  # α and weights are as before
-    first, draw = gate_noise.gradients(found, 1, 3), found.draw
+    pairs = gate_noise.alpha_gradients(found, 2, 3)
+    assert torch.equal(pairs, gate_noise.alpha_gradients(found, 2, 3))  # all is as before
+    first, draw = gate_noise.alpha_gradients(found, 1, 3), found.draw
     monkeypatch.setattr(found, "draw", lambda alpha, step, stream, _: draw(alpha, step, stream, 1))
-    opposite = gate_noise.gradients(found, 1, 3)
+    opposite = gate_noise.alpha_gradients(found, 1, 3)
     assert not torch.allclose(first, opposite)
     torch.testing.assert_close(pairs, (first + opposite) / 2, rtol=1e-3, atol=1e-3)
     gate_noise.main(["s", "--draws", "2", "--steps", "3"])

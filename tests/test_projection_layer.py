@@ -9,7 +9,7 @@ import torch
 
 from acla.config import Task
 from acla.data import jpeg
-from acla.data.datasets import PatchSampler, Pictures, sample
+from acla.data.datasets import PatchSampler, Pictures, sample_set
 from acla.data.degradations import jpeg_file
 
 SCRIPT = Path(__file__).parents[1] / "docs" / "projection_layer.py"
@@ -46,7 +46,7 @@ def test_its_gradient_is_that_of_the_answer_inside_the_cells_alone(clean):
 
 
 def test_networks_with_and_without_the_layer_begin_alike_and_part():
-    pictures = Pictures(sample("train"))
+    pictures = Pictures(sample_set("train"))
     sampler = PatchSampler(pictures, Task("car", 5, 95), 16, 2)
     args = argparse.Namespace(init=None, seed=0, steps=6, lr=1e-3)
     one, same, other = (layer.train(sampler, args, first) for first in (1.0, 1.0, 0.5))

@@ -45,11 +45,11 @@ def test_the_spread_between_seeds_is_told_from_that_between_positions():
             for p, seed in itertools.product(NETWORKS, (0, 1))
         ]
 
-    alone = ranking.spreads(rows(0.0, 1.0))
+    alone = ranking.deviations(rows(0.0, 1.0))
     assert alone["seeds"] == pytest.approx(0, abs=1e-9)
     assert alone["positions"] == pytest.approx(0.153, abs=0.01)
     assert alone["at_most"] > alone["positions"]
-    noisy = ranking.spreads(rows(1.0, 0.0))
+    noisy = ranking.deviations(rows(1.0, 0.0))
     assert noisy["positions"] == 0
     assert noisy["seeds"] > 1
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from acla.config import ModelConfig, SearchConfig, Task
-from acla.data.datasets import Loader, sample
+from acla.data.datasets import Loader, sample_set
 from acla.distributed import Processes
 from acla.models.cost import full_attention_flops
 from acla.models.gumbel import draw_gates
@@ -19,7 +19,7 @@ def make_search(blocks: int = 3, width: int = 8, keys: int = 3, **how) -> Search
     options = {"steps": 6, "batch_size": 2, "patch_size": 16, "warmup": 0.5, "lam": 0.02, **how}
     model = ModelConfig(blocks=blocks, width=width, keys=keys, channels=1)
     plan = SearchPlan(Task("car", 10), model, SearchConfig(**options))
-    return Search(plan, Sets(sample("train"), sample("val")), ALONE)
+    return Search(plan, Sets(sample_set("train"), sample_set("val")), ALONE)
 
 
 class Forgets(nn.Module):

@@ -37,7 +37,7 @@ def answers(monkeypatch, by_lambda):
             (out / name).write_text(str(plan.search.lam))
         return by_lambda(plan.search.lam)
 
-    monkeypatch.setattr(lambda_selection, "run", run)
+    monkeypatch.setattr(lambda_selection, "run_search", run)
     return asked
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from acla import files
-from acla.config import ATTENTIONS, BACKBONES, DEFAULT_KEYS, ModelConfig, Task, from_dict
+from acla.config import ATTENTIONS, BACKBONES, ModelConfig, Task, from_dict
 from acla.errors import CheckpointError
 from acla.models import serialization
 from acla.models.backbones import Backbone
@@ -45,7 +45,7 @@ def random_network(**changes) -> Backbone:
 )
 def test_a_network_comes_back_to_the_bit(tmp_path, backbone, attention, scale):
     changes = {"positions": (), "keys": 0} if attention == "none" else {}
-    changes |= {} if attention in DEFAULT_KEYS else {"keys": 0}
+    changes |= {} if ATTENTIONS[attention].keys else {"keys": 0}
     net = random_network(backbone=backbone, attention=attention, scale=scale, **changes)
     path = tmp_path / "model.safetensors"
     task = Task("demosaic", 0) if scale == 1 else Task("sr", scale)

@@ -11,7 +11,7 @@ from acla.data.metrics import score
 from acla.models.serialization import load_model
 from acla.restore import pretrained
 from acla.restore.inference import restore
-from acla.training.validation import GRID, SIDE
+from acla.training.validation import MIDDLE_GRID, MIDDLE_SIDE
 
 FOLDER = pretrained.FOLDERS[-1]
 FILES = sorted(FOLDER.glob("*.safetensors"))
@@ -37,7 +37,7 @@ def cleaner(path, task: Task) -> float:
     picture with edges and little noise."""
     picture = find_set("sample", None, "test")[-1]
     network = load_model(path)
-    clean: Tensor = middle(load(picture), SIDE, GRID)[:, 80:176, 80:176]
+    clean: Tensor = middle(load(picture), MIDDLE_SIDE, MIDDLE_GRID)[:, 80:176, 80:176]
     low, target = pair(clean, task, generator_for(picture.stem), network.config.channels)
     restored = restore(network.model, low).cpu()
     low = enlarge(low, task.scale) if task.scale > 1 else low

@@ -6,7 +6,7 @@ from itertools import accumulate
 import pytest
 import torch
 
-from acla.config import ATTENTIONS, DEFAULT_KEYS, ModelConfig
+from acla.config import ATTENTIONS, ModelConfig
 from acla.errors import UsageError
 from acla.models import backbones
 from acla.models.gumbel import draw_gates, expected_gates, position_seeds
@@ -223,6 +223,6 @@ def test_backward_memory_grows_with_the_modules_not_with_the_pairs():
 
 @pytest.mark.parametrize("attention", [name for name in ATTENTIONS if name not in ("cla", "acla")])
 def test_what_cannot_be_searched_is_refused(attention):
-    keys = DEFAULT_KEYS.get(attention, 0)
+    keys = ATTENTIONS[attention].keys
     with pytest.raises(UsageError, match="a search is for cla and acla, not for --attention"):
         Supernet(replace(SMALL, attention=attention, keys=keys))

@@ -106,7 +106,7 @@ def linear(inputs: int, outputs: int) -> int:
     return (inputs + 1) * outputs
 
 
-def says(row: tables.Row, kind: str, facts: dict[str, float]) -> None:
+def says(row: tables.TableRow, kind: str, facts: dict[str, float]) -> None:
     """Every text stands in the reason, and its number is the value, to the digits that it has."""
     for text, value in facts.items():
         number = re.search(r"[0-9.]+", text)[0]
@@ -114,7 +114,7 @@ def says(row: tables.Row, kind: str, facts: dict[str, float]) -> None:
         assert f"{value:.{len(number.partition('.')[2])}f}" == number, text
 
 
-def over(row: tables.Row, params: float = EDSR, macs: float = 93.97e9) -> tuple[float, float]:
+def over(row: tables.TableRow, params: float = EDSR, macs: float = 93.97e9) -> tuple[float, float]:
     """What the paper prints more than that, by default than EDSR."""
     return row.paper["params"] - params, row.paper["macs"] - macs
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from acla.config import MASKED, ModelConfig, TrainConfig
+from acla.config import ATTENTIONS, ModelConfig, TrainConfig
 from acla.distributed import Processes
 from acla.errors import AclaError, CheckpointError, UsageError
 from acla.training import step_graph, trainer
@@ -162,7 +162,7 @@ def test_offsets_and_weights_of_keys_may_learn_at_a_rate_of_their_own():
         assert slow[name] == pytest.approx(size * (0.1 if ".points." in name else 1), rel=1e-3)
 
 
-@pytest.mark.parametrize("attention", MASKED)
+@pytest.mark.parametrize("attention", [a for a, kind in ATTENTIONS.items() if kind.masked])
 def test_the_masks_temperature_is_that_of_their_gradient(attention):
     size = {"blocks": 2, "width": 4, "channels": 1, "keys": 3, "positions": (1, 2)}
     masked = ModelConfig(attention=attention, **size)

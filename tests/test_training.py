@@ -146,11 +146,11 @@ def test_a_few_pictures_may_be_enough(tmp_path, make_scene):
 def test_a_digest_notices_another_set(tmp_path):
     (tmp_path / "a").write_text("x")
     (tmp_path / "b").write_text("xy")
-    both = datasets.digest([tmp_path / "a", tmp_path / "b"])
-    assert both == datasets.digest([tmp_path / "b", tmp_path / "a"])
-    assert both != datasets.digest([tmp_path / "a"])
+    both = datasets.fingerprint([tmp_path / "a", tmp_path / "b"])
+    assert both == datasets.fingerprint([tmp_path / "b", tmp_path / "a"])
+    assert both != datasets.fingerprint([tmp_path / "a"])
     (tmp_path / "b").write_text("xyz")
-    assert both != datasets.digest([tmp_path / "a", tmp_path / "b"])
+    assert both != datasets.fingerprint([tmp_path / "a", tmp_path / "b"])
 
 
 def parts_of_a_run() -> dict:
@@ -166,13 +166,13 @@ def test_packed_parts_come_back_to_the_bit(tmp_path):
     for _ in range(3):
         first["model"](torch.ones(1, 3)).square().sum().backward()
         first["optimizer"].step()
-    tensors = trainer.pack(first)
+    tensors = trainer.state_tensors(first)
     assert sorted(name for name in tensors if name.startswith("o")) == [
         f"optimizer.1.{name}" for name in ("exp_avg", "exp_avg_sq", "step")
     ]
     path = tmp_path / "state.safetensors"
     save_state(path, tensors, {"step": 3, "seconds": 0.0, "plan": {}, "data": {}})
-    trainer.unpack(second, load_state(path)[0], path)
+    trainer.load_state_tensors(second, load_state(path)[0], path)
     for parts in (first, second):
         parts["optimizer"].zero_grad()
         parts["model"](torch.ones(1, 3)).square().sum().backward()
@@ -197,8 +197,8 @@ def test_tensors_of_another_run_are_refused_in_one_line(name, tensor):
     parts = parts_of_a_run()
     parts["model"](torch.ones(1, 3)).square().sum().backward()
     parts["optimizer"].step()
-    tensors = {k: t.clone() for k, t in trainer.pack(parts).items()} | {name: tensor}
+    tensors = {k: t.clone() for k, t in trainer.state_tensors(parts).items()} | {name: tensor}
     if tensor is None:
         del tensors[name]
     with pytest.raises(CheckpointError, match=r"^x/state: .*; start over with --out DIR$"):
-        trainer.unpack(parts_of_a_run(), tensors, Path("x/state"))
+        trainer.load_state_tensors(parts_of_a_run(), tensors, Path("x/state"))

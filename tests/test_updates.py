@@ -28,7 +28,7 @@ def test_every_weight_belongs_to_one_part():
 
 
 def test_updates_and_gradients_of_the_last_steps_are_measured():
-    window = updates.Window({"a": torch.tensor([3.0, 4.0])})
+    window = updates.StepStatistics({"a": torch.tensor([3.0, 4.0])})
     window.before = {"a": torch.tensor([3.0, 5.0])}
     window.gradients = [{"a": torch.tensor([1.0, 0.0])}, {"a": torch.tensor([0.0, 1.0])}]
     window.updates = [{"a": torch.tensor([0.0, 0.5])}] * 2

@@ -97,7 +97,7 @@ def test_keys_begin_on_neighbours_and_a_wide_ring():
     assert {tuple(o) for o in offsets[:, :8].T.tolist()} == {
         (y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)
     }
-    torch.testing.assert_close(offsets[:, 8:].norm(dim=0), torch.full((8,), variants.WIDE))
+    torch.testing.assert_close(offsets[:, 8:].norm(dim=0), torch.full((8,), variants.WIDE_RADIUS))
 
 
 def test_the_command_trains_the_chosen_variants_beside_none(tmp_path, capsys):

@@ -26,7 +26,7 @@ from acla import cli, console
 from acla.analysis.precision import psnrs
 from acla.config import Task
 from acla.data.datasets import find_set
-from acla.kernels.bench import Row, device_name, write_rows
+from acla.kernels.bench import Row, device_name, stream_rows
 from acla.kernels.timing import paired, percentiles
 from acla.models.factory import describe
 from acla.models.serialization import Checkpoint
@@ -35,7 +35,6 @@ from acla.restore.pretrained import PretrainedModels
 
 TASK, SET = Task("car", 10), "LIVE1"
 CPU = torch.device("cpu")
-PRECISIONS = ("fp32", "bf16")
 
 
 class DnCNN(nn.Sequential):
@@ -74,7 +73,7 @@ def measured_rows(args: argparse.Namespace) -> Iterator[Row]:
     paths = find_set(SET, args.data) if args.data else []
     picture = torch.rand(1, 1, args.side, args.side)
     rows, works = [], []
-    for precision in PRECISIONS:
+    for precision in ("fp32", "bf16"):
         for name, network in {**networks, "DnCNN 20×64": None}.items():
             row: dict[str, Any] = {"device": device_name("cpu"), "network": name}
             row |= {"precision": precision, "side": args.side, "crop": args.crop}
@@ -97,7 +96,7 @@ def measured_rows(args: argparse.Namespace) -> Iterator[Row]:
             yield {"threads": threads, **row, **seconds}
 
 
-def table(rows: list[Row]) -> str:
+def times_table(rows: list[Row]) -> str:
     """A line for each network and format: medians."""
     lines: dict[tuple, list[Row]] = {}
     for row in rows:
@@ -129,11 +128,11 @@ def main(argv: list[str] | None = None) -> None:
     console.check_json(args.json)
     threads = torch.get_num_threads()
     try:
-        rows = write_rows(measured_rows(args), args.json)
+        rows = stream_rows(measured_rows(args), args.json)
     finally:
         torch.set_num_threads(threads)
     if args.json != "-":
-        console.say(table(rows))
+        console.say(times_table(rows))
 
 
 if __name__ == "__main__":

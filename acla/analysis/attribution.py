@@ -131,7 +131,7 @@ def diffusion_index(attribution: Tensor) -> float | None:
 # The attention modules
 
 
-class Keys(NamedTuple):
+class QueryKeys(NamedTuple):
     """The keys of one query. position: [L,K,2] as (y, x) on the grid, which may lie outside;
     weight: [L,K], which add to 1 in a layer; kept: [L,K], whether the mask keeps the key."""
 
@@ -142,7 +142,7 @@ class Keys(NamedTuple):
 
 def keys_of(
     module: CrossLayerAttention, query: Tensor, rows: Sequence[Tensor], y: int, x: int
-) -> Keys:
+) -> QueryKeys:
     """The keys that a module samples for the pixel (y, x), from the inputs of its forward pass:
     query [1,C,H,W], rows of L layers [1,H+2,W+2,C]. Masks without noise (Eq. 5 to 9)."""
     points = F.linear(query[0, :, y, x], module.points.weight, module.points.bias)
@@ -154,7 +154,7 @@ def keys_of(
             mask_map = pointwise(row, module.mask[l], module.mask_bias[l])
             sampled = reference.sample(mask_map, position[l][None, None])  # key k in channel k
             kept[l] = sampled[0, 0].diagonal() > 0
-    return Keys(position, logit.softmax(-1), kept)
+    return QueryKeys(position, logit.softmax(-1), kept)
 
 
 class Observed(NamedTuple):
@@ -165,7 +165,7 @@ class Observed(NamedTuple):
 
     restored: Tensor
     kept: list[dict[str, Any]]
-    keys: dict[int, Keys]
+    keys: dict[int, QueryKeys]
     branches: list[float]
 
 

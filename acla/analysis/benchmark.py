@@ -22,7 +22,7 @@ from torch import Tensor
 
 from acla import cli
 from acla.config import PAPER_POSITIONS, ModelConfig, Task, model_preset, train_preset
-from acla.data.datasets import Loader, PatchSampler, Pictures, sample
+from acla.data.datasets import Loader, PatchSampler, Pictures, sample_set
 from acla.distributed import Processes
 from acla.kernels import attend, bench, to_rows
 from acla.kernels.baselines import Case, Implementation, by_grid_sample, make_case
@@ -236,7 +236,9 @@ def loader_rows(args: argparse.Namespace) -> Iterator[bench.Row]:
     device = torch.device(args.device)
     task = Task()
     config = train_preset("small")
-    sampler = PatchSampler(Pictures(sample("train")), task, config.patch_size, config.batch_size)
+    sampler = PatchSampler(
+        Pictures(sample_set("train")), task, config.patch_size, config.batch_size
+    )
     positions = PAPER_POSITIONS[task.name, "edsr"]
     model = replace(model_preset("small", task), positions=positions)
     trainer = Trainer(model, config, Processes(device))
@@ -298,7 +300,7 @@ def ratios(rows: list[bench.Row]) -> Iterator[str]:
                 yield f"{row['backend']}: {times:.1f}× the patches that training consumes"
 
 
-PARTS = {
+BENCHMARKS = {
     "networks": network_rows,
     "attention": attention_rows,
     "tiles": tile_rows,
@@ -309,8 +311,8 @@ PARTS = {
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.parser("acla.analysis.benchmark", __doc__)
-    bench.add_flags(parser)
-    parser.add_argument("--only", choices=PARTS, help="one part (default: all)")
+    bench.add_bench_flags(parser)
+    parser.add_argument("--only", choices=BENCHMARKS, help="one part (default: all)")
     text = "of attention's features; bfloat16 by automatic mixed precision (default: float32)"
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help=text)
     return parser.parse_args(argv)
@@ -318,10 +320,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    bench.check(args)
+    bench.check_flags(args)
     keep_memory(torch.device(args.device))  # as restoring and evaluating do
-    chosen = [args.only] if args.only else PARTS
-    rows = bench.write_rows((row for part in chosen for row in PARTS[part](args)), args.json)
+    chosen = [args.only] if args.only else BENCHMARKS
+    rows = bench.stream_rows((row for part in chosen for row in BENCHMARKS[part](args)), args.json)
     bench.report(rows, ratios(rows), args)
 
 

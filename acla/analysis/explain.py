@@ -23,7 +23,7 @@ from acla.models.serialization import Checkpoint, load_model
 from acla.restore import photo
 from acla.restore.colour import check_mosaic, network_input
 
-SIDE = 16  # restored pixels; the window of Gu and Dong
+WINDOW_SIDE = 16  # restored pixels; the window of Gu and Dong
 
 
 # The input
@@ -65,7 +65,7 @@ def place(
     """(window, query) of the flags, or the window with the most varied detail of `target` and its
     centre, in restored pixels. Raises UsageError."""
     H, W = (scale * length for length in low.shape[1:])
-    side = min(SIDE, H, W)
+    side = min(WINDOW_SIDE, H, W)
     if args.window:
         y, x, side = args.window
     else:
@@ -170,7 +170,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--as-is", action="store_true", help=text + "network's task")
     where = parser.add_mutually_exclusive_group()
     text = "the window to explain, and its centre to show the keys of, in restored pixels "
-    text += f"(default: {SIDE} a side, where detail varies most)"
+    text += f"(default: {WINDOW_SIDE} a side, where detail varies most)"
     where.add_argument("--window", type=int, nargs=3, metavar=("Y", "X", "SIDE"), help=text)
     text = "the window around this pixel instead"
     where.add_argument("--at", type=int, nargs=2, metavar=("Y", "X"), help=text)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from acla import console
 from acla.analysis import plots
-from acla.analysis.attribution import Keys, Observed, Scene, diffusion_index
+from acla.analysis.attribution import Observed, QueryKeys, Scene, diffusion_index
 
 DRAWN = 6  # insert positions in keys.png; more would be too small to read
 
@@ -62,7 +62,7 @@ def draw_kept(pyplot: Any, kept: list[dict[str, Any]]) -> Any:
     return figure
 
 
-def draw_keys(pyplot: Any, scene: Scene, keys: dict[int, Keys]) -> Any:
+def draw_keys(pyplot: Any, scene: Scene, keys: dict[int, QueryKeys]) -> Any:
     """The keys of the query (Figures 2 and 4 of the paper): a row for each query position, a column
     for each referred one; of many positions some, spread over the depth. All keys lie in the
     frames, but for 2 % far out."""
@@ -118,5 +118,5 @@ def write_figures(
     if observed.branches:
         figures["branches"] = draw_branches(pyplot, observed.branches)
     for name, figure in figures.items():
-        plots.save(figure, folder / f"{name}.png")
+        plots.save_figure(figure, folder / f"{name}.png")
         console.notice(console.printable(f"written: {folder / name}.png"))

@@ -16,7 +16,7 @@ from acla.analysis.ranking import load_search
 from acla.search.loop import Search
 
 
-def gradients(search: Search, draws: int, steps: int) -> torch.Tensor:
+def alpha_gradients(search: Search, draws: int, steps: int) -> torch.Tensor:
     """α's gradients [steps, J] in the first steps of the second stage, each with α at 0."""
     search.config = dataclasses.replace(search.plan.search, draws=draws)
     seen = []
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     search, rows = load_search(args.folder, args.data), []
     for draws in args.draws:
-        seen = gradients(search, draws, args.steps)
+        seen = alpha_gradients(search, draws, args.steps)
         mean, deviation = seen.mean(0).abs().mean(), seen.std(0).mean()
         rows.append([str(draws), f"{mean:.3f}", f"{deviation:.3f}"])
     console.say(console.markdown(("draws", "mean of α's gradient", "deviation"), rows))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from acla import cli, console
-from acla.analysis.ranking import means, pareto
+from acla.analysis.ranking import mean_psnr, pareto
 from acla.analysis.truth import read_truth
 from acla.config import format_positions
 from acla.errors import UsageError
@@ -29,7 +29,7 @@ def read_log(folder: Path) -> dict[str, np.ndarray]:
     return log | {"cost": log["cost"] / 2e6}
 
 
-def draw(folders: list[Path], out: Path, truth: Path | None = None) -> None:
+def draw_searches(folders: list[Path], out: Path, truth: Path | None = None) -> None:
     """A column for each search: α over steps, a line a position; expected cost, keys kept and τ
     over steps. In a last column, validation PSNR over cost, a curve for each search that ends in a
     dot; below it gain over cost of fronts and of a file of `acla.analysis.truth`. Of fronts alone,
@@ -38,7 +38,7 @@ def draw(folders: list[Path], out: Path, truth: Path | None = None) -> None:
     if all(front_of(folder) for folder in folders):
         figure, axis = pyplot.subplots(figsize=(6, 4), layout="constrained")
         draw_fronts(axis, folders, truth)
-        save(figure, out)
+        save_figure(figure, out)
         return
     logs = [read_log(folder) for folder in folders]
     figure, axes = pyplot.subplots(
@@ -53,7 +53,7 @@ def draw(folders: list[Path], out: Path, truth: Path | None = None) -> None:
         trade.plot("cost", "val_psnr", "o-", data=log, lw=0.8, markevery=[-1], label=folder.name)
     trade.set(xlabel=COST, ylabel="validation PSNR (dB)")
     trade.legend()
-    save(figure, out)
+    save_figure(figure, out)
 
 
 def front_of(folder: Path) -> tuple[Candidate, ...]:
@@ -72,7 +72,7 @@ def draw_fronts(axis: Any, folders: list[Path], truth: Path | None) -> None:
             axis.plot([one.macs / 1e6 for one in front], gains, "o-", label=folder.name)
     if truth:
         _, rows = read_truth(truth)
-        psnr = means(rows)
+        psnr = mean_psnr(rows)
         cost = {row["positions"]: row["attention_macs_48x48"] / 1e6 for row in rows}
         gain = {positions: value - psnr[()] for positions, value in psnr.items()}
         axis.plot(cost.values(), [gain[p] for p in cost], ".", color="gray", label="truth")
@@ -123,7 +123,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     cli.check_output(args.out, True, ".png", ".svg", ".pdf")
-    draw(args.folders, args.out, args.truth)
+    draw_searches(args.folders, args.out, args.truth)
     console.say(f"written: {args.out}")
 
 
@@ -139,7 +139,7 @@ def require_pyplot() -> Any:
     return pyplot
 
 
-def save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
     """Write a figure, and close it."""
     figure.savefig(path, dpi=110)
     require_pyplot().close(figure)

@@ -36,12 +36,14 @@ def measure(clean: dict[str, Tensor], quality: int, flags: list[str], rgb: bool)
             restore.main([str(low), str(high), "--suffix", ".png", *flags])
         return {
             "quality": quality,
-            "jpeg": {name: score(low / f"{name}.jpg", x, rgb) for name, x in clean.items()},
-            "restored": {name: score(high / f"{name}.png", x, rgb) for name, x in clean.items()},
+            "jpeg": {name: file_psnr(low / f"{name}.jpg", x, rgb) for name, x in clean.items()},
+            "restored": {
+                name: file_psnr(high / f"{name}.png", x, rgb) for name, x in clean.items()
+            },
         }
 
 
-def score(path: Path, clean: Tensor, rgb: bool) -> float:
+def file_psnr(path: Path, clean: Tensor, rgb: bool) -> float:
     """PSNR of Y or RGB, in dB, of a picture file, to 0.001."""
     pictures = [x.double() if rgb else luma(x.double()) for x in (load(path), clean)]
     return round(psnr(*(255 * x.permute(1, 2, 0).numpy() for x in pictures)), 3)
@@ -51,7 +53,7 @@ def gains(row: dict[str, Any]) -> list[float]:
     return [row["restored"][name] - value for name, value in row["jpeg"].items()]
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def gains_table(rows: list[dict[str, Any]]) -> str:
     """A line for each quality: means, and the gain of the pictures that gain least and most."""
     lines = []
     for row in rows:
@@ -63,7 +65,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     return console.markdown(HEAD, lines)
 
 
-def draw(rows: list[dict[str, Any]], path: Path, rgb: bool) -> None:
+def draw_gains(rows: list[dict[str, Any]], path: Path, rgb: bool) -> None:
     """Gain over quality: the mean, and the range of all pictures."""
     figure, axis = plots.require_pyplot().subplots(figsize=(7, 4), layout="constrained")
     at = [row["quality"] for row in rows]
@@ -73,7 +75,7 @@ def draw(rows: list[dict[str, Any]], path: Path, rgb: bool) -> None:
     axis.axhline(0, color="black", lw=0.8)
     axis.set(xlabel="JPEG quality", ylabel=f"gain over the file (dB, {'RGB' if rgb else 'Y'})")
     axis.legend()
-    plots.save(figure, path)
+    plots.save_figure(figure, path)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -108,11 +110,11 @@ def main(argv: list[str] | None = None) -> None:
     flags += ["--checkpoint", str(args.checkpoint)] if args.checkpoint else []
     rows = [measure(clean, q, flags, args.rgb) for q in console.progress(args.q, unit="quality")]
     if args.plot:
-        draw(rows, args.plot, args.rgb)
+        draw_gains(rows, args.plot, args.rgb)
     made_on = {"crop": args.crop, "project": args.project, "rgb": args.rgb}
     made_on |= {"checkpoint": args.checkpoint and str(args.checkpoint)}
     made_on |= {"provenance": provenance(cli.pick_device(args.device))}
-    text = f"{len(clean)} pictures of {args.dataset}\n\n{table(rows)}"
+    text = f"{len(clean)} pictures of {args.dataset}\n\n{gains_table(rows)}"
     console.publish(text, {"rows": rows, **made_on}, args.json)
 
 

@@ -23,23 +23,22 @@ from scipy.stats import chi2, kendalltau
 
 from acla import cli, console
 from acla.analysis.results import mean_and_deviation
-from acla.analysis.truth import Row, read_truth
+from acla.analysis.truth import read_truth
 from acla.config import ModelConfig, SearchConfig, Task, format_positions, from_dict
 from acla.distributed import Processes
 from acla.errors import UsageError
-from acla.files import read_rows, write_atomically
+from acla.files import Row, read_rows, write_atomically
 from acla.models.serialization import load_state
 from acla.search.architecture import even_spread
-from acla.search.front import patch_psnr
+from acla.search.front import Positions, patch_psnr
 from acla.search.loop import STATE, Search, SearchPlan, held_out, search_sets
 from acla.training import trainer
 
-Positions = tuple[int, ...]
 Scores = Mapping[Positions, float]  # by network
 EXACT = 5  # blocks, whose names are permuted in every way; of more, in as many ways at random
 
 
-def means(rows: Sequence[Row], seeds: set[int] | None = None) -> dict[Positions, float]:
+def mean_psnr(rows: Sequence[Row], seeds: set[int] | None = None) -> dict[Positions, float]:
     """PSNR in dB of every network, the mean over seeds (default: all)."""
     by_positions: dict[Positions, list[float]] = {}
     for row in rows:
@@ -91,12 +90,12 @@ def regret(choose: Callable[[list[Positions]], Positions], truth: Scores) -> flo
     return statistics.mean(lost)
 
 
-def spreads(rows: Sequence[Row]) -> dict[str, float]:
+def deviations(rows: Sequence[Row]) -> dict[str, float]:
     """Standard deviations in dB among networks of one cost: between seeds, of a network's gain over
     the seed's mean; and between positions, of the mean over the seeds without what seeds add, and
     what they exceed in one case of 20 at most (chi-square, of the mean with what seeds add)."""
     seeds = sorted({row["seed"] for row in rows})
-    by_seed = [means(rows, {seed}) for seed in seeds]
+    by_seed = [mean_psnr(rows, {seed}) for seed in seeds]
     noise, total = [], []
     for group in by_count(list(by_seed[0])):
         psnr = np.array([[one[n] for n in group] for one in by_seed])
@@ -127,7 +126,7 @@ def score_lines(
 ) -> Iterator[list[str]]:
     """A row of the table for each method: tau, tau at equal cost, its chance, regret; means and
     standard deviations over its searches."""
-    truth, seeds = means(rows), {row["seed"] for row in rows}
+    truth, seeds = mean_psnr(rows), {row["seed"] for row in rows}
     for name, searches in by_method.items():
         taus = [(*tau(one, truth), regret(best_by(one), truth)) for one in searches]
         *ranked, lost = map(mean_and_deviation, zip(*taus, strict=True))
@@ -135,7 +134,7 @@ def score_lines(
     if len(seeds) > 1:
         taus = []
         for seed in sorted(seeds):
-            one, others = means(rows, {seed}), means(rows, seeds - {seed})
+            one, others = mean_psnr(rows, {seed}), mean_psnr(rows, seeds - {seed})
             taus.append((*tau(one, others), regret(best_by(one), others)))
         *ranked, lost = map(mean_and_deviation, zip(*taus, strict=True))
         yield ["a seed of the truth", str(len(seeds)), *ranked, "–", lost]
@@ -165,7 +164,7 @@ def load_search(folder: Path, data: Path | None) -> Search:
         **{name: from_dict(kind, values["plan"][name]) for name, kind in kinds.items()}
     )
     search = Search(plan, search_sets(plan.search.train_set, data), Processes(torch.device("cpu")))
-    trainer.unpack(search.parts, tensors, path)
+    trainer.load_state_tensors(search.parts, tensors, path)
     return search
 
 
@@ -188,7 +187,7 @@ def read_search(
     return {"paper: supernet": psnr, "paper: α": sums}
 
 
-def write_scores(path: Path, by_method: Mapping[str, Sequence[Scores]]) -> None:
+def write_search_scores(path: Path, by_method: Mapping[str, Sequence[Scores]]) -> None:
     """A line for each method and search: the name and [positions, score] of every network."""
     rows = [
         {"ranked by": name, "scores": [[n, float(score)] for n, score in scores.items()]}
@@ -198,8 +197,8 @@ def write_scores(path: Path, by_method: Mapping[str, Sequence[Scores]]) -> None:
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-def read_scores(path: Path) -> list[tuple[str, Scores]]:
-    """What `write_scores` has written. Raises AclaError."""
+def read_search_scores(path: Path) -> list[tuple[str, Scores]]:
+    """What `write_search_scores` has written. Raises AclaError."""
     rows = read_rows(path, "a file of acla.analysis.ranking --json", ("ranked by", "scores"))
     return [(row["ranked by"], {tuple(n): score for n, score in row["scores"]}) for row in rows]
 
@@ -222,7 +221,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     plan, rows = read_truth(args.truth)
     model = from_dict(ModelConfig, plan["model"])
-    truth = means(rows)
+    truth = mean_psnr(rows)
     if len(truth) < 2**model.blocks:
         raise UsageError(
             f"{args.truth} holds {len(truth)} of {2**model.blocks} networks: go on with it"
@@ -230,13 +229,13 @@ def main(argv: list[str] | None = None) -> None:
     by_method: dict[str, list[Scores]] = {}
     for folder in args.folders:
         if folder.is_file():
-            read = read_scores(folder)
+            read = read_search_scores(folder)
         else:
             read = read_search(folder, list(truth), model, args.data).items()
         for name, scores in read:
             by_method.setdefault(name, []).append(scores)
     if args.json:
-        write_scores(args.json, by_method)
+        write_search_scores(args.json, by_method)
     lines = score_lines(by_method, rows, model.blocks)
     head = ("ranked by", "searches", "tau", "tau at equal cost", "chance", "regret, dB")
     console.say(console.markdown(head, lines))
@@ -245,7 +244,7 @@ def main(argv: list[str] | None = None) -> None:
         + "; ".join(f"{format_positions(n)} ({truth[n]:.3f} dB)" for n in pareto(truth))
     )
     if len({row["seed"] for row in rows}) > 1:
-        spread = spreads(rows)
+        spread = deviations(rows)
         console.say(
             f"standard deviation at equal cost: {spread['positions']:.3f} dB between positions "
             f"(at most {spread['at_most']:.3f}, 19 times of 20), {spread['seeds']:.3f} dB between "

@@ -25,8 +25,9 @@ from acla.config import OF_KEYS, OF_MASKS, RENAMED, ModelConfig, Task, TrainConf
 from acla.errors import NOT_VALID, AclaError, UsageError, reading
 from acla.models.factory import describe
 from acla.models.serialization import load_model
+from acla.training.run_dir import BEST, MODEL
 
-MODEL, SCORES = "model.safetensors", "scores.json"
+SCORES = "scores.json"
 METRICS = {"psnr": ".2f", "ssim": ".4f"}
 NOT_COMPARED = {"seed", "epoch_steps", "val_every"}  # do not change the network, or are the run's
 # Columns of the short table and the names that published methods have in them
@@ -73,7 +74,7 @@ class Score(NamedTuple):
                 return f"predictions: {path.name}"
             case "baseline":
                 return "untouched input"
-        of_run = path.name in (MODEL, "best.safetensors")
+        of_run = path.name in (MODEL, BEST)
         name = f"{path.parent.name}/{path.stem}" if of_run else path.stem
         return f"ours: {name}" + (", ensemble of 8" if self.model["ensemble"] else "")
 
@@ -238,17 +239,17 @@ def group_labels(groups: list[list[Run]]) -> list[str]:
     """The fields of each group that not all groups share: attention acla, offset_radius 6."""
     configs = [group[0].config for group in groups]
     names = dict.fromkeys(itertools.chain(*configs))
-    varying = {name for name in names if len({show(c.get(name)) for c in configs}) > 1}
+    varying = {name for name in names if len({field_text(c.get(name)) for c in configs}) > 1}
     labels = []
     for group, config in zip(groups, configs, strict=True):
         kind = group[0].model.kind
         hidden = {*OF_KEYS * (not kind.keys), *OF_MASKS * (not kind.masked)}
-        shown = [f"{n} {show(value)}" for n, value in config.items() if n in varying - hidden]
+        shown = [f"{n} {field_text(value)}" for n, value in config.items() if n in varying - hidden]
         labels.append(", ".join(shown) or "all")
     return labels
 
 
-def show(value: Any) -> str:
+def field_text(value: Any) -> str:
     """A field's value in a label."""
     if value is None:
         return "–"

@@ -22,21 +22,20 @@ from acla.config import ATTENTIONS, PRESETS, RENAMED, ModelConfig, Task, from_di
 from acla.kernels.bench import device_name
 from acla.kernels.timing import paired
 from acla.models.factory import build_network, describe
-from acla.search.architecture import default_positions
+from acla.search.architecture import SIDE, default_positions
 
 TABLES = (4, 5, 6, 7, 8, 11, 12)
 TASK = Task("sr", 2)
 SETS = ("Set5", "Set14", "B100", "Urban100", "Manga109")
-SIDE = 48  # pixels a side of the input of multiply-adds and times
 # Name, unit, its factor, and the relative difference from the paper above which a remark follows
-SIZES = {"params": ("parameters", "M", 1e6, 0.01), "macs": ("multiply-adds", "G", 1e9, 0.03)}
+COUNTS = {"params": ("parameters", "M", 1e6, 0.01), "macs": ("multiply-adds", "G", 1e9, 0.03)}
 TIMES = {"ms": "ms (on a V100)", "ratio": "time over backbone's"}
 ROUNDS, SECONDS = 7, 3.0  # of timing, at least
 FIELDS = {field.name for field in dataclasses.fields(ModelConfig)}
 
 
 @dataclass
-class Row:
+class TableRow:
     """A row of a table. network: None where we have none; ours, paper: {"params", "macs" of a
     SIDE×SIDE input, set: PSNR in dB, "ms": median of one picture, "ratio": median of its time over
     the backbone's}, as far as they are known; notes: why params or macs differ."""
@@ -78,7 +77,7 @@ def network_of(row: dict[str, str], preset: str) -> ModelConfig:
 sizes = functools.cache(functools.partial(describe, side=SIDE))  # several tables have EDSR
 
 
-def make_rows(table: int, preset: str) -> list[Row]:
+def make_rows(table: int, preset: str) -> list[TableRow]:
     """The rows of a table with our sizes, not yet scored or timed."""
     printed = [row for row in printed_rows() if int(row["table"]) == table]
     plain_ms = {row["backbone"]: row["ms"] for row in printed if row["attention"] == "none"}
@@ -87,7 +86,7 @@ def make_rows(table: int, preset: str) -> list[Row]:
         base = {**row, "backbone": row["base"], "attention": "none", "keys": "", "every": ""}
         network = network_of(row, preset) if row["backbone"] else None
         figures = {"params": row["params_M"], "macs": row["macs_G"]}
-        paper = {kind: round(SIZES[kind][2] * float(v)) for kind, v in figures.items() if v}
+        paper = {kind: round(COUNTS[kind][2] * float(v)) for kind, v in figures.items() if v}
         paper |= {name: float(row[name]) for name in (*SETS, "ms") if row[name]}
         if row["ms"]:
             paper["ratio"] = paper["ms"] / float(plain_ms[row["base"]])
@@ -95,9 +94,9 @@ def make_rows(table: int, preset: str) -> list[Row]:
         if network:
             size = sizes(network)
             ours = {"params": size["params"], "macs": size[f"macs_{SIDE}x{SIDE}"]}
-        notes = {kind: row[f"{kind}_note"] for kind in SIZES if row[f"{kind}_note"]}
+        notes = {kind: row[f"{kind}_note"] for kind in COUNTS if row[f"{kind}_note"]}
         rows.append(
-            Row(table, row["method"], network_of(base, preset), network, ours, paper, notes)
+            TableRow(table, row["method"], network_of(base, preset), network, ours, paper, notes)
         )
     return rows
 
@@ -114,7 +113,7 @@ def comparable(config: ModelConfig) -> ModelConfig:
     return replace(config, attention=attention, keys=keys, **starts)
 
 
-def add_scores(rows: Sequence[Row], paths: Sequence[Path]) -> None:
+def add_scores(rows: Sequence[TableRow], paths: Sequence[Path]) -> None:
     """Our PSNR, from files of evaluate.py, on the sets of a table in every row whose network was
     scored; of several networks of one configuration that of the first. Raises AclaError."""
     scored: dict[tuple[ModelConfig, str], float | None] = {}
@@ -133,7 +132,7 @@ def add_scores(rows: Sequence[Row], paths: Sequence[Path]) -> None:
         row.ours |= {name: psnr for name, psnr in own if psnr is not None and name in row.paper}
 
 
-def add_times(rows: Sequence[Row], device: torch.device) -> None:
+def add_times(rows: Sequence[TableRow], device: torch.device) -> None:
     """Time every network beside its backbone, once a round; those of one backbone take turns, so
     that a change of the machine's speed reaches all of them. Initial weights: every key is kept."""
     picture = torch.rand(1, TASK.channels, SIDE, SIDE, device=device)
@@ -153,11 +152,11 @@ def add_times(rows: Sequence[Row], device: torch.device) -> None:
 # The report
 
 
-def remarks(rows: Sequence[Row]) -> list[str]:
+def remarks(rows: Sequence[TableRow]) -> list[str]:
     """A line for each size that differs from the paper's by more than its limit, and why."""
     lines = []
     for row in rows:
-        for kind, (name, unit, factor, limit) in SIZES.items():
+        for kind, (name, unit, factor, limit) in COUNTS.items():
             ours, paper = row.ours.get(kind), row.paper.get(kind)
             if ours is None or paper is None or abs(ours / paper - 1) <= limit:
                 continue
@@ -169,15 +168,17 @@ def remarks(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def text(rows: Sequence[Row], preset: str, timed_on: str | None) -> str:
+def text(rows: Sequence[TableRow], preset: str, timed_on: str | None) -> str:
     """A table as Markdown, in every cell ours and the paper's in brackets; at the paper's size with
     remarks. timed_on: the machine of the times, if they were taken."""
     first = rows[0]
-    columns = {kind: (f"{name}, {unit}", factor) for kind, (name, unit, factor, _) in SIZES.items()}
+    columns = {
+        kind: (f"{name}, {unit}", factor) for kind, (name, unit, factor, _) in COUNTS.items()
+    }
     columns |= {name: (f"{name}, dB", 1) for name in SETS if name in first.paper}
     columns |= {name: (head, 1) for name, head in TIMES.items() if timed_on or name in first.paper}
 
-    def cell(row: Row, name: str, factor: float) -> str:
+    def cell(row: TableRow, name: str, factor: float) -> str:
         pair = (figures.get(name) for figures in (row.ours, row.paper))
         return "{} ({})".format(*("–" if v is None else f"{v / factor:.2f}" for v in pair))
 

@@ -28,7 +28,7 @@ from acla.errors import UsageError
 from acla.files import read_rows, write_rows
 from acla.models.factory import describe
 from acla.scripts import train
-from acla.search.front import measure
+from acla.search.front import latencies
 from acla.training import run_dir
 from acla.training.run_dir import LOG, STATE, RunDir
 from acla.training.side_by_side import make_streams, step_side_by_side
@@ -41,7 +41,7 @@ Change = Callable[[Trainer], None]  # of a network before its training
 Networks = Mapping[str, tuple[str, Change | None]]  # by name: flags of train.py, and a change
 
 
-class Run:
+class TrialRun:
     """One network in training. argv: flags of train.py; batches: those of the networks so far, by
     what decides them, so that several networks in step make each batch once."""
 
@@ -72,7 +72,7 @@ class Run:
             self.folder.write(self.trainer, done, psnr)
 
 
-def row(name: str, run: Run) -> dict[str, Any]:
+def row(name: str, run: TrialRun) -> dict[str, Any]:
     """What a network is and has reached, by the last line of its log."""
     last = json.loads((run.args.out / LOG).read_text(encoding="utf-8").splitlines()[-1])
     size = describe(run.plan.model)
@@ -81,7 +81,7 @@ def row(name: str, run: Run) -> dict[str, Any]:
     return about | sizes | last
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def trial_table(rows: Sequence[dict[str, Any]]) -> str:
     """Networks down, validation sets across: PSNR and the gain over the first network. ms: of one
     48×48 picture, where and when the networks were trained."""
     sets = [key for key in rows[0] if key.startswith("val_psnr_")] or ["val_psnr"]
@@ -103,7 +103,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return console.markdown(head, lines)
 
 
-def parser(name: str, text: str, out: Path) -> argparse.ArgumentParser:
+def trial_parser(name: str, text: str, out: Path) -> argparse.ArgumentParser:
     """The flags of every command that trains several networks; the others are those of train.py."""
     parser = cli.parser(name, text, allow_abbrev=False)
     add = parser.add_argument
@@ -121,12 +121,12 @@ def train_all(
     keys = [(name, seed) for seed in args.seeds.split(",") for name in networks]
     if len(set(keys)) < len(keys):
         raise UsageError("--seeds: every seed once")
-    runs: dict[tuple[str, str], Run] = {}
+    runs: dict[tuple[str, str], TrialRun] = {}
     batches: dict[str, Batches] = {}
     for name, seed in keys:
         flags, change = networks[name]
         out = ["--out", str(args.out / f"{name}-{seed}"), "--seed", seed]
-        runs[name, seed] = Run([*common, *shlex.split(flags), *out], processes, batches)
+        runs[name, seed] = TrialRun([*common, *shlex.split(flags), *out], processes, batches)
         if change:
             if runs[name, seed].trainer.averaged:
                 raise UsageError(f"--ema: averages would lack the change of {name!r}; leave it out")
@@ -139,25 +139,25 @@ def train_all(
         for run in runs.values():
             run.validate(step + 1)
     first = {name: run for (name, seed), run in runs.items() if seed == keys[0][1]}
-    times = measure([run.trainer.model for run in first.values()])
+    times = latencies([run.trainer.model for run in first.values()])
     ms = dict(zip(first, times, strict=True))
     return [row(name, run) | {MS: ms[name]} for (name, _), run in runs.items()]
 
 
-def publish(args: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> None:
+def report(args: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> None:
     """Write the rows to --json, and print the table of every task."""
     if args.json:
         write_rows(args.json, rows)
     parts = []
     for task in dict.fromkeys(r["task"] for r in rows):
         own = [r for r in rows if r["task"] == task]
-        parts.append(f"{task}, {max(r['step'] for r in own)} steps:\n\n{table(own)}")
+        parts.append(f"{task}, {max(r['step'] for r in own)} steps:\n\n{trial_table(own)}")
     console.say("\n\n".join(parts))
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Networks, list[str]]:
     """The command's flags, the networks, and the flags that are common to all."""
-    flags = parser("acla.analysis.trial", __doc__, OUT)
+    flags = trial_parser("acla.analysis.trial", __doc__, OUT)
     text = "a network by flags of train.py, once for each"
     flags.add_argument("--network", action="append", default=[], metavar="'NAME: FLAGS'", help=text)
     text = "the table of a file of --json; nothing is trained"
@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
         rows = read_rows(args.show, "a file of --json", wanted)
     else:
         rows = train_all(args, networks, common)
-    publish(args, rows)
+    report(args, rows)
 
 
 if __name__ == "__main__":

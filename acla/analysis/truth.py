@@ -27,7 +27,7 @@ from acla.config import ATTENTIONS, ModelConfig, Task, TrainConfig
 from acla.data.datasets import Loader, PatchSampler, Pictures, training_sets
 from acla.distributed import Processes
 from acla.errors import UsageError, reading
-from acla.files import provenance
+from acla.files import Row, provenance
 from acla.models.factory import describe
 from acla.search.architecture import for_task
 from acla.training import run_dir, validation
@@ -35,7 +35,6 @@ from acla.training.run_dir import TrainPlan
 from acla.training.side_by_side import make_streams, step_side_by_side
 from acla.training.trainer import Trainer
 
-Row = dict[str, Any]
 MOST_BLOCKS = 12  # 4096 networks
 
 

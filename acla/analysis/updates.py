@@ -31,9 +31,9 @@ from acla.scripts import train
 from acla.training.trainer import Trainer
 from acla.training.validation import validation_pair
 
-WINDOW = 20  # steps
-PARTS = {"value": "values g", "value_bias": "values g", "mask": "masks", "mask_bias": "masks"}
-PARTS |= {"output.weight": "output h", "output.bias": "output h"}
+LAST_STEPS = 20  # steps
+PART_OF = {"value": "values g", "value_bias": "values g", "mask": "masks", "mask_bias": "masks"}
+PART_OF |= {"output.weight": "output h", "output.bias": "output h"}
 Split = dict[str, Tensor]
 
 
@@ -50,7 +50,7 @@ def split(named: Iterable[tuple[str, Tensor]], model: Backbone) -> Split:
             parts.setdefault("offsets", []).append(points[:, :2])
             parts.setdefault("logits", []).append(points[:, 2])
         else:
-            parts.setdefault(PARTS.get(leaf, leaf), []).append(tensor)
+            parts.setdefault(PART_OF.get(leaf, leaf), []).append(tensor)
     return {part: torch.cat([t.detach().flatten() for t in own]) for part, own in parts.items()}
 
 
@@ -62,7 +62,7 @@ def gradients_of(model: Backbone) -> Split:
     return split(((n, p.grad) for n, p in model.named_parameters() if p.grad is not None), model)
 
 
-class Window:
+class StepStatistics:
     """What the last steps before a row did to every part. initial: the weights of step 0."""
 
     def __init__(self, initial: Split):
@@ -138,19 +138,19 @@ def key_rows(model: Backbone, low: Tensor) -> list[dict[str, Any]]:
 # The training
 
 
-def observe(trainer: Trainer, plan: Any, data: train.Data) -> Iterable[list[dict[str, Any]]]:
+def train_rows(trainer: Trainer, plan: Any, data: train.Data) -> Iterable[list[dict[str, Any]]]:
     """Train, and yield the rows after every --val-every steps."""
     every, model = plan.train.val_every, trainer.model
-    if every <= WINDOW:
-        raise UsageError(f"--val-every {every}: give more than {WINDOW} steps")
+    if every <= LAST_STEPS:
+        raise UsageError(f"--val-every {every}: give more than {LAST_STEPS} steps")
     low, _ = validation_pair(data.validation, 0, plan.task, plan.model.channels)
-    window = Window(weights_of(model))
+    window = StepStatistics(weights_of(model))
     steps = plan.train.steps // every * every
     for step in console.progress(range(steps), unit="step", desc="train"):
-        if step % every == every - WINDOW:
+        if step % every == every - LAST_STEPS:
             window.begin(model)
         trainer.step(step, data.sampler.indices, *data.loader.batch(step))
-        if step % every >= every - WINDOW:
+        if step % every >= every - LAST_STEPS:
             window.add(model)
         if (step + 1) % every == 0:
             psnr = train.validate(trainer, plan, data)["val_psnr"]
@@ -158,7 +158,7 @@ def observe(trainer: Trainer, plan: Any, data: train.Data) -> Iterable[list[dict
             yield [{"step": step + 1, "val_psnr": psnr, **row} for row in rows]
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def rows_table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows of one kind as Markdown."""
     cell = {"step": str, "part": str, "module": str, "kept": "{:.1%}".format}
     plain = ("moved_px", "spread_px", "effective_keys", "val_psnr")
@@ -183,12 +183,12 @@ def main(argv: list[str] | None = None) -> None:
     plan = train.plan_from_flags(flags, cli.pick_preset(flags.preset, processes.device))
     data = train.load_data(plan, flags, processes)
     trainer, _ = train.restore_or_init(plan, flags, processes, data, None, None)
-    rows = [row for some in observe(trainer, plan, data) for row in some]
+    rows = [row for some in train_rows(trainer, plan, data) for row in some]
     if args.json:
         write_rows(args.json, rows)
     for kind in ("part", "module"):
         if own := [row for row in rows if kind in row]:
-            console.say(table(own) + "\n")
+            console.say(rows_table(own) + "\n")
 
 
 if __name__ == "__main__":

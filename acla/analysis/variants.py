@@ -24,8 +24,8 @@ from acla.models.attention import CrossLayerAttention, rings
 from acla.training.trainer import Trainer
 
 OUT = Path("runs/variants")
-WIDE = 8.0  # pixels
-SMALL = 0.01  # deviation of h's initial weights
+WIDE_RADIUS = 8.0  # pixels
+SMALL_DEVIATION = 0.01  # deviation of h's initial weights
 ATTENDED = "--attention acla --positions 2,4,6,8"
 
 
@@ -52,7 +52,7 @@ def change_query(trainer: Trainer, change: Callable[[Tensor], Tensor]) -> None:
 def near_and_wide(trainer: Trainer) -> None:
     """16 keys: the 8 neighbours of a pixel, and a wide ring."""
     around = torch.tensor([place for place in np.ndindex(3, 3) if place != (1, 1)]) - 1
-    offsets = torch.cat([around.T, rings(8, WIDE)], 1)
+    offsets = torch.cat([around.T, rings(8, WIDE_RADIUS)], 1)
     for module in trainer.model.attention.values():
         bias = module.points.bias.data.unflatten(0, (module.layers, 3, module.keys))
         bias[:, :2] = offsets.to(bias)
@@ -60,7 +60,7 @@ def near_and_wide(trainer: Trainer) -> None:
 
 def small_output(trainer: Trainer) -> None:
     for module in trainer.model.attention.values():
-        nn.init.normal_(module.output.weight, std=SMALL)
+        nn.init.normal_(module.output.weight, std=SMALL_DEVIATION)
 
 
 def scale_updates(
@@ -127,7 +127,7 @@ VARIANTS: dict[str, tuple[str, trial.Change | None]] = {
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, trial.Networks, list[str]]:
     """As `trial.parse`, of the chosen variants."""
-    parser = trial.parser("acla.analysis.variants", __doc__, OUT)
+    parser = trial.trial_parser("acla.analysis.variants", __doc__, OUT)
     parser.add_argument("--variants", metavar="A,B", help="these alone, and none")
     args, common = parser.parse_known_args(argv)
     chosen = ["none", *args.variants.split(",")] if args.variants else VARIANTS
@@ -138,7 +138,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, trial.Networks, l
 
 def main(argv: list[str] | None = None) -> None:
     args, *networks = parse(argv)
-    trial.publish(args, trial.train_all(args, *networks))
+    trial.report(args, trial.train_all(args, *networks))
 
 
 if __name__ == "__main__":

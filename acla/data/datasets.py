@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from acla.config import Task
-from acla.data.degradations import degrade, patch_offset, window
+from acla.data.degradations import degrade, patch_offset, window_side
 from acla.data.image import SUFFIXES, fit_channels, from_levels, load, round_8bit, to_levels
 from acla.errors import AclaError, DataError, UsageError
 
@@ -51,7 +51,7 @@ def find_set(name: str, root: str | Path | None, split: str = "test") -> list[Pa
     test.
     """
     if name == "sample":
-        return sample(split)
+        return sample_set(split)
     if not name or name in (".", ".."):
         raise UsageError(f"{name!r} is no name of a set")
     if root is None:
@@ -66,7 +66,7 @@ def find_set(name: str, root: str | Path | None, split: str = "test") -> list[Pa
     raise DataError(missing_set(name, root))
 
 
-def sample(split: str) -> list[Path]:
+def sample_set(split: str) -> list[Path]:
     """The built-in pictures of a split: files of the installed scikit-image, never downloaded."""
     if split not in SAMPLE:
         raise UsageError(f"unknown split {split!r}; known: {', '.join(SAMPLE)}")
@@ -137,7 +137,7 @@ def training_sets(
     if val_set is not None:
         return training, {name: find_set(name, root, "val") for name in val_set.split(",")}
     if train_set == "sample":
-        return training, {train_set: sample("val")}
+        return training, {train_set: sample_set("val")}
     training, validation = split_every(training, 10)
     return training, {train_set: validation}
 
@@ -296,7 +296,7 @@ class PatchSampler:
     def window(self, step: int, index: int, rng: np.random.Generator) -> Tensor:
         """The clean, augmented window [C, side, side] that patch `index` is made from."""
         picture = self.pictures[self.picture(step, index)]
-        cut_out = cut_window(picture, window(self.task, self.patch, self.channels), rng)
+        cut_out = cut_window(picture, window_side(self.task, self.patch, self.channels), rng)
         clean = fit_channels(from_levels(augment(cut_out, int(rng.integers(8)))), self.channels)
         return round_8bit(clean) if self.task.name == "car" else clean
 
@@ -306,7 +306,7 @@ def cut(picture: Tensor, y: int, x: int, side: int, scale: int) -> Tensor:
     return picture[:, y * scale : (y + side) * scale, x * scale : (x + side) * scale]
 
 
-def digest(paths: Iterable[Path]) -> str:
+def fingerprint(paths: Iterable[Path]) -> str:
     """A short fingerprint of a set: names and sizes of its files, so that a resumed run notices
     another set."""
     listed = ((path.name, os.path.getsize(path)) for path in paths)

@@ -20,8 +20,8 @@ IO16 = "16 bits per channel in a colour PNG need the extra io16: pip install '.[
 # What a TIFF's own table says about the photo and not about how the file stores it
 DESCRIPTIVE = (Base.ImageDescription, Base.Make, Base.Model, Base.Software, Base.DateTime)
 DESCRIPTIVE += (Base.Artist, Base.Copyright)
-LAYOUTS = ('{"shape"', "ImageJ=")  # descriptions by tifffile and ImageJ of how the file stores it
-PARTS = (IFD.Exif, IFD.GPSInfo)
+LAYOUT_NOTES = ('{"shape"', "ImageJ=")  # of how the file stores it, by tifffile and ImageJ
+IFDS = (IFD.Exif, IFD.GPSInfo)
 TIFF_SAMPLES = {tifffile.PHOTOMETRIC.RGB: (3, 4), tifffile.PHOTOMETRIC.MINISBLACK: (2,)}
 
 
@@ -116,9 +116,9 @@ def encode_deep(
 def descriptive(exif: Image.Exif) -> dict[int, object]:
     """What EXIF, or a TIFF's own table, says about the photo, by tags: no layout of the file."""
     values = {tag: exif[tag] for tag in DESCRIPTIVE if tag in exif}
-    if str(values.get(Base.ImageDescription, "")).startswith(LAYOUTS):
+    if str(values.get(Base.ImageDescription, "")).startswith(LAYOUT_NOTES):
         del values[Base.ImageDescription]
-    return values | {part: dict(exif.get_ifd(part)) for part in PARTS if part in exif}
+    return values | {part: dict(exif.get_ifd(part)) for part in IFDS if part in exif}
 
 
 def tiff_table(

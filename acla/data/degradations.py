@@ -218,7 +218,7 @@ def untouched(
 # Patches: cut a window, augment it, degrade it, cut the patch out of it
 
 
-def window(task: Task, patch: int, channels: int) -> int:
+def window_side(task: Task, patch: int, channels: int) -> int:
     """Side in pixels of the clean window that a degraded patch of `patch` pixels is made from.
 
     Large enough for the patch to look as if the whole picture had been degraded: sr leaves room for

@@ -52,7 +52,7 @@ class Cells:
         """Rows of the first `count` planes as decoded, at the size of Y, float32 [count, rows, W];
         `first` is a multiple of the ratio, as is the number of all rows."""
         smaller = slice(first // self.ratio, -(-last // self.ratio))
-        chroma = [enlarged(p.levels[smaller], self.ratio) for p in self.planes[1:count]]
+        chroma = [repeated(p.levels[smaller], self.ratio) for p in self.planes[1:count]]
         rows = [self.planes[0].levels[first:last], *(plane[: last - first] for plane in chroma)]
         return np.stack(rows).astype(np.float32)
 
@@ -65,11 +65,11 @@ class Cells:
             shape = len(own) // self.ratio, self.ratio, -1, self.ratio
             small = own.reshape(shape).mean((1, 3))
             change = project(small, plane, start // self.ratio) - small
-            projected.append(own + enlarged(change, self.ratio))
+            projected.append(own + repeated(change, self.ratio))
         return np.stack(projected)
 
 
-def enlarged(levels: np.ndarray, ratio: int) -> np.ndarray:
+def repeated(levels: np.ndarray, ratio: int) -> np.ndarray:
     """Levels [H, W], each repeated `ratio` times along both sides."""
     return levels.repeat(ratio, 0).repeat(ratio, 1)
 

@@ -32,7 +32,7 @@ def psnr(prediction: np.ndarray, target: np.ndarray, border: int = 0) -> float:
 
     Equal pictures score infinity. Raises ValueError if nothing is left inside the border.
     """
-    prediction, target = inside(prediction, target, border)
+    prediction, target = without_border(prediction, target, border)
     error = np.mean((prediction - target) ** 2)
     return math.inf if error == 0 else float(10 * np.log10(PEAK**2 / error))
 
@@ -44,7 +44,7 @@ def ssim(prediction: np.ndarray, target: np.ndarray, border: int = 0) -> float |
     averaged where the window lies inside the picture. None for a picture with a side below 11
     pixels: the window fits nowhere.
     """
-    prediction, target = inside(prediction, target, border)
+    prediction, target = without_border(prediction, target, border)
     if min(target.shape[:2]) < WINDOW:
         return None
     value = structural_similarity(
@@ -59,7 +59,7 @@ def ssim(prediction: np.ndarray, target: np.ndarray, border: int = 0) -> float |
     return float(value)
 
 
-def inside(
+def without_border(
     prediction: np.ndarray, target: np.ndarray, border: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Both in float64 without their border. Raises ValueError for different or empty shapes."""

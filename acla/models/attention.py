@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from acla.kernels import Attended, attend, attend_module, runs_whole
 
 RING_KEYS = 8
-LARGE = 2**29  # multiply-adds that take a GPU longer in float32 than a launch does
+LARGE_PRODUCT = 2**29  # multiply-adds that take a GPU longer in float32 than a launch does
 
 
 class CrossLayerAttention(nn.Module):
@@ -69,7 +69,7 @@ class CrossLayerAttention(nn.Module):
         self.mask = nn.Parameter(torch.empty(layers, keys, width)) if masked else None
         self.mask_bias = nn.Parameter(torch.empty(layers, keys)) if masked else None
         self.output = nn.Linear(width, width)
-        self.derived: dict[str, tuple[list, tuple[Tensor, Tensor]]] = {}  # see `derive`
+        self.cache: dict[str, tuple[list, tuple[Tensor, Tensor]]] = {}  # see `fused`
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -110,9 +110,9 @@ class CrossLayerAttention(nn.Module):
             maps = [mask_maps([self], layer, one)[0] for layer, one in enumerate(rows)]
         if whole:  # in one pass of the CPU kernel
             query = query.permute(0, 2, 3, 1)
-            located = derive(self, "points", transpose, self.points.weight, self.points.bias)
+            located = fused(self, "points", transpose, self.points.weight, self.points.bias)
             parts = self.output.weight, self.value, self.value_bias, self.output.bias
-            output = derive(self, "h∘g, stacked", stack, *parts)
+            output = fused(self, "h∘g, stacked", stack, *parts)
             return attend_module(query, rows, maps, *located, *output).permute(0, 3, 1, 2), None
         attended = attend(
             rows, points, maps, gates, seeds=seeds, temperature=temperature, counts=counts
@@ -139,7 +139,7 @@ class CrossLayerAttention(nn.Module):
             z = pointwise(y, self.output.weight, self.output.bias)
         else:
             parts = self.output.weight, self.value, self.value_bias
-            value, bias = derive(self, "h∘g", fold, *parts)
+            value, bias = fused(self, "h∘g", fold, *parts)
             z = pointwise(attended.aggregate.flatten(3), value, self.output.bias)
             coverage = attended.coverage.to(z.dtype).flatten(0, 2)
             z = z.flatten(0, 2).addmm_(coverage, bias.to(z.dtype)).view_as(z)
@@ -147,7 +147,7 @@ class CrossLayerAttention(nn.Module):
 
     def train(self, mode: bool = True) -> "CrossLayerAttention":
         """As every module; what was derived goes, since fused optimisers count no change."""
-        self.derived.clear()
+        self.cache.clear()
         return super().train(mode)
 
     def select(self, layers: Sequence[int]) -> dict[str, Tensor]:
@@ -188,12 +188,12 @@ def stack(output: Tensor, *parts: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(weight, 1).contiguous(), bias
 
 
-def join(*parts: Tensor) -> tuple[Tensor, Tensor]:
+def concatenate(*parts: Tensor) -> tuple[Tensor, Tensor]:
     """Weights and biases of several 1×1 convolutions, in turns, as those of one."""
     return torch.cat(parts[::2]), torch.cat(parts[1::2])
 
 
-def derive(
+def fused(
     module: CrossLayerAttention,
     name: str,
     function: Callable[..., tuple[Tensor, Tensor]],
@@ -207,9 +207,9 @@ def derive(
         if torch.is_grad_enabled() or not counted:
             return function(*parts)
         versions = [(part.data_ptr(), part._version) for part in parts]
-        if name not in module.derived or module.derived[name][0] != versions:
-            module.derived[name] = versions, function(*parts)
-        return module.derived[name][1]
+        if name not in module.cache or module.cache[name][0] != versions:
+            module.cache[name] = versions, function(*parts)
+        return module.cache[name][1]
 
 
 def full_precision(tensor: Tensor) -> torch.autocast:
@@ -224,7 +224,7 @@ def mask_maps(
     """M(x) of Eq. 8, border included: the maps [B,H+2,W+2,K] of several modules on one layer that
     all of them refer to (their l-th, counted from 0), by one product."""
     parts = (part[layer] for module in modules for part in (module.mask, module.mask_bias))
-    weight, bias = derive(modules[0], f"M {layer} {len(modules)}", join, *parts)
+    weight, bias = fused(modules[0], f"M {layer} {len(modules)}", concatenate, *parts)
     # Full precision: TF32 would open keys that the CPU closes.
     maps = pointwise(rows, weight, bias, full=True)
     return maps.split([module.keys for module in modules], -1)
@@ -246,7 +246,7 @@ def pointwise(
         B, H, _, _ = rows.shape
         lines = convolve(rows.flatten(0, 1).unsqueeze(1), weight, bias)
         return lines.squeeze(1).unflatten(0, (B, H))
-    if full or device != "cuda" or rows.numel() * len(weight) < LARGE:
+    if full or device != "cuda" or rows.numel() * len(weight) < LARGE_PRODUCT:
         return F.linear(rows, weight, bias)
     return convolve(rows, weight, bias)
 

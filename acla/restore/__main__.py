@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
         raise AclaError("\n  ".join(lines))
 
 
-def choose(
+def choose_model(
     path: Path, quality: int | None, models: PretrainedModels, args: argparse.Namespace
 ) -> Choice:
     """The model for a photo, of this JPEG quality. Raises UsageError, PictureError."""
@@ -104,7 +104,7 @@ def foresee(sizes: Sizes, models: PretrainedModels, args: argparse.Namespace) ->
     path = next(iter(sizes))
     quality = args.task_q[0] if args.task_q else photo.jpeg_quality(path)
     try:
-        network = choose(path, quality, models, args).network
+        network = choose_model(path, quality, models, args).network
     except UsageError:
         return  # each photo says why
     precision = inference.pick_precision(args.precision, models.device, network.task)
@@ -160,7 +160,7 @@ def run_job(
     cells = photo.read_cells(path) if args.project and own and quality == own else None
     if not args.asked and (own is None or (args.project and cells is None)):
         return leave(path, target, "not a JPEG with Y")
-    chosen = choose(path, quality, models, args)
+    chosen = choose_model(path, quality, models, args)
     network = chosen.network
     best = network.task.until or network.task.setting + REACH
     if not args.asked and args.project and own > best:  # it may lose
@@ -179,7 +179,7 @@ def run_job(
     with inference.computing_in(precision, models.device):
         restored = restore_photo(source, network, tile, args.ensemble, jpeg, advance, cells=cells)
     photo.save(restored, target)
-    show(path, [*([chosen.notice] if chosen.notice else []), *restored.notices])
+    print_notices(path, [*([chosen.notice] if chosen.notice else []), *restored.notices])
     result = f"{target}: {network.task}, {args.checkpoint or chosen.path.stem}"
     result += f" ({chosen.reason})" * bool(chosen.reason)
     result += f", {precision}" * (precision != "fp32")
@@ -194,11 +194,11 @@ def run_job(
 def leave(path: Path, target: Path, why: str) -> str:
     """Write a photo as it is, and say why. Raises PictureError."""
     why += ", so it is left as it is; --task, --q or --checkpoint restores it"
-    show(path, [why, *photo.copy(path, target).notices])
+    print_notices(path, [why, *photo.copy(path, target).notices])
     return f"{target}: not restored"
 
 
-def show(path: Path, notices: list[str]) -> None:
+def print_notices(path: Path, notices: list[str]) -> None:
     """Print notices about a photo."""
     for text in notices:
         notice(printable(f"{path}: {text}"))

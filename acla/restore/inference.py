@@ -22,8 +22,8 @@ TILE = {1: 384, 2: 192, 3: 128, 4: 128}
 
 # Number formats
 
-FORMATS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-PRECISIONS = ("auto", *FORMATS)
+AUTOCAST_TYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = ("auto", *AUTOCAST_TYPES)
 
 
 def pick_precision(name: str, device: torch.device, task: Task) -> str:
@@ -43,7 +43,7 @@ def pick_precision(name: str, device: torch.device, task: Task) -> str:
 def computing_in(precision: str, device: torch.device) -> torch.autocast:
     """A context in which networks compute in "fp32", "bf16" or "fp16" on this device. Sampling
     positions, the mean colour and the addition to the input stay in float32."""
-    dtype = FORMATS[precision]
+    dtype = AUTOCAST_TYPES[precision]
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 

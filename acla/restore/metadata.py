@@ -5,7 +5,7 @@ import re
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from acla.data.deep_colour import PARTS, descriptive
+from acla.data.deep_colour import IFDS, descriptive
 
 XMP, LONG_XMP = b"http://ns.adobe.com/xap/1.0/\0", b"http://ns.adobe.com/xmp/extension/\0"
 PHOTOSHOP = b"Photoshop 3.0\0"  # a segment with IPTC
@@ -67,8 +67,8 @@ def fitting(exif: bytes) -> bytes:
     source.load(exif)
     kept.update(descriptive(source))
     while len(data := kept.tobytes()) > LONGEST:
-        parts = [kept, *(kept[part] for part in PARTS if part in kept)]
-        values = [(part, tag) for part in parts for tag in part if tag not in PARTS]
+        parts = [kept, *(kept[part] for part in IFDS if part in kept)]
+        values = [(part, tag) for part in parts for tag in part if tag not in IFDS]
         part, tag = max(values, key=lambda at: getattr(at[0][at[1]], "__len__", int)())
         del part[tag]
     return data

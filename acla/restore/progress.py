@@ -15,11 +15,11 @@ from acla.restore.inference import TILE, default_tile, predict, tile_grid
 from acla.restore.photo import READABLE
 
 Sizes = dict[Path, tuple[int, int]]
-FORMAT = (
+BAR_FORMAT = (
     "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total:.1f} MP [{elapsed}<{remaining}, "
     "{rate_inv_fmt}]"
 )
-SAMPLE = 128  # side, in pixels, of what a CPU is timed on
+TIMED_SIDE = 128  # side, in pixels, of what a CPU is timed on
 
 
 def sizes_of(paths: Iterable[Path], jpegs_alone: bool) -> Sizes:
@@ -43,8 +43,8 @@ class PixelBar:
         self.megapixels = {path: height * width / 1e6 for path, (height, width) in sizes.items()}
         self.before = self.own = 0.0  # of the photos before this one, of this one
         total = sum(self.megapixels.values())
-        options = {"bar_format": FORMAT, "unit": "MP", "smoothing": 0, "leave": False, "delay": 1}
-        self.bar = progress(None, total=total, disable=total == 0, **options)
+        options = {"total": total, "disable": total == 0, "unit": "MP", "leave": False}
+        self.bar = progress(None, bar_format=BAR_FORMAT, smoothing=0, delay=1, **options)
 
     def begin(self, path: Path, label: str) -> None:
         """Go on with this photo."""
@@ -71,7 +71,7 @@ def announce(model: Backbone, sizes: Sizes, tile: int | None, ensemble: bool) ->
     scale, total = model.config.scale, sum(height * width for height, width in sizes.values())
     if total <= TILE[scale] ** 2:
         return
-    side = SAMPLE if next(model.parameters()).device.type == "cpu" else tile or TILE[scale]
+    side = TIMED_SIDE if next(model.parameters()).device.type == "cpu" else tile or TILE[scale]
     gray = torch.full((model.config.channels, side, side), 0.5)
     with torch.no_grad():
         for _ in range(2):

@@ -78,7 +78,7 @@ def search_front(
         for positions, psnr in chain
     ]
     if cost == "ms":
-        times = processes.all_rows({"ms": measure([net.derive(one.positions) for one in every])})
+        times = processes.all_rows({"ms": latencies([net.derive(one.positions) for one in every])})
         every = [
             dataclasses.replace(one, ms=ms) for one, ms in zip(every, times[0]["ms"], strict=True)
         ]
@@ -97,7 +97,7 @@ def search_front(
     return cheapest, tuple(front)
 
 
-def measure(networks: Sequence[torch.nn.Module]) -> list[float]:
+def latencies(networks: Sequence[torch.nn.Module]) -> list[float]:
     """Milliseconds of each network for a 48×48 picture, the medians of calls in turns."""
     device = next(networks[0].parameters()).device
     picture = torch.rand(1, networks[0].config.channels, SIDE, SIDE, device=device)

@@ -13,16 +13,16 @@ import numpy as np
 
 from acla import console
 from acla.config import format_positions
-from acla.data.datasets import find_set, sample, split_every
+from acla.data.datasets import find_set, sample_set, split_every
 from acla.distributed import Processes
 from acla.errors import AclaError, DataError
 from acla.files import write_atomically
 from acla.search.architecture import macs
-from acla.search.loop import ARCHITECTURE, LOG, SearchPlan, Sets, run
+from acla.search.loop import ARCHITECTURE, LOG, SearchPlan, Sets, run_search
 from acla.search.result import SearchResult
 from acla.training.run_dir import MODEL
 
-GRID = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
+LAMBDAS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 FOLDS = 2
 SHARE = 5  # cross-validation takes one picture in five, and a fifth of the steps
 BUDGET_TRIALS = 8
@@ -46,7 +46,7 @@ def cross_validate(
         console.notice(f"cross-validation: λ {lam:g}, {len(folds)} searches of {steps} steps")
         trial = plan.change(lam=lam, steps=steps)
         folders = [out / f"lambda-{lam:g}-fold-{i}" for i in range(1, len(folds) + 1)]
-        results = [run(trial, *each, processes) for each in zip(folds, folders, strict=True)]
+        results = [run_search(trial, *each, processes) for each in zip(folds, folders, strict=True)]
         models = [result.architecture.model for result in results]
         scores.append(np.concatenate([result.psnr for result in results]))
         row = {"lambda": lam, "psnr": float(scores[-1].mean())}
@@ -71,7 +71,7 @@ def validation_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def fold_sets(name: str, root: Path | None) -> list[Sets]:
     """Folds of every fifth picture of a training set, at least two a fold; each scores once."""
-    paths = sorted(sample("train") if name == "sample" else find_set(name, root, "train"))
+    paths = sorted(sample_set("train") if name == "sample" else find_set(name, root, "train"))
     count = max(math.ceil(len(paths) / SHARE), 2 * FOLDS)
     if len(paths) < count:
         raise DataError(f"{len(paths)} picture(s) of {name} are too few to cross-validate: give λ")
@@ -102,7 +102,7 @@ def within_budget(
         console.notice(f"budget: λ {lam:.4g}, at most {most} modules fit")
         folder = out / "trials" / f"lambda-{lam:.6g}"
         first_stage = folder.with_name("first-stage.safetensors")
-        result = run(plan.change(lam=lam), sets, folder, processes, first_stage)
+        result = run_search(plan.change(lam=lam), sets, folder, processes, first_stage)
         model = result.architecture.model
         rows.append({"lambda": lam, "positions": list(model.positions), "macs": macs(model)})
         if len(model.positions) <= most:

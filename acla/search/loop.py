@@ -14,7 +14,7 @@ from torch import Tensor
 from acla import console
 from acla.config import ModelConfig, SearchConfig, Task
 from acla.data import datasets
-from acla.data.datasets import Loader, PatchSampler, Pictures, find_set, sample, split_every
+from acla.data.datasets import Loader, PatchSampler, Pictures, find_set, sample_set, split_every
 from acla.distributed import Processes, means
 from acla.files import provenance, write_atomically
 from acla.models.backbones import Backbone
@@ -57,7 +57,7 @@ class Sets:
 def search_sets(name: str, root: Path | None) -> Sets:
     """The pictures of a set, every fifth one for α. Raises DataError."""
     if name == "sample":
-        return Sets(sample("train"), sample("val"))
+        return Sets(sample_set("train"), sample_set("val"))
     return Sets(*split_every(find_set(name, root, "train"), 5))
 
 
@@ -193,13 +193,15 @@ class SearchDir:
         self.log, self.state, self.writes = folder / LOG, folder / STATE, search.processes.first
         task, channels = search.plan.task, search.plan.model.channels
         self.scored = validation.validation_set(sets.score or sets.alpha, task, channels)
-        self.digests = {name: datasets.digest(paths) for name, paths in vars(sets).items() if paths}
+        self.digests = {
+            name: datasets.fingerprint(paths) for name, paths in vars(sets).items() if paths
+        }
         progress = {"step": 0, "seconds": 0.0, "seen": [0.0, 0.0], "count": 0}
         state = next((p for p in (self.state, first_stage) if p and p.is_file()), None)
         if state:
             tensors, values = load_state(state)
             run_dir.require_same_data(values, self.digests)
-            trainer.unpack(search.parts, tensors, state)
+            trainer.load_state_tensors(search.parts, tensors, state)
             progress |= values
         self.step, self.count = progress["step"], progress["count"]
         # Of MSE and loss since the last row; on the device: reading them would wait for it.
@@ -242,9 +244,9 @@ class SearchDir:
         progress |= {"seconds": seconds, "seen": self.sums.tolist(), "count": self.count}
         if self.first_stage_ends:
             write_atomically(self.first_stage.with_suffix(".jsonl"), self.log.read_bytes())
-            save_state(self.first_stage, trainer.pack(self.search.parts), progress)
+            save_state(self.first_stage, trainer.state_tensors(self.search.parts), progress)
         if self.epoch_ends or stopping:
-            save_state(self.state, trainer.pack(self.search.parts), progress)
+            save_state(self.state, trainer.state_tensors(self.search.parts), progress)
         return mse
 
     def row(self, mse: float, loss: float) -> dict[str, Any]:
@@ -265,7 +267,7 @@ class SearchDir:
 # The whole search
 
 
-def run(
+def run_search(
     plan: SearchPlan,
     sets: Sets,
     out: Path,
@@ -294,7 +296,7 @@ def run(
                 bar.set_postfix({"mse": f"{mse:.1f}", "open": open_count}, refresh=False)
             if stopping and folder.step < steps.stop:
                 raise stop.at(folder.step, folder.state)
-    return derive(search, sets, folder, notes or {}, budget)
+    return finish_search(search, sets, folder, notes or {}, budget)
 
 
 def gate_report(search: Search, step: int) -> dict[str, Any]:
@@ -326,7 +328,7 @@ def held_out(search: Search) -> Pairs:
     return list(zip(lows, targets, strict=True))
 
 
-def derive(
+def finish_search(
     search: Search, sets: Sets, folder: SearchDir, notes: dict[str, Any], budget: float | None
 ) -> SearchResult:
     """Derive the network, measure its cost on α's patches of one step, write both files."""

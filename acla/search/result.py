@@ -46,7 +46,7 @@ class SearchResult:
         return sum(0.1 < chance < 0.9 for chance in self.chances)
 
 
-def table(result: SearchResult) -> str:
+def search_table(result: SearchResult) -> str:
     """The positions, one a line, or the networks of a front; then the cost of the network and what
     it gains, beside no attention and a module behind every block."""
     architecture, model = result.architecture, result.architecture.model

@@ -148,11 +148,11 @@ class Trainer:
             "losses": [loss.item() for loss in self.losses],
             "norms": [norm.item() for norm in self.norms],
         }
-        return pack(self.parts), {"scaler": self.scaler.state_dict(), **statistics}
+        return state_tensors(self.parts), {"scaler": self.scaler.state_dict(), **statistics}
 
     def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any], path: Path) -> None:
         """Set what `state` returned, read from `path`. Raises CheckpointError."""
-        unpack(self.parts, tensors, path)
+        load_state_tensors(self.parts, tensors, path)
         self.rate = None
         try:
             self.scaler.load_state_dict(values["scaler"])
@@ -226,7 +226,7 @@ def ema_share(count: Tensor) -> float:
 # State
 
 
-def pack(parts: Parts) -> dict[str, Tensor]:
+def state_tensors(parts: Parts) -> dict[str, Tensor]:
     """The tensors of modules and optimisers under one name each: '<part>.<name>'."""
     tensors = {}
     for prefix, part in parts.items():
@@ -238,8 +238,8 @@ def pack(parts: Parts) -> dict[str, Tensor]:
     return tensors
 
 
-def unpack(parts: Parts, tensors: dict[str, Tensor], path: Path) -> None:
-    """Set modules and optimisers to what `pack` returned, all of it, read from `path`. Raises
+def load_state_tensors(parts: Parts, tensors: dict[str, Tensor], path: Path) -> None:
+    """Set modules and optimisers to all that `state_tensors` returned, read from `path`. Raises
     CheckpointError."""
     try:
         for prefix, part in parts.items():
@@ -253,7 +253,7 @@ def unpack(parts: Parts, tensors: dict[str, Tensor], path: Path) -> None:
                 part.load_state_dict({**part.state_dict(), "state": entries})
             elif part is not None:
                 part.load_state_dict(own)
-        if unknown := tensors.keys() ^ pack(parts).keys():
+        if unknown := tensors.keys() ^ state_tensors(parts).keys():
             raise ValueError(f"unknown {min(unknown)}")
     except (RuntimeError, ValueError) as error:
         reason = textwrap.shorten(str(error), 200)

@@ -15,8 +15,8 @@ from acla.data.metrics import protocol_line, score_psnr
 from acla.errors import DataError
 from acla.models.backbones import Backbone
 
-SIDE = 256  # pixels of a picture's middle, at most
-GRID = 8  # of JPEG blocks and of the Bayer pattern
+MIDDLE_SIDE = 256  # pixels of a picture's middle, at most
+MIDDLE_GRID = 8  # of JPEG blocks and of the Bayer pattern
 
 
 def validation_set(paths: Sequence[Path], task: Task, channels: int) -> Pictures:
@@ -34,7 +34,7 @@ def validation_set(paths: Sequence[Path], task: Task, channels: int) -> Pictures
 
 def validation_protocol(task: Task, channels: int) -> str:
     """What the PSNR of a validation is, in one line."""
-    side = f"the middle of each picture, at most {SIDE} × {SIDE} pixels"
+    side = f"the middle of each picture, at most {MIDDLE_SIDE} × {MIDDLE_SIDE} pixels"
     return f"validation: {side}; {protocol_line(task, channels=channels)}"
 
 
@@ -44,7 +44,7 @@ def validation_pair(
     """(input, target) [C,H,W] of a picture's middle."""
     path = pictures.paths[index]
     try:
-        clean = middle(from_levels(pictures[index]), SIDE, GRID)
+        clean = middle(from_levels(pictures[index]), MIDDLE_SIDE, MIDDLE_GRID)
         return pair(clean, task, generator_for(path.stem), channels)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
