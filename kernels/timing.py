@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 # Clock cycles, some 20 ms, in which any implementation has launched nearly all of its kernels.
 QUEUE = 40_000_000
@@ -75,26 +74,6 @@ def paired(
         for work, taken in zip(works, times, strict=True):
             taken.append(clock(work))
     return times
-
-
-def replay(work: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """The work as a CUDA graph: a call launches all of its kernels at once, on the same tensors,
-    and returns the result in the same memory. `work` may not wait for the GPU."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # compiles and chooses kernels, and fills caches, which no capture may
-            work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = work()
-
-    def run() -> Tensor:
-        graph.replay()
-        return result
-
-    return run
 
 
 def percentiles(times: list[float]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from acla.training.step_graph import WARM_UP, StepGraph
 from kernels import bench, timing
 from kernels.baselines import by_grid_sample, make_case
 from kernels.floor import Gpu
@@ -180,11 +181,11 @@ class FakeCuda:
             record=note("event"), synchronize=note("synchronize"), elapsed_time=lambda end: 0.25
         )
         for name, value in {
-            "Stream": lambda: side,
+            "Stream": lambda device: side,
             "current_stream": lambda: main,
             "stream": lambda stream: inside("side"),
             "CUDAGraph": lambda: graph,
-            "graph": lambda graph: inside("capture"),
+            "graph": lambda graph, **_: inside("capture"),
             "Event": lambda enable_timing: event,
             "_sleep": note("sleep"),
             "get_device_properties": lambda: SimpleNamespace(L2_cache_size=50),
@@ -195,12 +196,12 @@ class FakeCuda:
 
 def test_a_graph_is_warmed_up_on_a_side_stream_captured_once_and_replayed(monkeypatch):
     fake = FakeCuda(monkeypatch)
-    run = timing.replay(lambda: fake.notes.append("work") or "result")
-    before = ["side waits", "side begins", "work", "work", "work", "side ends", "main waits"]
-    assert fake.notes == [*before, "capture begins", "work", "capture ends"]
-    del fake.notes[:]
-    assert [run(), run()] == ["result", "result"]
-    assert fake.notes == ["replay", "replay"]
+    result = torch.ones(1)
+    step = StepGraph(lambda: fake.notes.append("work") or (result,), torch.device("cuda"))
+    results = [step() for _ in range(WARM_UP + 2)]
+    before = WARM_UP * ["side waits", "side begins", "work", "side ends", "main waits"]
+    assert fake.notes == [*before, "capture begins", "work", "capture ends", "replay", "replay"]
+    assert results == [(result,)] * (WARM_UP + 2)
 
 
 @pytest.mark.parametrize("queued", [True, False])

@@ -10,7 +10,8 @@ from acla.analysis import benchmark
 from acla.config import ModelConfig
 from acla.models.attention import CrossLayerAttention
 from acla.models.backbones import Backbone
-from kernels import bench, timing
+from acla.training.step_graph import WARM_UP, StepGraph
+from kernels import bench
 
 
 def row(backend, ms, which="network", **others):
@@ -49,7 +50,7 @@ def test_networks_on_a_gpu_run_piece_by_piece_and_as_graphs(monkeypatch, capsys)
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_, **__: self)
     rand = torch.rand
     monkeypatch.setattr(torch, "rand", lambda *shape, device: rand(*shape))
-    monkeypatch.setattr(benchmark, "replay", lambda call: call)
+    monkeypatch.setattr(benchmark, "replayed", lambda call, device: call)
     monkeypatch.setattr(bench, "peak_mb", lambda *_: 1.0)
 
     def paired(works, *_, **__):
@@ -149,7 +150,9 @@ def test_a_replayed_network_gives_what_the_network_gives():
     picture, other = torch.rand(2, 1, 1, 13, 10, device="cuda")
     expected = [benchmark.without_gradients(net, p.clone()) for p in (other, picture)]
     first = picture.clone()
-    run = timing.replay(lambda: benchmark.without_gradients(net, picture))
+    step = StepGraph(lambda: (benchmark.without_gradients(net, picture),), picture.device)
+    for _ in range(WARM_UP):
+        step()
     for given, right in zip((other, first), expected, strict=True):
         picture.copy_(given)
-        torch.testing.assert_close(run(), right)
+        torch.testing.assert_close(step()[0], right)

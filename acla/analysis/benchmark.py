@@ -26,11 +26,11 @@ from acla.data.datasets import Loader, PatchSampler, Pictures, sample_set
 from acla.distributed import Processes
 from acla.kernels import attend, bench, to_rows
 from acla.kernels.baselines import Case, Implementation, by_grid_sample, make_case
-from acla.kernels.timing import replay
 from acla.models.attention import CrossLayerAttention, mask_maps
 from acla.models.backbones import Backbone
 from acla.restore.inference import keep_memory
 from acla.search.supernet import Supernet
+from acla.training.step_graph import WARM_UP, StepGraph
 from acla.training.trainer import Trainer
 
 # EDSR 32 × 256, EDSR 16 × 64 and RCAN, for the task and preset that have their size
@@ -56,8 +56,16 @@ def network_rows(args: argparse.Namespace) -> Iterator[bench.Row]:
             works = []
             for label, call in calls.items():
                 row = bench.empty_row(label, (1, 48, 48, config.width), which, args)
-                works.append((row, replay(call) if which == "replay" else call))
+                works.append((row, replayed(call, args.device) if which == "replay" else call))
             yield from bench.timed_rows(works, args)
+
+
+def replayed(call: Callable[[], Tensor], device: str) -> Callable[[], None]:
+    """The call as a CUDA graph, to be replayed on the same tensors."""
+    step = StepGraph(lambda: (call(),), torch.device(device))
+    for _ in range(WARM_UP + 1):
+        step()
+    return step.graph.replay
 
 
 def pair_of_networks(name: str, args: argparse.Namespace) -> dict[str, Backbone]:

@@ -31,7 +31,7 @@ from acla.scripts import train
 from acla.search.front import latencies
 from acla.training import run_dir
 from acla.training.run_dir import LOG, STATE, RunDir
-from acla.training.side_by_side import make_streams, step_side_by_side
+from acla.training.side_by_side import train_side_by_side
 from acla.training.trainer import Trainer
 
 OUT = Path("runs/trial")
@@ -131,13 +131,12 @@ def train_all(
             if runs[name, seed].trainer.averaged:
                 raise UsageError(f"--ema: averages would lack the change of {name!r}; leave it out")
             change(runs[name, seed].trainer)
-    streams = make_streams(len(runs), processes.device)
-    steps = max(run.plan.train.steps for run in runs.values())
-    for step in console.progress(range(steps), unit="step", desc="trial"):
-        given = [run.batch(step) for run in runs.values()]
-        step_side_by_side([run.trainer for run in runs.values()], streams, step, given)
+    trainers, batch = zip(*((run.trainer, run.batch) for run in runs.values()), strict=True)
+    steps = range(max(run.plan.train.steps for run in runs.values()))
+    bar = console.progress(steps, unit="step", desc="trial")
+    for done in train_side_by_side(trainers, batch, bar):
         for run in runs.values():
-            run.validate(step + 1)
+            run.validate(done)
     first = {name: run for (name, seed), run in runs.items() if seed == keys[0][1]}
     times = latencies([run.trainer.model for run in first.values()])
     ms = dict(zip(first, times, strict=True))

@@ -32,7 +32,7 @@ from acla.models.factory import describe
 from acla.search.architecture import for_task
 from acla.training import run_dir, validation
 from acla.training.run_dir import TrainPlan
-from acla.training.side_by_side import make_streams, step_side_by_side
+from acla.training.side_by_side import train_side_by_side
 from acla.training.trainer import Trainer
 
 MOST_BLOCKS = 12  # 4096 networks
@@ -55,8 +55,7 @@ class Space:
     device: torch.device
 
     def train(self, group: Group) -> list[Row]:
-        """Train the networks of a group on the same patches, in turns, on a GPU in a stream each
-        so that their small kernels overlap. Returns their rows."""
+        """Train the networks of a group on the same patches. Returns their rows."""
         begun, task, length = time.monotonic(), self.plan.task, self.plan.train
         length = dataclasses.replace(length, seed=group.seed)
         net = self.plan.model
@@ -64,11 +63,9 @@ class Space:
         trainers = [Trainer(model, length, Processes(self.device)) for model in models]
         patches = length.patch_size, length.batch_size, length.seed
         sampler = PatchSampler(decoded(self.pictures), task, *patches, channels=net.channels)
-        loader = Loader(sampler, self.device, workers=0)
-        streams = make_streams(len(trainers), self.device)
-        for step in range(length.steps):
-            batches = [loader.batch(step)] * len(trainers)
-            step_side_by_side(trainers, streams, step, batches)
+        batch = functools.lru_cache(1)(Loader(sampler, self.device, workers=0).batch)
+        for _ in train_side_by_side(trainers, [batch] * len(trainers), range(length.steps)):
+            pass
         seconds = round((time.monotonic() - begun) / len(trainers), 2)
         return [self.row(trainer, length.seed, seconds) for trainer in trainers]
 

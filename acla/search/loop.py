@@ -1,7 +1,6 @@
 """One search: two stages of steps on a supernet, its log and its result (Section 3.2)."""
 
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from acla.search.front import AT_ONCE, PATCHES, Pairs, fair_gates, gates_at, sea
 from acla.search.result import MAX_SCORED, SearchResult
 from acla.search.supernet import Supernet
 from acla.training import run_dir, trainer, validation
-from acla.training.run_dir import Stop
+from acla.training.run_dir import RunFiles, Stop
 
 STATE, LOG, ARCHITECTURE = "supernet.safetensors", "search.jsonl", "arch.json"
 WEIGHTS, ALPHA = 0, 1  # the streams of noise of the two kinds of step
@@ -181,16 +180,15 @@ def at(config: SearchConfig, step: int, first: float, last: float) -> float:
 # The files of a search
 
 
-class SearchDir:
-    """The files of a search: the state and a row of search.jsonl after every epoch, written by the
-    first process. Begins with the state in `folder`, else with that in `first_stage`, else anew.
+class SearchDir(RunFiles):
+    """The files of a search: the state and a row of search.jsonl after every epoch. Begins with the
+    state in `folder`, else with that in `first_stage`, else anew.
 
     first_stage: file for the state after the first stage, beside it the rows until then. Raises
     DataError where the pictures are not those of the state."""
 
     def __init__(self, search: Search, sets: Sets, folder: Path, first_stage: Path | None):
-        self.search, self.folder, self.first_stage = search, folder, first_stage
-        self.log, self.state, self.writes = folder / LOG, folder / STATE, search.processes.first
+        self.search, self.first_stage, self.state = search, first_stage, folder / STATE
         task, channels = search.plan.task, search.plan.model.channels
         self.scored = validation.validation_set(sets.score or sets.alpha, task, channels)
         self.digests = {
@@ -206,12 +204,9 @@ class SearchDir:
         self.step, self.count = progress["step"], progress["count"]
         # Of MSE and loss since the last row; on the device: reading them would wait for it.
         self.sums = torch.tensor(progress["seen"], device=search.processes.device)
-        self.start = time.monotonic() - progress["seconds"]
-        if self.writes:
-            folder.mkdir(parents=True, exist_ok=True)
-            if state and state == first_stage:
-                shutil.copyfile(first_stage.with_suffix(".jsonl"), self.log)
-            run_dir.drop_rows_after(self.log, self.step)
+        super().__init__(folder, LOG, self.step, progress["seconds"], search.processes.first)
+        if self.writes and state and state == first_stage:
+            shutil.copyfile(first_stage.with_suffix(".jsonl"), self.log)
 
     @property
     def epoch_ends(self) -> bool:
@@ -233,7 +228,7 @@ class SearchDir:
         self.sums = self.search.processes.mean(self.sums)
         mse, loss = (self.sums / self.count).tolist()
         run_dir.require_finite(mse, self.step - self.count, self.step, self.folder)
-        seconds = round(time.monotonic() - self.start, 2)
+        seconds = self.seconds
         if self.epoch_ends:
             if self.writes:
                 run_dir.append_row(self.log, self.row(mse, loss) | {"seconds": seconds})

@@ -77,9 +77,26 @@ class Progress:
             ) from error
 
 
-class RunDir:
-    """The files of a training from `progress` on, which the first process writes. sampler: names
-    the pictures of a step that diverged; curves: whether the log is for TensorBoard too."""
+class RunFiles:
+    """A run's folder after `step` steps and so many seconds, with its log; the first process
+    writes."""
+
+    def __init__(self, folder: Path, log: str, step: int, seconds: float, writes: bool):
+        self.folder, self.log, self.writes = folder, folder / log, writes
+        self.start = time.monotonic() - seconds
+        if writes:
+            folder.mkdir(parents=True, exist_ok=True)
+            clear_temporary(folder)
+            drop_rows_after(self.log, step)
+
+    @property
+    def seconds(self) -> float:
+        return round(time.monotonic() - self.start, 2)
+
+
+class RunDir(RunFiles):
+    """The files of a training from `progress` on. sampler: names the pictures of a step that
+    diverged; curves: whether the log is for TensorBoard too."""
 
     def __init__(
         self,
@@ -90,17 +107,12 @@ class RunDir:
         sampler: PatchSampler,
         curves: bool = False,
     ):
-        self.folder, self.plan, self.progress, self.writes = folder, plan, progress, processes.first
-        self.sampler, self.curves = sampler, None
+        super().__init__(folder, LOG, progress.step, progress.seconds, processes.first)
+        self.plan, self.progress, self.sampler, self.curves = plan, progress, sampler, None
         self.info = {"train": progress.plan["train"], "data": progress.data}
         self.info |= {"begun_with": progress.begun_with, **provenance(processes.device)}
-        self.start = time.monotonic() - progress.seconds
-        if self.writes:
-            folder.mkdir(parents=True, exist_ok=True)
-            clear_temporary(folder)
-            drop_rows_after(folder / LOG, progress.step)
-            if curves:
-                self.curves = tensorboard()(folder / "tensorboard", purge_step=progress.step + 1)
+        if self.writes and curves:
+            self.curves = tensorboard()(folder / "tensorboard", purge_step=progress.step + 1)
 
     def write(self, trainer: Trainer, step: int, psnr: dict[str, float] | None = None) -> None:
         """Write the state after `step` steps; with a validation before it the row of the log and
@@ -110,8 +122,7 @@ class RunDir:
         value = psnr["val_psnr"] if psnr else None
         last_state = f"{self.folder / STATE} of step {self.progress.step}"
         require_finite_steps(losses, value, step, self.sampler, last_state)
-        self.progress.step = step
-        self.progress.seconds = round(time.monotonic() - self.start, 2)
+        self.progress.step, self.progress.seconds = step, self.seconds
         if psnr:
             row = {"step": step, "loss": sum(losses) / len(losses), "lr": trainer.lr(step - 1)}
             row |= {"norm": sum(norms) / len(norms)} if norms else {}
@@ -129,7 +140,7 @@ class RunDir:
             names.append(BEST)
         if not self.writes:
             return
-        append_row(self.folder / LOG, row)
+        append_row(self.log, row)
         if self.curves:
             for name in row.keys() - {"step", "seconds"}:
                 self.curves.add_scalar(name, row[name], row["step"])

@@ -1,6 +1,6 @@
 """Several networks in training at once, which fill a GPU together."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -8,25 +8,26 @@ from torch import Tensor
 from acla.training.trainer import Trainer
 
 
-def make_streams(count: int, device: torch.device) -> list[torch.cuda.Stream | None]:
-    """A stream for each of several networks on a GPU; elsewhere there are none."""
-    return [torch.cuda.Stream(device) if device.type == "cuda" else None for _ in range(count)]
-
-
-def step_side_by_side(
+def train_side_by_side(
     trainers: Sequence[Trainer],
-    streams: Sequence[torch.cuda.Stream | None],
-    step: int,
-    batches: Sequence[tuple[Tensor, Tensor] | None],
-) -> None:
-    """A step of every network that has a batch, each in its stream. The streams work after what the
-    current stream has been given, which then goes on after them: memory that it frees may be in use
-    until then."""
-    for stream in filter(None, streams):
-        stream.wait_stream(torch.cuda.current_stream())
-    for trainer, stream, batch in zip(trainers, streams, batches, strict=True):
-        if batch:
-            with torch.cuda.stream(stream):
-                trainer.step(step, range(len(batch[0])), *batch)
-    for stream in filter(None, streams):
-        torch.cuda.current_stream().wait_stream(stream)
+    batches: Sequence[Callable[[int], tuple[Tensor, Tensor] | None]],
+    steps: Iterable[int],
+) -> Iterator[int]:
+    """Train networks step by step, each on its batch of a step, if it has one, and on a GPU in a
+    stream of its own. Yields the number of steps done.
+
+    The streams work after what the current stream has been given, which then goes on after them:
+    memory that it frees may be in use until then."""
+    gpu = trainers[0].device.type == "cuda"
+    streams = [torch.cuda.Stream(t.device) if gpu else None for t in trainers]
+    for step in steps:
+        given = [batch(step) for batch in batches]
+        for stream in filter(None, streams):
+            stream.wait_stream(torch.cuda.current_stream())
+        for trainer, stream, batch in zip(trainers, streams, given, strict=True):
+            if batch:
+                with torch.cuda.stream(stream):
+                    trainer.step(step, range(len(batch[0])), *batch)
+        for stream in filter(None, streams):
+            torch.cuda.current_stream().wait_stream(stream)
+        yield step + 1
