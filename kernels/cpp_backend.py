@@ -26,7 +26,7 @@ from .inputs import Inputs, Leaves
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
-HEADERS = [SOURCE.with_name(name) for name in ("plan.h", "vectors.h")]
+HEADERS = [SOURCE.with_name(name) for name in ("features.h", "plan.h", "vectors.h")]
 # Neither flag changes what NaN and infinity do; both let the compiler vectorise.
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 # Tried in this order: not every compiler knows the processor by name or has OpenMP's library.

@@ -1,0 +1,149 @@
+// What reads and writes the features of a tile's keys: sums, dots and scatter; a part of cpu.cpp.
+//
+// T is the features' type in memory, A that of all arithmetic: double for double, else float.
+// image is the layer's image, gradient rows are p.aggregate's.
+
+#pragma once
+
+#include <cstdint>
+
+#include "plan.h"
+
+namespace {
+
+// The loops over keys are functions of their own, so that their sums and pointers have all registers.
+
+// The weighted sum of a query's open keys' corners, V vectors of channels from `image` on.
+template <int V, bool part, class T, class A>
+__attribute__((noinline)) void sum_keys(const Entries<A>& at, int begin, int end, const T* image,
+                                        int64_t down, int64_t right, int count, Vector<A>* total) {
+  // With few vectors to a key, more sums hide the latency of the additions.
+  constexpr int lanes = kLanes<A>, S = V >= 8 ? 1 : V == 4 ? 2 : 4;
+  const int32_t *next = at.picked + begin, *last = at.picked + end;
+  const int64_t* corner = at.corner;
+  const A* w = at.w0;
+  const int64_t apart = at.w1 - at.w0;  // of w0, w1, w2 and w3
+  Vector<A> sum[S][V] = {};
+  for (; next < last; ++next) {
+    const int64_t i = *next;
+    const T* c0 = image + corner[i];
+    const T *c1 = c0 + right, *c2 = c0 + down, *c3 = c1 + down;
+    hold(c1), hold(c2), hold(c3);
+    const A w0 = w[i], w1 = w[i + apart], w2 = w[i + 2 * apart], w3 = w[i + 3 * apart];
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) {
+      sum[0][v] += w0 * load<A, part>(c0 + v * lanes, count);
+      sum[1 % S][v] += w1 * load<A, part>(c1 + v * lanes, count);
+      sum[2 % S][v] += w2 * load<A, part>(c2 + v * lanes, count);
+      sum[3 % S][v] += w3 * load<A, part>(c3 + v * lanes, count);
+    }
+  }
+#pragma GCC unroll 16
+  for (int v = 0; v < V; ++v) {
+    if constexpr (S == 2) sum[0][v] += sum[1][v];
+    if constexpr (S == 4) sum[0][v] = (sum[0][v] + sum[1][v]) + (sum[2][v] + sum[3][v]);
+    total[v] = sum[0][v];
+  }
+}
+
+// Weighted sums of the open keys' corners; sink(part, query, channel, vector, count) takes them.
+template <class T, class A, class F>
+void gather(const Problem& p, const Tile<A>& tile, const T* image, F&& sink) {
+  constexpr int lanes = kLanes<A>;
+  const int64_t down = p.feature_strides[tile.l * 3 + 1], right = p.feature_strides[tile.l * 3 + 2];
+  over_channels<lanes>(int(p.C), [&](auto block, auto part, int c) {
+    constexpr int V = decltype(block)::value;
+    const int count = int(p.C) - c, queries = tile.queries();
+    for (int q = 0; q < queries; ++q) {
+      Vector<A> sum[V];
+      sum_keys<V, part>(tile.at, tile.first[q], tile.first[q + 1], image + c, down, right, count,
+                        sum);
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) sink(part, q, c + v * lanes, sum[v], count);
+    }
+  });
+}
+
+// Adds to d four dots a key of a query, open or not: of the gradient's row with each corner's
+// feature, V vectors of channels from `image` and `row` on.
+template <int V, bool part, class T, class A>
+__attribute__((noinline)) void dot_keys(const Entries<A>& at, int begin, int end, const T* image,
+                                        int64_t down, int64_t right, int count, const T* row) {
+  constexpr int lanes = kLanes<A>;
+  const int64_t *corner = at.corner + begin, *last = at.corner + end;
+  A* d = at.d + begin * 4;
+  Vector<A> gradient[V];
+#pragma GCC unroll 16
+  for (int v = 0; v < V; ++v) gradient[v] = load<A, part>(row + v * lanes, count);
+  for (; corner < last; ++corner, d += 4) {
+    const T* c0 = image + *corner;
+    const T *c1 = c0 + right, *c2 = c0 + down, *c3 = c1 + down;
+    hold(c1), hold(c2), hold(c3);
+    Vector<A> s0 = {}, s1 = {}, s2 = {}, s3 = {};
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) {
+      s0 += gradient[v] * load<A, part>(c0 + v * lanes, count);
+      s1 += gradient[v] * load<A, part>(c1 + v * lanes, count);
+      s2 += gradient[v] * load<A, part>(c2 + v * lanes, count);
+      s3 += gradient[v] * load<A, part>(c3 + v * lanes, count);
+    }
+    add_totals<A>(s0, s1, s2, s3, d);
+  }
+}
+
+template <class T, class A>
+void dots(const Problem& p, Tile<A>& tile, const T* image) {
+  const int64_t down = p.feature_strides[tile.l * 3 + 1], right = p.feature_strides[tile.l * 3 + 2];
+  over_channels<kLanes<A>>(int(p.C), [&](auto block, auto part, int c) {
+    for (int q = 0; q < tile.queries(); ++q) {
+      const T* row = static_cast<const T*>(p.aggregate) + tile.pair(p, q) * p.C + c;
+      dot_keys<decltype(block)::value, part>(tile.at, q * tile.slots, q * tile.slots + tile.K,
+                                             image + c, down, right, int(p.C) - c, row);
+    }
+  });
+}
+
+// Adds a query's gradient to the corners of its open keys, V vectors of channels from `image` on.
+template <int V, bool part, class T, class A>
+__attribute__((noinline)) void add_keys(const Entries<A>& at, int begin, int end, A* image,
+                                        int64_t down, int64_t right, int count, const T* row) {
+  constexpr int lanes = kLanes<A>;
+  const int32_t *next = at.picked + begin, *last = at.picked + end;
+  const Integer<A>*rows = at.row, *columns = at.column;
+  const A* w = at.w0;
+  const int64_t apart = at.w1 - at.w0;  // of w0, w1, w2 and w3
+  Vector<A> gradient[V];
+#pragma GCC unroll 16
+  for (int v = 0; v < V; ++v) gradient[v] = load<A, part>(row + v * lanes, count);
+  const auto add = [&](A* to, Vector<A> v) {
+    store<A, part>(to, load<A, part>(to, count) + v, count);
+  };
+  for (; next < last; ++next) {
+    const int64_t i = *next;
+    A* c0 = image + rows[i] * down + columns[i] * right;
+    A *c1 = c0 + right, *c2 = c0 + down, *c3 = c1 + down;
+    hold(c1), hold(c2), hold(c3);
+    const A w0 = w[i], w1 = w[i + apart], w2 = w[i + 2 * apart], w3 = w[i + 3 * apart];
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) {
+      const Vector<A> g = gradient[v];
+      add(c0 + v * lanes, w0 * g), add(c1 + v * lanes, w1 * g);
+      add(c2 + v * lanes, w2 * g), add(c3 + v * lanes, w3 * g);
+    }
+  }
+}
+
+// Adds the gradient's rows to the corners of the open keys in an image of the buffer [B,H+2,W+2,C].
+template <class T, class A>
+void scatter(const Problem& p, const Tile<A>& tile, A* image) {
+  const int64_t right = p.C, down = (p.W + 2) * right;
+  over_channels<kLanes<A>>(int(p.C), [&](auto block, auto part, int c) {
+    for (int q = 0; q < tile.queries(); ++q) {
+      const T* row = static_cast<const T*>(p.aggregate) + tile.pair(p, q) * p.C + c;
+      add_keys<decltype(block)::value, part>(tile.at, tile.first[q], tile.first[q + 1], image + c,
+                                             down, right, int(p.C) - c, row);
+    }
+  });
+}
+
+}  // namespace
