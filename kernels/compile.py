@@ -183,7 +183,7 @@ def job_of(call: launch.Launch, target: str, config: launch.Config) -> Job:
         keys, chunks = keys * values["K"], 0
         if "plan" in values:
             variant = "forward" if values["plan"].key is None else "backward"
-    if values.get("grad_mask_ptr") is not None:
+    if "grad_mask_ptr" in values or ("grads" in values and values["grads"].masks is not None):
         variant = "ordered"
     fn = call.kernel.fn
     name = (fn.__name__, fn.__module__, variant, target, config)

@@ -8,6 +8,8 @@ sample of the map M(x) at p. What the sum needs of a key is its corner, its plac
 the four corners, and its weight f.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -118,18 +120,67 @@ def make_plan(
     return plan
 
 
+class Sent(NamedTuple):
+    """The gradients that `_spread` reads, None for zeros."""
+
+    dots: Tensor | None  # [B,L,N,K,4], of the aggregate with the corners
+    coverage: Tensor | None  # [B,N,L]
+    kept: Tensor | None  # [B,L]
+
+
+class Spread(NamedTuple):
+    """The gradients that `_spread` writes, None where not wanted."""
+
+    points: Tensor | None  # [B,N,L,3,K]
+    maps: tuple[Tensor, ...] | None  # L × [B,H+2,W+2,K] float32, zeros to add to
+    masks: Tensor | None  # [B,L,N,K]
+    gates: Tensor | None  # [B,L,N], each query's share
+
+
+@triton.jit
+def corner_dots(sent, known, b, l, n, entry, row, column, H, W, L):
+    """The four dots of entries, where they are known, each with the coverage's gradient if its
+    corner is a pixel."""
+    d0 = tl.zeros(known.shape, tl.float32)
+    d1, d2, d3 = d0, d0, d0
+    if sent.dots is not None:
+        at = sent.dots + entry * 4
+        d0 = tl.load(at, mask=known, other=0.0)
+        d1 = tl.load(at + 1, mask=known, other=0.0)
+        d2 = tl.load(at + 2, mask=known, other=0.0)
+        d3 = tl.load(at + 3, mask=known, other=0.0)
+    if sent.coverage is not None:
+        N = H * W
+        at = sent.coverage + (b * N + n) * L + l
+        covered = tl.load(at, mask=n < N, other=0.0).to(tl.float32)
+        i0, i1, i2, i3 = inside(row, column, H, W)
+        d0 += covered * i0
+        d1 += covered * i1
+        d2 += covered * i2
+        d3 += covered * i3
+    return d0, d1, d2, d3
+
+
+@triton.jit
+def add_to_map(maps, b, l, key, value, row, column, dy, dx, valid, H, W, K: tl.constexpr):
+    """Add each key's value to the four corners in its channel of layer l's map."""
+    down = (W + 2).to(tl.int64) * K
+    pixel = (b * (H + 2) + row) * (W + 2) + column
+    at = pointer_of(maps, l) + (pixel * K + key)
+    s0, s1, s2, s3 = shares(dy, dx)
+    tl.atomic_add(at, value * s0, mask=valid, sem="relaxed")
+    tl.atomic_add(at + K, value * s1, mask=valid, sem="relaxed")
+    tl.atomic_add(at + down, value * s2, mask=valid, sem="relaxed")
+    tl.atomic_add(at + (down + K), value * s3, mask=valid, sem="relaxed")
+
+
 @triton.jit(do_not_specialize=["temperature", "H", "W", "L"])
 def _spread(
     keys,
     gates_ptr,  # [L], or None
     plan,
-    dots_ptr,  # [B,L,N,K,4], or None for zeros
-    grad_coverage_ptr,  # [B,N,L], or None for zeros
-    grad_kept_ptr,  # [B,L], or None for zeros
-    grad_points_ptr,  # [B,N,L,3,K], or None
-    grad_maps,  # L × [B,H+2,W+2,K] float32, zeros to add to, or None
-    grad_mask_ptr,  # [B,L,N,K], or None
-    grad_gates_ptr,  # [B,L,N], each query's share, or None
+    sent,
+    grads,
     temperature,
     H,
     W,
@@ -140,7 +191,7 @@ def _spread(
     BLOCK_K: tl.constexpr,
 ):
     """Turn dots into the gradients of offsets, logits, masks and gate: all keys of BLOCK_N queries
-    of one image on one layer. The order of the additions to grad_maps varies."""
+    of one image on one layer. The order of the additions to the maps' gradients varies."""
     b = tl.program_id(2).to(tl.int64)
     l = tl.program_id(1).to(tl.int64)
     N = H * W
@@ -157,61 +208,33 @@ def _spread(
     dx = tl.load(plan.dx + entry, mask=valid, other=0.0)
     f = tl.load(plan.weight + entry, mask=valid, other=0.0)
     key = tl.load(plan.key + entry, mask=valid, other=0)
-
-    d0 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    d1, d2, d3 = d0, d0, d0
-    if dots_ptr is not None:
-        known = valid & (slot < reach(count, gate, K, CLOSED, grad_gates_ptr is not None))
-        at = dots_ptr + entry * 4
-        d0 = tl.load(at, mask=known, other=0.0)
-        d1 = tl.load(at + 1, mask=known, other=0.0)
-        d2 = tl.load(at + 2, mask=known, other=0.0)
-        d3 = tl.load(at + 3, mask=known, other=0.0)
-    if grad_coverage_ptr is not None:
-        at = grad_coverage_ptr + (b * N + n) * L + l
-        covered = tl.load(at, mask=n < N, other=0.0).to(tl.float32)
-        i0, i1, i2, i3 = inside(row, column, H, W)
-        d0 += covered * i0
-        d1 += covered * i1
-        d2 += covered * i2
-        d3 += covered * i3
+    known = valid & (slot < reach(count, gate, K, CLOSED, grads.gates is not None))
+    d0, d1, d2, d3 = corner_dots(sent, known, b, l, n, entry, row, column, H, W, L)
     dot, dot_y, dot_x = blend(d0, d1, d2, d3, dy, dx)  # of the gradient with the sample
-    sent = tl.sum(open * f * dot, 1)[:, None]  # [BLOCK_N,1], the gate's gradient
-    if grad_gates_ptr is not None:
-        tl.store(grad_gates_ptr + query, sent, mask=n < N)
-
-    grad_y = gate * open * f * dot_y
-    grad_x = gate * open * f * dot_x
+    of_gate = tl.sum(open * f * dot, 1)[:, None]  # [BLOCK_N,1]
+    if grads.gates is not None:
+        tl.store(grads.gates + query, of_gate, mask=n < N)
+    grad_y, grad_x = gate * open * f * dot_y, gate * open * f * dot_x
     if keys.maps is not None:
         logit, slope_y, slope_x = mask_logit(keys, b, l, n, key, row, column, dy, dx, valid, L, K)
         e = tl.exp(-tl.abs(logit) / temperature)
-        slope = e / ((1 + e) * (1 + e) * temperature)  # of the sigmoid: straight-through
         grad_mask = gate * f * dot
-        if grad_kept_ptr is not None:
-            grad_mask += tl.load(grad_kept_ptr + b * L + l).to(tl.float32)
-        grad_mask *= slope
+        if sent.kept is not None:
+            grad_mask += tl.load(sent.kept + b * L + l).to(tl.float32)
+        grad_mask *= e / ((1 + e) * (1 + e) * temperature)  # the sigmoid's slope: straight-through
         grad_y += grad_mask * slope_y
         grad_x += grad_mask * slope_x
-        if grad_mask_ptr is not None:
-            tl.store(grad_mask_ptr + entry, grad_mask, mask=valid)
-        if grad_maps is not None:
-            down = (W + 2).to(tl.int64) * K
-            pixel = (b * (H + 2) + row) * (W + 2) + column
-            at = pointer_of(grad_maps, l) + (pixel * K + key)
-            s0, s1, s2, s3 = shares(dy, dx)
-            tl.atomic_add(at, grad_mask * s0, mask=valid, sem="relaxed")
-            tl.atomic_add(at + K, grad_mask * s1, mask=valid, sem="relaxed")
-            tl.atomic_add(at + down, grad_mask * s2, mask=valid, sem="relaxed")
-            tl.atomic_add(at + (down + K), grad_mask * s3, mask=valid, sem="relaxed")
-    if grad_points_ptr is not None:
+        if grads.masks is not None:
+            tl.store(grads.masks + entry, grad_mask, mask=valid)
+        if grads.maps is not None:
+            add_to_map(grads.maps, b, l, key, grad_mask, row, column, dy, dx, valid, H, W, K)
+    if grads.points is not None:
         y, x, _ = position_of(keys, b, n, l, key, valid, W)
+        at = grads.points + (((b * N + n) * L + l) * 3 * K + key)
         # Farther out, moving changes nothing.
-        grad_y = tl.where((y >= -1) & (y <= H), grad_y, 0.0)
-        grad_x = tl.where((x >= -1) & (x <= W), grad_x, 0.0)
-        at = grad_points_ptr + (((b * N + n) * L + l) * 3 * K + key)
-        tl.store(at, grad_y, mask=valid)
-        tl.store(at + K, grad_x, mask=valid)
-        tl.store(at + 2 * K, gate * f * (open * dot - sent), mask=valid)
+        tl.store(at, tl.where((y >= -1) & (y <= H), grad_y, 0.0), mask=valid)
+        tl.store(at + K, tl.where((x >= -1) & (x <= W), grad_x, 0.0), mask=valid)
+        tl.store(at + 2 * K, gate * f * (open * dot - of_gate), mask=valid)
 
 
 def spread(
@@ -233,31 +256,27 @@ def spread(
     def empty(wanted: bool, *shape: int) -> Tensor | None:
         return torch.empty(shape, dtype=torch.float32, device=device) if wanted else None
 
-    grad_points = empty(wanted.points, *inputs.points.shape)
     grad_maps = None
     if maps_wanted and not ordered:
         grad_maps = new_sums(L, (B, H + 2, W + 2, K), device, zero=True)
-    grad_mask = empty(maps_wanted and ordered, B, L, H * W, K)
-    grad_gates = empty(wanted.gates, B, L, H * W)
-    launch(
-        _spread,
-        (H * W, L, B),
-        keys=Keys.of(inputs),
-        gates_ptr=inputs.gates,
-        plan=plan,
-        dots_ptr=dots,
-        grad_coverage_ptr=grad_coverage,
-        grad_kept_ptr=grad_kept,
-        grad_points_ptr=grad_points,
-        grad_maps=grad_maps and fill_up(grad_maps),
-        grad_mask_ptr=grad_mask,
-        grad_gates_ptr=grad_gates,
-        temperature=float(inputs.temperature),
-        **{"H": H, "W": W, "L": L, "K": K, "CLOSED": closed},
+    grads = Spread(
+        points=empty(wanted.points, *inputs.points.shape),
+        maps=grad_maps and fill_up(grad_maps),
+        masks=empty(maps_wanted and ordered, B, L, H * W, K),
+        gates=empty(wanted.gates, B, L, H * W),
     )
-    if grad_mask is not None:
-        grad_maps = sum_maps(plan, grad_mask, H, W)
-    return grad_points, grad_maps, None if grad_gates is None else grad_gates.double().sum((0, 2))
+    arguments = {"keys": Keys.of(inputs), "gates_ptr": inputs.gates, "plan": plan, "grads": grads}
+    arguments |= {"sent": Sent(dots, grad_coverage, grad_kept)}
+    sizes = {"H": H, "W": W, "L": L, "K": K, "CLOSED": closed}
+    temperature = float(inputs.temperature)
+    launch(_spread, (H * W, L, B), temperature=temperature, **arguments, **sizes)
+    if grads.masks is not None:
+        grad_maps = sum_maps(plan, grads.masks, H, W)
+    return (
+        grads.points,
+        grad_maps,
+        None if grads.gates is None else grads.gates.double().sum((0, 2)),
+    )
 
 
 @triton.jit(do_not_specialize=["W"])
