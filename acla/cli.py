@@ -51,9 +51,9 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, metavar="DIR", default=default, help=text)
 
 
-def add_json(parser: argparse.ArgumentParser, what: str) -> None:
+def add_json(parser: argparse.ArgumentParser, content: str) -> None:
     """--json, the file that `console.publish` writes."""
-    text = f"write {what} there; - is standard output"
+    text = f"write {content} there; - is standard output"
     parser.add_argument("--json", metavar="FILE|-", help=text)
 
 

@@ -32,13 +32,13 @@ class CheckpointError(AclaError):
 
 
 @contextmanager
-def reading(path: Path, what: str) -> Iterator[None]:
-    """Inside, a JSON file of unknown origin is read: what is not as expected becomes an AclaError,
-    which names the file and `what` it is not."""
+def reading(path: Path, expected: str) -> Iterator[None]:
+    """A context for reading a JSON file of unknown origin. Raises AclaError: not `expected`, a file
+    of some kind."""
     try:
         yield
     except (UsageError, AttributeError, *NOT_VALID) as error:
-        raise AclaError(f"{path}: not {what}: {error!r}") from error
+        raise AclaError(f"{path}: not {expected}: {error!r}") from error
 
 
 def one_line(cause: object) -> str:

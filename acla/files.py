@@ -57,9 +57,9 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-def read_rows(path: Path, what: str, names: Iterable[str]) -> list[Row]:
-    """The rows of JSON lines, which hold at least these names. Raises AclaError: not `what`."""
-    with reading(path, what):
+def read_rows(path: Path, expected: str, names: Iterable[str]) -> list[Row]:
+    """The rows of JSON lines, which hold at least these names. Raises AclaError: not `expected`."""
+    with reading(path, expected):
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         if not set(names) <= set.intersection(*map(set, rows)):
             raise ValueError("rows of something else")

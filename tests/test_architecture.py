@@ -82,7 +82,7 @@ def test_what_was_found_decides_task_size_and_positions():
     assert (task, network) == (FOUND.task, FOUND.model)
 
 
-def test_rivals_do_not_stand_where_a_search_put_acla(tmp_path, monkeypatch, capsys):
+def test_baselines_do_not_stand_where_a_search_put_acla(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     train.SEARCHED.parent.mkdir(parents=True)
     train.SEARCHED.write_text(FOUND.to_json())

@@ -279,9 +279,9 @@ def ratios(rows: list[bench.Row]) -> Iterator[str]:
     by_size = {(row["backend"], row.get("pass"), row.get("H")): row for row in rows}
     for (name, which, H), row in by_size.items():
         if inserted := by_size.get((f"{name} + acla", which, H)):
-            how = {"replay": " under graph replay", "step": " in training"}.get(which, "")
+            mode = {"replay": " under graph replay", "step": " in training"}.get(which, "")
             share = inserted["ms_p50"] / row["ms_p50"]
-            yield f"{name} + acla takes {share:.3f} of {name}'s time{how} at {H}² (less is better)"
+            yield f"{name} + acla takes {share:.3f} of {name}'s time{mode} at {H}² (less is better)"
         if name == "planning":
             parts = {n: r["ms_p50"] for (n, p, h), r in by_size.items() if (p, h) == ("part", H)}
             parts["gather"] = parts.pop("planning, gather") - parts["planning"]

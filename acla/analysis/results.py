@@ -129,8 +129,8 @@ def short_table(scores: list[Score], metric: str) -> str:
             raise AclaError(f"{score.column} is there twice: leave out one file")
         figures = []
         for names in SHORT.values():
-            found = (score.published[name].get(metric) for name in names if name in score.published)
-            figures.append(next(found, None))
+            published = (score.published[n].get(metric) for n in names if n in score.published)
+            figures.append(next(published, None))
         lines[row] = [row, *(cell(figure, metric) for figure in (*figures, score.mean[metric]))]
     return console.markdown(["", *SHORT, "ours"], lines.values())
 

@@ -36,7 +36,7 @@ from acla.training.trainer import Trainer
 
 OUT = Path("runs/trial")
 MACS, MS = "macs_48x48", "ms_48x48"
-Batches = Callable[[int], tuple[Tensor, Tensor]]  # of a step
+BatchOf = Callable[[int], tuple[Tensor, Tensor]]  # of a step
 Change = Callable[[Trainer], None]  # of a network before its training
 Networks = Mapping[str, tuple[str, Change | None]]  # by name: flags of train.py, and a change
 
@@ -45,7 +45,7 @@ class TrialRun:
     """One network in training. argv: flags of train.py; batches: those of the networks so far, by
     what decides them, so that several networks in step make each batch once."""
 
-    def __init__(self, argv: Sequence[str], processes: Processes, batches: dict[str, Batches]):
+    def __init__(self, argv: Sequence[str], processes: Processes, batches: dict[str, BatchOf]):
         self.args = train.parse([*argv])
         run_dir.open_run(self.args.out, STATE, resume=False)
         preset = cli.pick_preset(self.args.preset, processes.device)
@@ -122,7 +122,7 @@ def train_all(
     if len(set(keys)) < len(keys):
         raise UsageError("--seeds: every seed once")
     runs: dict[tuple[str, str], TrialRun] = {}
-    batches: dict[str, Batches] = {}
+    batches: dict[str, BatchOf] = {}
     for name, seed in keys:
         flags, change = networks[name]
         out = ["--out", str(args.out / f"{name}-{seed}"), "--seed", seed]

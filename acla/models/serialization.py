@@ -229,16 +229,16 @@ def from_json(text: str) -> Any:
     return json.loads(text, parse_int=integer)
 
 
-def require_types(what: str, values: Any, kinds: Mapping[str, type]) -> None:
+def require_types(name: str, values: Any, kinds: Mapping[str, type]) -> None:
     """Refuse anything but a JSON object with values of these types under these names. Raises
     ValueError."""
     if type(values) is not dict:
-        raise ValueError(f"{what} must be a JSON object, not {type(values).__name__}")
-    for name, kind in kinds.items():
-        if name not in values:
-            raise ValueError(f"{what} has no {name}")
-        if type(values[name]) is not kind:
-            raise ValueError(f"{name} must be {kind.__name__}, not {type(values[name]).__name__}")
+        raise ValueError(f"{name} must be a JSON object, not {type(values).__name__}")
+    for key, kind in kinds.items():
+        if key not in values:
+            raise ValueError(f"{name} has no {key}")
+        if type(values[key]) is not kind:
+            raise ValueError(f"{key} must be {kind.__name__}, not {type(values[key]).__name__}")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:

@@ -87,12 +87,12 @@ class PretrainedModels:
             chosen = min(self.candidates, key=lambda one: preference(one, setting, colour))
         notice, reason = None, f"--task {name}"
         if name in SETTINGS:
-            what = SETTINGS[name]
-            reason = f"{what} unknown" if setting is None else f"{what} {setting:g}"
+            label = SETTINGS[name]
+            reason = f"{label} unknown" if setting is None else f"{label} {setting:g}"
             reason += ", colour" if colour else ", gray"
             own = chosen.task
             if setting is not None and distance(own, setting) > (0 if own.until else REACH):
-                notice = f"{what} {setting:g} is outside what the network was trained for ({own})"
+                notice = f"{label} {setting:g} is outside what the network was trained for ({own})"
         return Choice(chosen.path, self.load(chosen.path), "" if self.named else reason, notice)
 
 

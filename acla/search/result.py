@@ -1,4 +1,4 @@
-"""What a search has found, and its report."""
+"""The result of a search, and its report."""
 
 import math
 from dataclasses import dataclass, field
@@ -62,8 +62,8 @@ def search_table(result: SearchResult) -> str:
         f"{saved:.1%} less than a module behind every block ({dense / 2e6:.1f} M)",
         f"{architecture.task}, PSNR on {shown} with the supernet's weights:",
     ]
-    found = float(np.mean(result.psnr[:MAX_SCORED]))
-    rows = [("none", 0, result.none_psnr), ("found", len(model.positions), found)]
+    psnr = float(np.mean(result.psnr[:MAX_SCORED]))
+    rows = [("none", 0, result.none_psnr), ("found", len(model.positions), psnr)]
     rows = [
         (name, str(modules), f"{macs(model, modules) / 1e6:.1f} M", psnr)
         for name, modules, psnr in [*rows, ("dense", model.blocks, result.dense_psnr)]
