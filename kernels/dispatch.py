@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 def choose_backend(backend: str, points: Tensor, features: Sequence[Tensor] = ()) -> str:
     """The backend to run; a named one is refused with the reason, never replaced by another."""
     if backend == "auto":
-        return settle(points, features)
+        return fastest_backend(points, features)
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
     reason = why_not(backend, points, features)
@@ -27,7 +27,7 @@ def choose_backend(backend: str, points: Tensor, features: Sequence[Tensor] = ()
     return backend
 
 
-def settle(points: Tensor, features: Sequence[Tensor] = ()) -> str:
+def fastest_backend(points: Tensor, features: Sequence[Tensor] = ()) -> str:
     """What "auto" takes for tensors like this; says so once."""
     best, why = FASTEST.get(points.device.type, ("torch", "nothing faster runs on this device"))
     reason = why_not(best, points, features)

@@ -5,6 +5,7 @@ give the arguments' types. The backend is one of them, chosen when the operator 
 tensors."""
 
 import functools
+import importlib
 from types import ModuleType
 
 import torch
@@ -33,14 +34,7 @@ LIBRARY.define(
 
 def module_of(backend: str) -> ModuleType:
     """The module with a backend's `forward` and `backward`."""
-    match backend:
-        case "cpp":
-            from . import cpp_backend as module
-        case "torch":
-            from . import torch_backend as module
-        case "triton":
-            from . import triton_backend as module
-    return module
+    return importlib.import_module(f"{__package__}.{backend}_backend")
 
 
 @functools.partial(LIBRARY.impl, "attend", dispatch_key="CompositeExplicitAutograd")

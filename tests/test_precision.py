@@ -8,7 +8,7 @@ from restoring import CAR, DOUBLE, tiny
 
 from acla.analysis import precision
 from acla.config import Task
-from acla.data.datasets import sample
+from acla.data.datasets import sample_set
 from acla.models.serialization import Checkpoint, load_model, save_model
 from acla.restore import pretrained
 
@@ -44,7 +44,7 @@ def test_every_network_of_the_package_on_the_sets_of_its_task(tmp_path, capsys, 
 
 
 def test_without_a_short_format_nothing_changes(tmp_path):
-    network, paths = written(tmp_path / "car.safetensors", CAR), sample("test")
+    network, paths = written(tmp_path / "car.safetensors", CAR), sample_set("test")
     score = [precision.psnrs(network, CAR, name, paths, 24) for name in ("fp32", "fp32", "bf16")]
     assert score[0] == score[1]
     assert score[0] != score[2]

@@ -20,9 +20,9 @@ from acla.data.datasets import find_set
 from acla.data.degradations import generator_for
 from acla.data.image import middle
 from acla.data.metrics import score_pictures
-from acla.kernels.bench import Row, write_rows
+from acla.kernels.bench import Row, stream_rows
 from acla.models.serialization import Checkpoint, load_model
-from acla.restore.inference import FORMATS, computing_in, restored_pair
+from acla.restore.inference import AUTOCAST_TYPES, computing_in, restored_pair
 from acla.restore.pretrained import shipped
 
 SETS = {
@@ -91,7 +91,7 @@ def table(rows: list[Row]) -> str:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.parser("acla.analysis.precision", __doc__)
     add = parser.add_argument
-    short = [name for name in FORMATS if name != "fp32"]
+    short = [name for name in AUTOCAST_TYPES if name != "fp32"]
     add("--precision", choices=short, default="bf16", help="(default: bf16)")
     text = "networks (default: all that come with the package)"
     add("--checkpoint", type=Path, nargs="+", metavar="FILE", help=text)
@@ -104,7 +104,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     console.check_json(args.json)
-    rows = write_rows(measured_rows(args, cli.pick_device(args.device)), args.json)
+    rows = stream_rows(measured_rows(args, cli.pick_device(args.device)), args.json)
     if args.json != "-":
         console.say(table(rows))
 

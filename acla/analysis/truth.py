@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import multiprocessing
 import time
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,7 @@ from acla import cli, config, console
 from acla.config import ATTENTIONS, ModelConfig, Task, TrainConfig
 from acla.data.datasets import Loader, PatchSampler, Pictures, training_sets
 from acla.distributed import Processes
-from acla.errors import UsageError, reading
+from acla.errors import AclaError, UsageError, reading
 from acla.files import Row, provenance
 from acla.models.factory import describe
 from acla.search.architecture import for_task
@@ -74,7 +75,8 @@ class Space:
         paths = tuple(itertools.chain(*self.val_sets.values()))
         model, task = trainer.model.config, self.plan.task
         each = validation.each_psnr(trainer.result, decoded(paths), task, self.device)
-        run_dir.require_finite(sum(each), 0, self.plan.train.steps, Path(f"seed {seed}"))
+        if not math.isfinite(sum(each)):
+            raise AclaError(f"{model.positions}, seed {seed}: PSNR {sum(each)}; lower --lr")
         means = validation.means_by_set(each, self.val_sets)
         psnr = {name: round(mean, 4) for name, mean in means.items()}
         size = describe(model)

@@ -1,7 +1,6 @@
 """The front of a supernet, cost against PSNR: modules sampled fairly in training, then backward
 elimination with the shared weights. (Ours, not the paper's.)"""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
@@ -31,11 +30,6 @@ def fair_gates(modules: int, seed: int, step: int, device: torch.device) -> Tens
     order, count = rng.permutation(modules), rng.integers(modules + 1)
     is_open = order[:count] if step % 2 == 0 else order[count:]
     return torch.from_numpy(np.isin(np.arange(modules), is_open)).float().to(device)
-
-
-def gates_at(positions: Sequence[int], modules: int, device: torch.device) -> Tensor:
-    """Gates [J], 1 at these positions."""
-    return torch.tensor([float(j in positions) for j in range(1, modules + 1)], device=device)
 
 
 @torch.no_grad()
@@ -73,15 +67,14 @@ def search_front(
     cost: macs, or ms as measured here."""
     net.eval()
     chain = eliminate(net.config.positions, functools.partial(patch_psnr, net, pairs, processes))
-    every = [
-        Candidate(positions, float(psnr.mean()), macs(net.config, len(positions)))
-        for positions, psnr in chain
-    ]
+    times: list[float | None] = [None] * len(chain)
     if cost == "ms":
-        times = processes.all_rows({"ms": latencies([net.derive(one.positions) for one in every])})
-        every = [
-            dataclasses.replace(one, ms=ms) for one, ms in zip(every, times[0]["ms"], strict=True)
-        ]
+        own = latencies([net.derive(positions) for positions, _ in chain])
+        times = processes.all_rows({"ms": own})[0]["ms"]
+    every = [
+        Candidate(positions, float(psnr.mean()), macs(net.config, len(positions)), ms)
+        for (positions, psnr), ms in zip(chain, times, strict=True)
+    ]
     by_cost = sorted(every, key=lambda one: (getattr(one, cost), -one.psnr))
     front: list[Candidate] = []
     for one in by_cost:

@@ -20,7 +20,7 @@ from acla.models.backbones import Backbone
 from acla.models.gumbel import draw_gates, expected_gates
 from acla.models.serialization import load_state, save_model, save_state
 from acla.search.architecture import Architecture
-from acla.search.front import AT_ONCE, PATCHES, Pairs, fair_gates, gates_at, search_front
+from acla.search.front import AT_ONCE, PATCHES, Pairs, fair_gates, search_front
 from acla.search.result import MAX_SCORED, SearchResult
 from acla.search.supernet import Supernet
 from acla.training import run_dir, trainer, validation
@@ -336,7 +336,7 @@ def finish_search(
         positions = best.positions
     low, _, _ = search.batch(config.steps, ALPHA)
     with torch.no_grad():
-        gates = gates_at(positions, plan.model.blocks, search.processes.device)
+        gates = torch.tensor([j in positions for j in net.config.positions]).to(low)
         counts = search.mean_counts(net(low, gates)[1])
         cost = net.cost(counts, n, gates).item()
     derived = net.derive(positions)
