@@ -250,8 +250,7 @@ def folder_for(folder: Path, name: str, sets: dict[str, list[Path]]) -> Path:
 
 
 def make_folders(args: argparse.Namespace, name: str, sets: dict[str, list[Path]]) -> Folders:
-    """The folders that one set's pictures are written to. Raises UsageError if a file would be
-    overwritten."""
+    """The folders for one set's pictures. Raises UsageError if a file would be overwritten."""
     if args.save and args.save == args.save_inputs:
         raise UsageError("--save and --save-inputs must be two folders")
     folders = [given and folder_for(given, name, sets) for given in (args.save, args.save_inputs)]

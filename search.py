@@ -121,8 +121,7 @@ def parse_grid(text: str) -> list[float]:
 
 
 def plan_from_flags(args: argparse.Namespace, preset: str) -> SearchPlan:
-    """The search that the flags describe, with the preset's values for the others. Raises
-    UsageError."""
+    """The search that flags and preset describe. Raises UsageError."""
     task = cli.task_from_flags(args) or Task()
     backbone = getattr(args, "backbone", "edsr")
     model = for_task(cli.override(config.model_preset(preset, task, backbone), args), task)

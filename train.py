@@ -104,8 +104,7 @@ def plan_from_flags(args: argparse.Namespace, preset: str) -> TrainPlan:
 
 
 def choose_architecture(args: argparse.Namespace) -> Architecture | None:
-    """The searched architecture: of --arch FILE, or by default the last search's if it fits the
-    flags."""
+    """The searched architecture: of --arch FILE, else the last search's if it fits the flags."""
     if args.arch:
         return None if args.arch in ("paper", "none") else read_architecture(Path(args.arch))
     kind = ATTENTIONS[getattr(args, "attention", "acla")]
@@ -125,8 +124,7 @@ def choose_architecture(args: argparse.Namespace) -> Architecture | None:
 
 
 class Data(NamedTuple):
-    """What a run reads: patches, the pictures to validate on, those of all sets in a row, and
-    fingerprints of both."""
+    """Patches, the pictures to validate on, of all sets in a row, and fingerprints of both."""
 
     sampler: PatchSampler
     loader: Loader

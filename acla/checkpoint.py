@@ -202,8 +202,7 @@ def infer_scales(tensors: dict[str, Tensor], config: ModelConfig) -> tuple[int, 
 
 
 def choose_scale(scales: tuple[int, ...], given: int | None, path: Path) -> int:
-    """The given scale, if the network may have it; without one, the only scale. Raises
-    UsageError."""
+    """The given scale, if the network may have it, else its only one. Raises UsageError."""
     if given is None and len(scales) > 1:
         raise UsageError(f"{path}: its shapes fit ×2 and ×3: give --scale 2 or --scale 3")
     if given not in (None, *scales):

@@ -31,8 +31,7 @@ DEVICES = ("auto", "cpu", "cuda")
 
 
 def parser(module: str | None, description: str | None, **more: Any) -> argparse.ArgumentParser:
-    """The empty parser of `python -m module`, or of a script; the line breaks of its description
-    stay."""
+    """The empty parser of `python -m module` or of a script; its description keeps line breaks."""
     keep = argparse.RawDescriptionHelpFormatter
     prog = f"python -m {module}" if module else None
     return argparse.ArgumentParser(prog, description=description, formatter_class=keep, **more)
@@ -254,8 +253,7 @@ def add_task_flags(parser: argparse.ArgumentParser, default: str = "car") -> Non
 
 
 def task_from_flags(args: argparse.Namespace) -> Task | None:
-    """The task of the flags, or None without any. A setting alone implies its task: --q 20 is
-    car."""
+    """The task of the flags, None without any. A setting implies its task: --q 20 is car."""
     given = {task: getattr(args, f"task_{flag}") for task, flag in SETTING_FLAG.items()}
     given = {task: value for task, value in given.items() if value is not None}
     names = {args.task} if args.task else set(given)

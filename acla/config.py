@@ -100,8 +100,7 @@ def option(
 class Task:
     """A restoration task. setting: the scale (sr: 2, 3, 4), the noise level in 8-bit levels
     (denoise: > 0), the JPEG quality (car: 1..100) or 0 (demosaic); until: 0, or the end of a range
-    of noise levels or qualities from `setting` on (denoise: >= 0), from which every picture's is
-    drawn."""
+    of noise levels or qualities from `setting` on (denoise: >= 0), drawn per picture."""
 
     name: str = "car"
     setting: float = 10

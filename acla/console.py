@@ -53,8 +53,7 @@ def progress(steps: Iterable | None, **options: object) -> tqdm:
 
 
 def check_json(where: str | None) -> None:
-    """Refuse a --json that cannot be written, before any work; - is standard output. Raises
-    UsageError."""
+    """Refuse a --json that cannot be written; - is standard output. Raises UsageError."""
     if reason := why_not_written(where):
         raise UsageError(f"--json {where}: {reason}")
 

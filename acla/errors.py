@@ -33,8 +33,7 @@ class CheckpointError(AclaError):
 
 @contextmanager
 def reading(path: Path, expected: str) -> Iterator[None]:
-    """A context for reading a JSON file of unknown origin. Raises AclaError: not `expected`, a file
-    of some kind."""
+    """A context for reading a JSON file of unknown origin. Raises AclaError: not `expected`."""
     try:
         yield
     except (UsageError, AttributeError, *NOT_VALID) as error:
@@ -57,8 +56,7 @@ def out_of_memory(error: Exception) -> bool:
 
 
 class Stopped(KeyboardInterrupt):
-    """A run stopped by a signal, with its state written. status: the exit status, 128 + the signal
-    as in a shell."""
+    """A run stopped by a signal, with its state written. status: of the exit, as in a shell."""
 
     def __init__(self, number: int, text: str):
         super().__init__(text)

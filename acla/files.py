@@ -19,8 +19,7 @@ PACKAGES = ("torch", "triton", "numpy", "pillow", "scikit-image")
 
 
 def provenance(device: torch.device) -> dict[str, object]:
-    """Commit, versions, device and CPU threads: what decides the bits of a result besides its
-    configuration."""
+    """Commit, versions, device, CPU threads: what decides bits besides the configuration."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -67,8 +66,7 @@ def read_rows(path: Path, expected: str, names: Iterable[str]) -> list[Row]:
 
 
 def clear_temporary(folder: Path) -> None:
-    """Remove what writes that were killed left in a folder, which no other process may be writing
-    to."""
+    """Remove what killed writes left in a folder, which no other process may be writing to."""
     for path in folder.iterdir():
         if re.fullmatch(r"\..+\.[0-9]+\.tmp", path.name):
             path.unlink(missing_ok=True)

@@ -44,8 +44,7 @@ def project(answer: Tensor, quantised: Tensor, steps: Tensor) -> Tensor:
 
 
 def compress(clean: Tensor, quality: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Gray [1, 8m, 8n] through a JPEG: the picture in 0..1, `quantised` and `steps` of
-    `project`."""
+    """Gray [1, 8m, 8n] through a JPEG: picture in 0..1, `project`'s `quantised` and `steps`."""
     plane = jpeg.decode_cells("JPEG", jpeg_file(clean, quality)).planes[0]
     quantised = jpeg.decoded_levels(plane.levels, plane.steps).reshape(-1, 64).T
     parts = (plane.levels[None] / 255, quantised, plane.steps.reshape(64, 1))

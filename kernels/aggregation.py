@@ -229,8 +229,7 @@ def _sum_rows(
     BLOCK_E: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Sum, in a fixed order, what the open keys send to one pixel of a feature, in BLOCK_C
-    channels."""
+    """Sum, in a fixed order, what the open keys send to a feature's pixel, in BLOCK_C channels."""
     CHUNKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     l = tl.program_id(1).to(tl.int64)
     pixel = (tl.program_id(0) // CHUNKS).to(tl.int64)  # of [B,H+2,W+2]

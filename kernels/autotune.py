@@ -44,8 +44,7 @@ def tune(
     calls: Sequence[launch.Launch], lanes: int, timer: Callable[[Callable[[], None]], float]
 ) -> dict[str, dict[launch.Config, float]]:
     """The time of each configuration by `timer` (any unit), fastest first, for each kernel and kind
-    of size: the sum counts where a kernel is launched more than once. A tie goes to the earlier
-    one."""
+    of size: the sum counts where a kernel is launched more than once."""
     tried = {}
     for key, group in itertools.groupby(sorted(calls, key=launch.call_key), launch.call_key):
         group = list(group)

@@ -71,8 +71,7 @@ def by_backend(name: str) -> Implementation:
 
 
 def grids(points: Tensor, size: tuple[int, int]) -> Tensor:
-    """grid_sample's normalised (x, y) [B,H,W,L,K,2] of the keys, on maps with a one-pixel
-    border."""
+    """grid_sample's (x, y) [B,H,W,L,K,2] of the keys, on maps with a one-pixel border."""
     H, W = size
     y = torch.arange(H, device=points.device).view(H, 1, 1, 1) + points[..., 0, :] + 1
     x = torch.arange(W, device=points.device).view(1, W, 1, 1) + points[..., 1, :] + 1

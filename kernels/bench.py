@@ -43,8 +43,7 @@ Row = dict[str, object]
 
 
 def run_pass(implementation: Implementation, case: Case, which: str) -> list[Tensor]:
-    """One forward pass, or one forward and backward pass ("both"); returns the result and every
-    gradient."""
+    """The result of a forward pass, and with a backward pass ("both") every gradient."""
     if which == "forward":
         with torch.no_grad():
             return [implementation(case)]

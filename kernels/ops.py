@@ -34,8 +34,7 @@ class Attended(NamedTuple):
 
 
 def to_rows(feature: Tensor) -> Tensor:
-    """A feature map [B,C,H,W] as `attend` reads it: contiguous rows [B,H+2,W+2,C] with a one-pixel
-    zero border."""
+    """A feature map [B,C,H,W] as `attend` reads it: rows [B,H+2,W+2,C] with a zero border."""
     if feature.device.type == "cuda":
         return torch.ops.acla.to_rows(feature)
     return registration.padded(feature)
@@ -52,8 +51,7 @@ def attend(
     backend: str = "auto",
     counts: bool = True,
 ) -> Attended:
-    """Sampled, masked, weighted sums of the keys of L layers (Eq. 6 and 11, before g and the sum
-    over l).
+    """Sampled, masked, weighted sums of L layers' keys (Eq. 6 and 11 before g and the sum over l).
 
     Args:
         features: L tensors [B,H+2,W+2,C] with a zero border (`to_rows`), the referred layers. Any

@@ -15,8 +15,7 @@ def logistic_noise(seeds: Tensor, count: int) -> Tensor:
 
 
 def draw(seeds: Tensor, counters: Tensor) -> Tensor:
-    """Logistic noise, the difference of two Gumbel variables, float32, of int64 seeds and counters
-    that broadcast.
+    """The difference of two Gumbel draws, float32, of int64 seeds and counters that broadcast.
 
     Philox4x32-10 with the seed as key and the counter as its first two words; 23 bits of the first
     word make u in (0, 1)."""

@@ -62,8 +62,7 @@ def new_sums(L: int, shape: Sequence[int], device: torch.device, zero: bool) -> 
 
 def layers(tensors: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[tuple[int, ...], ...]]:
     """L tensors [B,H+2,W+2,·] as kernel arguments: themselves and their strides (image, row,
-    column), once if they agree. Copies only what is not dense in its last dimension, or if types
-    differ."""
+    column), once if they agree. Copies what is not dense in its last dimension."""
     tensors = [tensor.detach() for tensor in tensors]
     if len({tensor.dtype for tensor in tensors}) > 1:
         tensors = [tensor.float() for tensor in tensors]
@@ -73,8 +72,7 @@ def layers(tensors: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[tuple[i
 
 
 def fill_up(items: Sequence) -> tuple:
-    """A tuple of a power of two: the last item is repeated. So a supernet of 32 modules compiles
-    six kernels, not 32."""
+    """The last item repeated to a power of two: 32 modules of a supernet compile six kernels."""
     return (*items, *[items[-1]] * (power_of_two(len(items)) - len(items)))
 
 

@@ -1,5 +1,4 @@
-"""The operator as the paper writes it: plain loops, any device, any floating type. This file
-defines what is right.
+"""The operator as the paper writes it, which defines what is right: plain loops, any type.
 
 B batch · L referred layers · K sampled keys per layer and query · H,W grid · C channels
 offsets are (dy, dx) in pixels, y first · equation numbers are the paper's
@@ -21,8 +20,7 @@ def attend(
     seeds: Tensor | None = None,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sampled, masked, weighted sums, one per referred layer (Eq. 6 and 11 before g and the sum
-    over l).
+    """Sampled, masked, weighted sums of each layer (Eq. 6 and 11 before g and the sum over l).
 
     Arguments and results are those of `kernels.attend`, which checks them.
     """

@@ -154,8 +154,7 @@ torch.library.register_autograd("acla::attend_backward", no_gradients, lib=LIBRA
 
 @register_flop_formula(torch.ops.acla.attend)
 def attend_flops(features, points, *_, **__) -> int:
-    """6 a channel and key, every key kept (the aggregation of Eq. 12); shapes for
-    tensors."""
+    """6 a channel and key, every key kept (Eq. 12's aggregation); shapes for tensors."""
     B, H, W, L, _, K = points
     return 6 * features[0][-1] * B * H * W * L * K
 

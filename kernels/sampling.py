@@ -139,8 +139,7 @@ class Spread(NamedTuple):
 
 @triton.jit
 def corner_dots(sent, known, b, l, n, entry, row, column, H, W, L):
-    """The four dots of entries, where they are known, each with the coverage's gradient if its
-    corner is a pixel."""
+    """The four dots of entries, where known; with the coverage's gradient at corners inside."""
     d0 = tl.zeros(known.shape, tl.float32)
     d1, d2, d3 = d0, d0, d0
     if sent.dots is not None:
@@ -312,8 +311,7 @@ def _sum_maps(
 
 
 def sum_maps(plan: KeyPlan, grad_mask: Tensor, H: int, W: int) -> list[Tensor]:
-    """The mask maps' gradients L × [B,H+2,W+2,K] from the keys' own [B,L,N,K], each sum in a fixed
-    order."""
+    """The mask maps' gradients L × [B,H+2,W+2,K] from the keys' [B,L,N,K], in a fixed order."""
     B, L, _, K = grad_mask.shape
     order, first = sort_by_pixel(plan, H, W)
     outs = new_sums(L, (B, H + 2, W + 2, K), grad_mask.device, zero=False)

@@ -97,8 +97,7 @@ def peak_mb(work: Callable[[], object], device: str) -> float:
 
 
 def allocations(work: Callable[[], object]) -> list[int]:
-    """Bytes of every tensor's memory on the CPU that torch took or, negative, gave back during one
-    call, in order."""
+    """Bytes on the CPU that torch took or, negative, gave back during one call, in order."""
     profile = torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     )

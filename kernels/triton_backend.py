@@ -39,8 +39,7 @@ def why_not_triton(points: Tensor, features: Sequence[Tensor] = ()) -> str | Non
 
 @functools.cache
 def why_not_on(device: torch.device) -> str | None:
-    """None where Triton can launch kernels on this GPU, else the reason why it cannot. Tried once
-    per process and GPU."""
+    """None where Triton can launch kernels on this GPU, tried once a process, else the reason."""
     capability = torch.cuda.get_device_capability(device)
     if torch.version.hip is None and capability < OLDEST:
         own, oldest = (".".join(map(str, version)) for version in (capability, OLDEST))
@@ -56,8 +55,7 @@ def why_not_on(device: torch.device) -> str | None:
 
 
 def forward(inputs: Inputs, counts: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The three results of `kernels.attend`: aggregate, coverage in float32, kept, where it is
-    counted."""
+    """The results of `kernels.attend`: aggregate, coverage in float32, kept, if counted."""
     from . import aggregation, sampling
 
     inputs = inputs._replace(gates=dense(inputs.gates), seeds=dense(inputs.seeds))

@@ -220,8 +220,7 @@ def supernet_rows(args: argparse.Namespace) -> Iterator[bench.Row]:
 
 
 def saved_mb(implementation: Implementation, case: Case) -> float:
-    """Megabytes that autograd keeps for the backward pass, every storage once, the inputs left
-    out."""
+    """Megabytes that autograd keeps for the backward pass, each storage once, without inputs."""
     for tensor in case.inputs:
         tensor.requires_grad_()
     inputs = {tensor.untyped_storage().data_ptr() for tensor in case.inputs}

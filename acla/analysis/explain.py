@@ -30,8 +30,7 @@ WINDOW_SIDE = 16  # restored pixels; the window of Gu and Dong
 
 
 def find_scene(args: argparse.Namespace, network: Checkpoint) -> Scene:
-    """The picture of the flags, degraded, and cut around the window where it is large. Raises
-    AclaError."""
+    """The picture of the flags, degraded; of a large one the part around the window."""
     low, target, task = read_input(args.picture, network, args.as_is)
     window, query = place(args, low, target, task.scale)
     top, bottom = span(window[0], window[2], task.scale, low.shape[1], args.crop)

@@ -32,8 +32,7 @@ REGION = 256  # side of the region that changed most, in pixels
 
 
 class Picture(NamedTuple):
-    """A picture of the page: its name there, its size in pixels, a data URI, what is known of
-    it."""
+    """A picture of the page: its name there, size in pixels, data URI, and a note on it."""
 
     name: str
     width: int

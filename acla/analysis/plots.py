@@ -1,7 +1,6 @@
 """Draw how searches went: `python -m acla.analysis.plots DIR [DIR…]` (extra `report`).
 
-Fronts of --method front are drawn in one panel, and with --truth the networks of
-`acla.analysis.truth`."""
+Fronts of --method front share a panel, with --truth that of `acla.analysis.truth` too."""
 
 import argparse
 from pathlib import Path

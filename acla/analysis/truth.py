@@ -125,8 +125,7 @@ def groups_left(blocks: int, seeds: Sequence[int], done: set, size: int) -> list
 
 
 def read_truth(path: Path) -> tuple[dict[str, Any], list[Row]]:
-    """The plan and the rows of a file; an incomplete last line, of a call that was killed, is left
-    out. Raises AclaError."""
+    """The plan and the rows of a file, without an incomplete last line. Raises AclaError."""
     with reading(path, "a file of acla.analysis.truth"):
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         head, *rows = [json.loads(line) for line in lines if line.endswith("\n")]

@@ -47,8 +47,7 @@ def find_set(name: str, root: str | Path | None, split: str = "test") -> list[Pa
     """The pictures of a set, sorted by name.
 
     Raises DataError with the expected and the present folders. `root` holds the sets in one of
-    LAYOUTS. The built-in set `sample` needs no root and is the only one with splits: train, val and
-    test.
+    LAYOUTS. The built-in set `sample` needs no root, and alone has splits: train, val, test.
     """
     if name == "sample":
         return sample_set(split)
@@ -145,8 +144,7 @@ def training_sets(
 def match_stems(originals: list[Path], folder: Path) -> dict[Path, Path]:
     """original → prediction: the stems are equal, or the prediction's starts with the original's.
 
-    A prediction belongs to the longest stem that it starts with. Raises DataError with the missing
-    or ambiguous names.
+    A prediction belongs to the longest stem that it starts with. Raises DataError with the names.
     """
     files = pictures_in(folder)
     longest_first = sorted(originals, key=lambda path: -len(path.stem))
@@ -289,8 +287,7 @@ class PatchSampler:
         return int(order(self.seed, walk, len(self.pictures))[place])
 
     def names(self, step: int) -> list[str]:
-        """The files that a step's patches are cut from, in the order of the batch, those of all
-        processes."""
+        """The files that a step's patches are cut from, in all processes, in the batch's order."""
         return [self.pictures.paths[self.picture(step, i)].name for i in range(self.size)]
 
     def window(self, step: int, index: int, rng: np.random.Generator) -> Tensor:
@@ -307,8 +304,7 @@ def cut(picture: Tensor, y: int, x: int, side: int, scale: int) -> Tensor:
 
 
 def fingerprint(paths: Iterable[Path]) -> str:
-    """A short fingerprint of a set: names and sizes of its files, so that a resumed run notices
-    another set."""
+    """A short fingerprint of a set, by names and sizes of its files, for runs that resume."""
     listed = ((path.name, os.path.getsize(path)) for path in paths)
     return hashlib.sha256(json.dumps(sorted(listed)).encode()).hexdigest()[:16]
 

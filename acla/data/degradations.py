@@ -74,8 +74,7 @@ def bicubic(image: Tensor, height: int, width: int, rounded: bool) -> Tensor:
     """MATLAB's imresize of [..., H, W] in 0..1.
 
     a = −0.5, antialiased when shrinking, height first, then width. `rounded`: to 8 bit before and
-    after each of the two passes, as for an 8-bit picture; otherwise in floating point and not
-    clipped.
+    after each of the two passes, as for an 8-bit picture, else neither rounded nor clipped.
     """
 
     def settle(levels: Tensor) -> Tensor:
@@ -152,11 +151,9 @@ def mosaic(clean: Tensor) -> Tensor:
 
 
 def degrade(clean: Tensor, task: Task, generator: torch.Generator | None = None) -> Tensor:
-    """The low-quality input [..., C, h, w] of a clean picture [..., C, H, W] of the task's channels
-    and size.
+    """The input [..., C, h, w] of a clean picture [..., C, H, W] of the task's channels and size.
 
-    Noise and a range of settings need the generator. Raises DataError for channels that the task
-    cannot take.
+    Noise and a range of settings need the generator. Raises DataError for other channels.
     """
     if (task.name, clean.shape[-3]) == ("demosaic", 1):
         raise DataError("demosaic needs a network with 3 channels")
@@ -204,8 +201,7 @@ def untouched(
     """(prediction, target) [c, H, W], the input as the prediction: the first row of papers' tables.
 
     For sr that row is made on Y rounded to 8 bit (a gray file as it is), shrunk and enlarged
-    without rounding in between: so were the bicubic rows of the literature, by MATLAB's rgb2ycbcr
-    of uint8.
+    without rounding in between: so does the literature, by MATLAB's rgb2ycbcr of uint8.
     """
     if task.name != "sr":
         return pair(clean, task, generator, channels)

@@ -104,8 +104,7 @@ def full_scale(levels: np.ndarray, tags: Mapping[int, Any]) -> np.ndarray:
 def save(image: Tensor, path: str | Path) -> None:
     """Write a picture [1 or 3, H, W] in 0..1, rounded to 8 bit and clipped.
 
-    The suffix names the format. The file appears whole or not at all. Raises PictureError, which
-    names the file.
+    The suffix names the format. The file appears whole or not at all. Raises PictureError.
     """
     if not torch.isfinite(image).all():
         raise PictureError(f"{path}: the picture holds values that are not finite")
@@ -115,8 +114,7 @@ def save(image: Tensor, path: str | Path) -> None:
 def write(picture: Image.Image, path: str | Path, **options: object) -> None:
     """Write a Pillow picture whole or not at all.
 
-    `options` go to Pillow (quality, exif, icc_profile …). Raises PictureError, which names the
-    file.
+    `options` go to Pillow (quality, exif, icc_profile …). Raises PictureError.
     """
     path, file = Path(path), io.BytesIO()
     kind = format_of(path)
@@ -173,8 +171,7 @@ def to_full(y: Tensor) -> Tensor:
 
 
 def ycc_to_rgb(ycc: Tensor) -> Tensor:
-    """Y, Cb, Cr of a JPEG (JFIF, full range) → RGB, [3, H, W] in 0..1, neither rounded nor
-    clipped."""
+    """Y, Cb, Cr of a JPEG (JFIF, full range) → RGB, [3, H, W] in 0..1, not rounded or clipped."""
     y, cb, cr = ycc[0], ycc[1] - 128 / 255, ycc[2] - 128 / 255
     return torch.stack([y + 1.402 * cr, y - 0.34414 * cb - 0.71414 * cr, y + 1.772 * cb])
 
@@ -187,8 +184,7 @@ def rgb_to_ycc(rgb: Tensor) -> Tensor:
 
 
 def middle(image: Tensor, side: int | None, grid: int = 1) -> Tensor:
-    """The middle of [C, H, W], at most `side` pixels a side (None: all), from a multiple of `grid`
-    on."""
+    """The middle of [C, H, W], at most `side` pixels a side (None: all), aligned to `grid`."""
     if side is None:
         return image
     y, x = (max(0, length - side) // 2 // grid * grid for length in image.shape[1:])

@@ -171,8 +171,7 @@ def project(levels: np.ndarray, plane: Plane, start: int = 0) -> np.ndarray:
     They begin at row `start` of the plane, a multiple of 8. Photos lie near the middle of their
     cells (narrow quantisation constraint set: Park and Lee, IEEE Trans. Image Processing 8, 1999),
     so these are WIDEST of a step at most, and narrower in a block whose answer lies further from
-    the levels than a photo would. Where the file is flat there is nothing to restore, and it is
-    kept.
+    the levels than a photo would. Where the file is flat it is kept.
     """
     own = plane.levels[start : start + len(levels)]
     quantised = decoded_levels(own, plane.steps)
@@ -186,8 +185,7 @@ def project(levels: np.ndarray, plane: Plane, start: int = 0) -> np.ndarray:
 
 
 def projected(strips: Iterator[Tensor], cells: Cells, height: int) -> Iterator[Tensor]:
-    """Strips [C, rows, W] in 0..1 of the first planes, together `height` rows, projected, in strips
-    of their own.
+    """Strips [C, rows, W] in 0..1 of the first planes, together `height` rows, projected, anew cut.
 
     What a block holds beyond the picture is taken as the file has it.
     """
@@ -212,8 +210,7 @@ def projected(strips: Iterator[Tensor], cells: Cells, height: int) -> Iterator[T
 
 
 def project_onto(answer: Tensor, data: bytes) -> Tensor:
-    """Gray or RGB [1 or 3, H, W] in 0..1, projected onto the cells of a JPEG's bytes, gray or
-    4:2:0."""
+    """[1 or 3, H, W] in 0..1, projected onto the cells of a JPEG's bytes, gray or 4:2:0."""
     cells = decode_cells("JPEG", data)
     planes = answer if len(answer) == 1 else rgb_to_ycc(answer)
     planes = torch.cat(list(projected(iter([planes]), cells, answer.shape[1])), 1)

@@ -65,8 +65,7 @@ class BranchWeights(nn.Sequential):
 
 class AttentionInAttentionBlock(nn.Module):
     """A2N's block: two branches, their weights (`ADM`; a forward hook there reads them) and a
-    shortcut around both. size: side of the convolution in the branch without attention, 3 or, in
-    A2N-M, 1."""
+    shortcut around both. size: side of the convolution without attention, 3 or, in A2N-M, 1."""
 
     def __init__(self, width: int, reduction: int, size: int):
         super().__init__()

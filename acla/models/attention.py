@@ -102,8 +102,7 @@ class CrossLayerAttention(nn.Module):
         masks without noise; temperature τ of the masks' gradient (Eq. 9); maps M(x^l) of the L
         layers [B,H+2,W+2,K], where `mask_maps` has computed those of several modules together.
 
-        Returns h(y) [B,C,H,W] and the keys kept [B,L], summed over the queries, or None without
-        `counts`."""
+        Returns h(y) [B,C,H,W] and the keys kept [B,L], over all queries, None without `counts`."""
         whole = gates is None and seeds is None and not counts and runs_whole(query, rows)
         points = None if whole else self.locate(query)
         if maps is None and self.mask is not None:
@@ -120,8 +119,7 @@ class CrossLayerAttention(nn.Module):
         return self.combine(attended), attended.kept
 
     def locate(self, query: Tensor) -> Tensor:
-        """Offsets and weights of all keys (Eq. 5), the points of `attend`: [B,C,H,W] →
-        [B,H,W,L,3,K]."""
+        """Offsets and weights of all keys (Eq. 5), `attend`'s points: [B,C,H,W] → [B,H,W,L,3,K]."""
         # Positions need more than the eight bits of bfloat16 or the eleven of TF32.
         with full_precision(query):
             query = query.permute(0, 2, 3, 1).to(self.points.weight.dtype)

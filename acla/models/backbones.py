@@ -166,8 +166,7 @@ class Backbone(nn.Module):
         gates: Tensor | None = None,
         temperature: float = 1.0,
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Restored pictures, and the number of keys that every executed module kept of each layer,
-        {position: [B,L]}.
+        """Restored pictures, and the keys that every executed module kept, {position: [B,L]}.
 
         gates [J]: s_j of Eq. 11, exactly 0 or 1, one an insert position. If they need no gradient,
         modules with a gate of 0 are skipped."""

@@ -76,14 +76,12 @@ def attention_flops(
 
 
 def full_attention_flops(attention: str, modules: int, n: int, width: int, keys: int) -> int:
-    """FLOPs of all modules of a network, each of which refers to those before it, with every key
-    kept."""
+    """FLOPs of all modules of a network, each of which refers to those before it; no key closed."""
     return sum(module_flops(attention, l + 1, n, width, keys) for l in range(modules))
 
 
 def module_flops(attention: str, layers: int, n: int, width: int, keys: int) -> int:
-    """FLOPs of one module that refers to `layers` layers and keeps every key, for one picture of n
-    positions."""
+    """FLOPs of a module that refers to `layers` layers, every key kept, for n positions."""
     kind = ATTENTIONS[attention]
     match kind.module:
         case "cla" | "acla":

@@ -16,8 +16,7 @@ SEED_STEP = 0x9E3779B97F4A7C15
 
 
 def position_seeds(seeds: Tensor | None, position: int) -> Tensor | None:
-    """The images' seeds [B] int64 for the module at an insert position: modules draw different
-    noise."""
+    """The images' seeds [B] int64 at an insert position: modules draw different noise."""
     if seeds is None:
         return None
     step = position * SEED_STEP % 2**64
@@ -27,8 +26,7 @@ def position_seeds(seeds: Tensor | None, position: int) -> Tensor | None:
 def draw_gates(
     alpha: Tensor, seed: int | None, temperature: float, opposite: bool = False
 ) -> Tensor:
-    """Insert-position gates s [J], exactly 0 or 1, for α [J] (Eq. 10); the gradient is the
-    sigmoid's at τ.
+    """Insert-position gates s [J], 0 or 1, for α [J] (Eq. 10); the gradient is the sigmoid's at τ.
 
     `seed` None draws without noise: s_j = 1 where α_j > 0, the derived architecture. opposite: the
     seed's noise with the other sign, which is as likely.
@@ -41,6 +39,5 @@ def draw_gates(
 
 
 def expected_gates(alpha: Tensor) -> Tensor:
-    """The probability that a drawn gate is open, σ(α) [J]: logistic noise exceeds −α that often, at
-    any τ."""
+    """The chance that a drawn gate is open, σ(α) [J]: logistic noise exceeds −α that often."""
     return alpha.sigmoid()

@@ -41,8 +41,7 @@ OF_ATTENTION = ("attention", "keys", "positions", "offset_radius", "mask_bias")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model file: the network in evaluation mode on the CPU, its configuration, task and
-    notes."""
+    """A model file: the network, evaluating on the CPU, its configuration, task and notes."""
 
     model: Backbone
     config: ModelConfig
@@ -62,8 +61,7 @@ class Checkpoint:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Checkpoint":
-        """The network of a folder in the Hub's form, as `load_model` reads it. Raises
-        CheckpointError."""
+        """The network of a folder in the Hub's form. Raises CheckpointError."""
         if not Path(folder).is_dir():
             raise CheckpointError(
                 f"{folder}: there is no such folder; for a network on the Hub give the one that "
@@ -73,8 +71,7 @@ class Checkpoint:
 
 
 def save_model(path: Path, model: nn.Module, config: ModelConfig, task: Task, info: dict) -> None:
-    """Write a model file, from which alone `load_model` rebuilds the network. info: notes, JSON
-    values."""
+    """Write a model file, all that `load_model` needs. info: notes, JSON values."""
     header = {
         "kind": "model",
         "model": json.dumps(dataclasses.asdict(config)),
@@ -107,8 +104,7 @@ def widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_header(path: Path) -> tuple[ModelConfig, Task, dict[str, Any]]:
-    """Configuration, task and notes of a model file, without its tensors. Raises
-    CheckpointError."""
+    """Configuration, task and notes of a model file alone. Raises CheckpointError."""
     return parse_header(path, read_tensors(path, "model", wanted=False)[1])
 
 
@@ -199,8 +195,7 @@ def same_module(one: ModelConfig, other: ModelConfig, position: int) -> bool:
 
 
 def save_state(path: Path, tensors: Mapping[str, Tensor], progress: dict[str, Any]) -> None:
-    """Write a state file: tensors by name, and progress, JSON values with at least those of
-    PROGRESS."""
+    """Write a state file: tensors by name, and progress, JSON values with those of PROGRESS."""
     write_tensors(path, tensors, {"kind": "state", "progress": json.dumps(progress)})
 
 
@@ -230,8 +225,7 @@ def from_json(text: str) -> Any:
 
 
 def require_types(name: str, values: Any, kinds: Mapping[str, type]) -> None:
-    """Refuse anything but a JSON object with values of these types under these names. Raises
-    ValueError."""
+    """Refuse all but a JSON object with values of these types. Raises ValueError."""
     if type(values) is not dict:
         raise ValueError(f"{name} must be a JSON object, not {type(values).__name__}")
     for key, kind in kinds.items():

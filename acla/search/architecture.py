@@ -115,8 +115,7 @@ def paper_positions(task: Task, backbone: str) -> tuple[int, ...]:
 
 
 def even_positions(blocks: int) -> tuple[int, ...]:
-    """Four positions spread evenly: after every eighth of 32 blocks. Raises UsageError for fewer
-    than four blocks."""
+    """Four evenly spread positions: after every eighth of 32 blocks. Raises UsageError."""
     if blocks < EVEN:
         raise UsageError(
             f"{EVEN} evenly spread modules do not fit {blocks} blocks: give --positions, or "

@@ -45,8 +45,7 @@ class SearchPlan:
 
 @dataclass(frozen=True)
 class Sets:
-    """Disjoint pictures: for the weights, for α, and to score the derived network (without any,
-    α's)."""
+    """Disjoint pictures: for the weights, for α, to score the derived network (else α's)."""
 
     weights: Sequence[Path]
     alpha: Sequence[Path]
@@ -152,8 +151,7 @@ class Search:
         optimizer.step()
 
     def batch(self, step: int, stream: int) -> tuple[Tensor, Tensor, Tensor]:
-        """This process's degraded patches [B,C,h,w], their targets [B,C,H,W] and the seeds [B] of
-        their masks."""
+        """This process's degraded patches [B,C,h,w], targets [B,C,H,W] and masks' seeds [B]."""
         loader = self.loaders[stream]
         low, target = loader.batch(step)
         of_step = self.config.seed, step, loader.sampler.indices, stream

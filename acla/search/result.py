@@ -39,8 +39,7 @@ class SearchResult:
 
     @property
     def undecided(self) -> int:
-        """Gates that are neither open nor shut for certain: a probability of 0.1 to 0.9. A front
-        has none."""
+        """Gates open with a probability of 0.1 to 0.9. A front has none."""
         if self.architecture.front:
             return 0
         return sum(0.1 < chance < 0.9 for chance in self.chances)

@@ -62,8 +62,7 @@ class Supernet(nn.Module):
         return self.backbone.forward_with_counts(pictures, seeds, gates, temperature)
 
     def cost(self, kept: dict[int, Tensor], n: int, gates: Tensor | None = None) -> Tensor:
-        """Eq. 12 and 13 in FLOPs for one picture of n positions, at the mask density of
-        `kept`.
+        """Eq. 12 and 13 in FLOPs for a picture of n positions, at the mask density of `kept`.
 
         Expected over the gates σ(α) unless gates [J] are given. Gradients reach α and, through the
         keys kept, the masks. Updates `density`."""

@@ -78,8 +78,7 @@ class Progress:
 
 
 class RunFiles:
-    """A run's folder after `step` steps and so many seconds, with its log; the first process
-    writes."""
+    """A run's folder and log after so many steps and seconds; the first process writes."""
 
     def __init__(self, folder: Path, log: str, step: int, seconds: float, writes: bool):
         self.folder, self.log, self.writes = folder, folder / log, writes
