@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import os
 import re
 import sys
@@ -160,22 +161,13 @@ def parse_positions(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(message) from cause
 
 
-def parse_quality(text: str) -> tuple[int, int]:
+def parse_range(number: type, form: str, wanted: str, text: str) -> tuple[float, int]:
     """'10' → (10, 0); '5-60' → (5, 60): a Task's setting and until."""
-    parts = re.fullmatch(r"(\d+)(?:-(0*[1-9]\d*))?", text, re.ASCII)
-    if not parts:
-        raise argparse.ArgumentTypeError(f"wants a quality, 10, or a range, 5-60, not {text!r}")
-    return int(parts[1]), int(parts[2] or 0)
-
-
-def parse_sigma(text: str) -> tuple[float, int]:
-    """'12.5' → (12.5, 0); '0-55' → (0, 55): a Task's setting and until."""
-    parts = re.fullmatch(r"(.+?)(?:(?<=\d)-(0*[1-9]\d*))?", text, re.ASCII)
+    parts = re.fullmatch(rf"({form})(?:(?<=\d)-(0*[1-9]\d*))?", text, re.ASCII)
     try:
-        return float(parts[1]), int(parts[2] or 0)
+        return number(parts[1]), int(parts[2] or 0)
     except (TypeError, ValueError) as cause:
-        message = f"wants a noise level, 30, or a range, 0-55, not {text!r}"
-        raise argparse.ArgumentTypeError(message) from cause
+        raise argparse.ArgumentTypeError(f"wants {wanted}, not {text!r}") from cause
 
 
 def add_flags(parser: argparse.ArgumentParser, kind: type, skip: tuple[str, ...] = ()) -> None:
@@ -241,10 +233,12 @@ def add_task_flags(parser: argparse.ArgumentParser, default: str = "car") -> Non
     network or a set has its own setting too."""
     group = parser.add_argument_group("The task")
     group.add_argument("--task", choices=TASKS, help=f"what is restored (default: {default})")
+    quality = functools.partial(parse_range, int, r"\d+", "a quality, 10, or a range, 5-60")
+    level = functools.partial(parse_range, float, ".+?", "a noise level, 30, or a range, 0-55")
     settings = {
         "scale": (int, "sr: enlargement per side, 2, 3 or 4", 2),
-        "sigma": (parse_sigma, "denoise: noise in 8-bit levels, or a range, 0-55", 30),
-        "q": (parse_quality, "car: JPEG quality, 1 to 100, or a range, 5-60", 10),
+        "sigma": (level, "denoise: noise in 8-bit levels, or a range, 0-55", 30),
+        "q": (quality, "car: JPEG quality, 1 to 100, or a range, 5-60", 10),
     }
     for name, (kind, text, value) in settings.items():
         text += f" (default: {value if default in TASKS else default})"

@@ -117,7 +117,9 @@ def compared(old: Photo, new: Photo) -> tuple[list[str], float, float]:
     height, width = new.levels.shape[:2]
     scale = width / old.levels.shape[1]
     planes = [
-        Image.fromarray(to_rgb_levels(one)).resize((width, height), Image.Resampling.BICUBIC)
+        photo.to_pillow(photo.in_8_bits(one.levels), False, None)
+        .convert("RGB")
+        .resize((width, height), Image.Resampling.BICUBIC)
         for one in (old, new)
     ]
     change = np.subtract(*(np.asarray(plane, np.float32) for plane in planes)).transpose(2, 0, 1)
@@ -133,11 +135,6 @@ def compared(old: Photo, new: Photo) -> tuple[list[str], float, float]:
         y, x = height / 2, width / 2
     marks = marks or ["hardly changed" if change.any() else "unchanged"]
     return marks, round(float(x) / width, 4), round(float(y) / height, 4)
-
-
-def to_rgb_levels(seen: Photo) -> np.ndarray:
-    """uint8 [H, W, 3]."""
-    return np.broadcast_to(photo.in_8_bits(seen.levels), (*seen.levels.shape[:2], 3))
 
 
 def embed(jobs: Jobs, before: Path, after: Path, log: list[str]) -> tuple[list[Pair], list[str]]:

@@ -58,10 +58,6 @@ def weights_of(model: Backbone) -> Split:
     return split(((n, p) for n, p in model.named_parameters() if p.requires_grad), model)
 
 
-def gradients_of(model: Backbone) -> Split:
-    return split(((n, p.grad) for n, p in model.named_parameters() if p.grad is not None), model)
-
-
 class StepStatistics:
     """What the last steps before a row did to every part. initial: the weights of step 0."""
 
@@ -76,7 +72,8 @@ class StepStatistics:
     def add(self, model: Backbone) -> None:
         after = weights_of(model)
         self.updates.append({part: after[part] - self.before[part] for part in after})
-        self.gradients.append(gradients_of(model))
+        named = ((n, p.grad) for n, p in model.named_parameters() if p.grad is not None)
+        self.gradients.append(split(named, model))
         self.before = after
 
     def rows(self) -> list[dict[str, Any]]:
