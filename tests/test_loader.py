@@ -66,7 +66,7 @@ def test_workers_outlive_signals_and_end_with_their_loader(sampler):
 def test_a_process_ends_while_its_workers_still_work():
     program = (
         "import torch; from acla.config import Task; from acla.data.datasets import *\n"
-        "sampler = PatchSampler(Pictures(sample('val')), Task('car', 10), 12, 4)\n"
+        "sampler = PatchSampler(Pictures(sample_set('val')), Task('car', 10), 12, 4)\n"
         "loader = Loader(sampler, torch.device('cpu'), 2); loader.batch(0)\n"
         "error = ValueError(); error.loader = loader; error.self = error; raise error"
     )
