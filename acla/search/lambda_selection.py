@@ -13,7 +13,7 @@ import numpy as np
 
 from acla import console
 from acla.config import format_positions
-from acla.data.datasets import find_set, sample_set, split_every
+from acla.data.datasets import find_set, split_every
 from acla.distributed import Processes
 from acla.errors import AclaError, DataError
 from acla.files import write_atomically
@@ -71,7 +71,7 @@ def validation_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def fold_sets(name: str, root: Path | None) -> list[Sets]:
     """Folds of every fifth picture of a training set, at least two a fold; each scores once."""
-    paths = sorted(sample_set("train") if name == "sample" else find_set(name, root, "train"))
+    paths = sorted(find_set(name, root, "train"))
     count = max(math.ceil(len(paths) / SHARE), 2 * FOLDS)
     if len(paths) < count:
         raise DataError(f"{len(paths)} picture(s) of {name} are too few to cross-validate: give λ")
