@@ -1,11 +1,10 @@
-"""Search positions where attention is worth its cost, with a supernet that has a module behind each
-block; writes arch.json.
+"""Search positions where attention is worth its cost, with a supernet; writes arch.json.
 
-    python search.py --task car --q 10
-    python search.py --task sr --scale 2 --backbone rcan --data DIR --train-set DIV2K
-    python search.py --task car --q 10 --lambda auto --seeds 3
-    python search.py --task car --q 10 --method front
-    torchrun --nproc-per-node 2 search.py --task car --q 10
+python search.py --task car --q 10
+python search.py --task sr --scale 2 --backbone rcan --data DIR --train-set DIV2K
+python search.py --task car --q 10 --lambda auto --seeds 3
+python search.py --task car --q 10 --method front
+torchrun --nproc-per-node 2 search.py --task car --q 10
 """
 
 import argparse

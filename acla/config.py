@@ -404,8 +404,7 @@ def format_positions(positions: Iterable[int]) -> str:
 
 
 def check_fields(config: Any) -> None:
-    """Refuse values of another type than the field's, or outside its choices or limits: they may
-    come from a file."""
+    """Refuse values of another type, or outside a field's choices or limits, as files have."""
     for item in dataclasses.fields(config):
         value, kind = getattr(config, item.name), get_origin(item.type) or item.type
         flag, limits = flag_of(item.name), item.metadata["limits"]

@@ -82,8 +82,7 @@ class Processes:
 
 
 def join(device: torch.device) -> Processes:
-    """Join the processes that torchrun started, each on a GPU of its own (gloo on CPUs, NCCL on
-    GPUs); alone if it started none."""
+    """Join torchrun's processes, each on its own GPU (NCCL) or a CPU (gloo); without any, alone."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return Processes(device)
     backend = "gloo"

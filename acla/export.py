@@ -44,8 +44,7 @@ def attend(
     backend: str,
     counts: bool,
 ) -> tuple[Value, Value, Value]:
-    """`acla.kernels.attend` in operators of ONNX, without gates and noise. Keys are not counted:
-    no network's output depends on that."""
+    """`acla.kernels.attend` in operators of ONNX, without gates, noise and counts of keys."""
     from onnxscript import opset18 as op
 
     one, axis = op.Constant(value_float=1.0), op.Constant(value_ints=[3])

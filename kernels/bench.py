@@ -201,8 +201,7 @@ def stream_rows(rows: Iterable[Row], path: str | None) -> list[Row]:
 
 
 def ratios(rows: list[Row]) -> Iterator[str]:
-    """Lines that set our backends beside the others, a share of the keys beside all of them, and a
-    time beside its floor."""
+    """Our backends beside the others, a share of the keys beside all, a time beside its floor."""
     groups: dict[tuple, dict[str, Row]] = {}
     for row in rows:
         key = tuple(row[name] for name in ("B", "H", "W", "C", "pass", "keep"))

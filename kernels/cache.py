@@ -1,5 +1,4 @@
-"""The folder that keeps what is made once: the compiled C++ kernel, and tile sizes per GPU; and
-whether a file can be written."""
+"""The folder of the compiled C++ kernel and of tile sizes; whether files can be written."""
 
 import os
 import tempfile

@@ -62,8 +62,7 @@ def why_not_cpp(points: Tensor) -> str | None:
 
 
 def forward(inputs: Inputs, counts: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """The three results of `kernels.attend`, in the types of the arithmetic: aggregate, coverage,
-    kept, whose count is free."""
+    """The results of `kernels.attend`, in the arithmetic's types: aggregate, coverage, kept."""
     B, H, W, L, _, _ = inputs.points.shape
     call = LibraryCall(inputs, inputs.points.shape)
     aggregate = torch.empty(B, H, W, L, inputs.features[0].shape[-1], dtype=call.storage)

@@ -84,8 +84,7 @@ def inputs_bytes(B: int, L: int, K: int, H: int, W: int, C: int, dtype: torch.dt
 
 
 def per_value(dtype: torch.dtype) -> float:
-    """Instructions for one value that is gathered and multiplied: the multiply-add, the conversion
-    to float32, the share of a wide load."""
+    """Instructions for a value gathered: multiply-add, conversion, share of a wide load."""
     return 1 + (dtype.itemsize < REAL) + dtype.itemsize / VECTOR
 
 

@@ -71,8 +71,7 @@ def attend(
         counts: whether `kept` is wanted, which costs a GPU a launch.
 
     Gradients: the masks' own is the sigmoid's at τ, every other one uses the hard masks (Eq. 7, 9);
-    that of `kept` reaches the masks too, so that a cost can close keys. Only "reference" has
-    gradients of gradients.
+    that of `kept` reaches the masks too. Only "reference" has gradients of gradients.
 
     Raises:
         ValueError: shapes, types or devices that do not fit together; an unknown backend.

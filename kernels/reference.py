@@ -57,8 +57,7 @@ def sample(rows: Tensor, position: Tensor) -> Tensor:
     """Bilinear samples. rows [B,H+2,W+2,C] with its border, position [B,H,W,2] as (y, x) →
     [B,H,W,C].
 
-    A position a pixel or more outside reads the border alone and has no gradient; NaN counts as
-    outside."""
+    A pixel or more outside, it reads the border alone, without gradient; NaN counts as outside."""
     B, H, W = rows.shape[0], rows.shape[1] - 2, rows.shape[2] - 2
     y = position[..., 0].nan_to_num(-1.0, H, -1.0).clamp(-1, H)
     x = position[..., 1].nan_to_num(-1.0, W, -1.0).clamp(-1, W)

@@ -1,8 +1,7 @@
 """The operator as torch knows it: schema, shapes without data, gradients, FLOPs.
 
 So `torch.compile`, `torch.export`, FLOP counting and `torch.library.opcheck` work on it. Schemas
-give the arguments' types. The backend is one of them, chosen when the operator runs, on real
-tensors."""
+give the arguments' types. The backend is chosen when the operator runs."""
 
 import functools
 import importlib

@@ -26,8 +26,7 @@ def commit() -> str:
 
 
 class Clock:
-    """Times calls: CUDA events on a GPU; processor time on one CPU thread, which other programs
-    disturb least, else wall time.
+    """Times calls: CUDA events on a GPU, processor time on one CPU thread, else wall time.
 
     On a GPU, `queued` calls are timed without their launches: all kernels wait in line before the
     first one starts, with a cold L2 cache, as in a network whose other layers have filled it."""

@@ -274,8 +274,7 @@ class Layer:
     def slopes(
         self, chunk: Chunk, given: Given, gate: float, temperature: float
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Gradients of the points [N,3,K], the mask's logit [N,K] and the gate []: arithmetic on
-        four dots a key."""
+        """Gradients of points [N,3,K], mask logits [N,K] and gate [], from four dots a key."""
         H, W = chunk.size
         if gate and given.aggregate is not None:
             dots = self.dots(chunk, given.aggregate)

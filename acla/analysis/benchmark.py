@@ -238,8 +238,7 @@ def saved_mb(implementation: Implementation, case: Case) -> float:
 
 
 def loader_rows(args: argparse.Namespace) -> Iterator[bench.Row]:
-    """Patches per second of the built-in pictures: of the loader for each number of workers, and of
-    training steps on one batch."""
+    """Patches per second: of the loader by number of workers, of training steps on one batch."""
     device = torch.device(args.device)
     task = Task()
     config = train_preset("small")

@@ -1,5 +1,4 @@
-"""Explain a restored picture: the pixels that a window comes from, and the keys that the attention
-reads.
+"""Explain a restored picture: the pixels that a window comes from, and the attention's keys.
 
 Numbers go to standard output and to --json, figures to --out (extra `report`).
 """

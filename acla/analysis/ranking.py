@@ -54,8 +54,7 @@ def by_count(networks: Sequence[Positions]) -> list[list[Positions]]:
 
 
 def tau(scores: Scores, truth: Scores) -> tuple[float, float]:
-    """Kendall's tau of the networks' scores with their PSNR: over all, and the mean over the costs
-    that have several networks."""
+    """Kendall's tau of the networks' scores with their PSNR: over all, and the mean over costs."""
 
     def of(networks: Sequence[Positions]) -> float:
         return kendalltau([scores[n] for n in networks], [truth[n] for n in networks]).statistic
@@ -65,8 +64,7 @@ def tau(scores: Scores, truth: Scores) -> tuple[float, float]:
 
 
 def chance(searches: Sequence[Scores], truth: Scores, blocks: int) -> float:
-    """The share of the permutations of the blocks by which the searches' mean tau at equal cost is
-    at least what it is."""
+    """The share of the blocks' permutations that give the searches as much tau at equal cost."""
 
     def mean(order: Sequence[int]) -> float:
         renamed = {n: tuple(sorted(int(order[p - 1]) for p in n)) for n in truth}
@@ -124,8 +122,7 @@ def pareto(truth: Scores) -> list[Positions]:
 def score_lines(
     by_method: Mapping[str, Sequence[Scores]], rows: Sequence[Row], blocks: int
 ) -> Iterator[list[str]]:
-    """A row of the table for each method: tau, tau at equal cost, its chance, regret; means and
-    standard deviations over its searches."""
+    """A row for each method: tau, tau at equal cost, its chance, regret; mean ± deviation."""
     truth, seeds = mean_psnr(rows), {row["seed"] for row in rows}
     for name, searches in by_method.items():
         taus = [(*tau(one, truth), regret(best_by(one), truth)) for one in searches]

@@ -282,8 +282,7 @@ def mean_and_deviation(values: Collection[float], sign: str = "", of_mean: bool 
 
 
 def psnr_cells(ours: dict[int, float], base: dict[int, float]) -> list[str]:
-    """PSNR by seed in dB as cells: mean ± standard deviation; the gain over the base, paired by
-    seed: mean ± standard error."""
+    """Cells in dB: mean ± deviation of PSNR; gain over the base, by seed: mean ± standard error."""
     gained = mean_and_deviation(gains(ours, base), "+", of_mean=True)
     return [mean_and_deviation(ours.values()), gained]
 

@@ -110,8 +110,7 @@ def train_all(space: Space, groups: Sequence[Group], jobs: int) -> Iterator[list
 
 
 def groups_left(blocks: int, seeds: Sequence[int], done: set, size: int) -> list[Group]:
-    """The networks not done yet, seed by seed, in groups of `size` of like cost, the most expensive
-    first."""
+    """The networks left, seed by seed, in groups of `size` of like cost, the largest first."""
     positions, groups = range(1, blocks + 1), []
     counts = range(blocks, -1, -1)
     subsets = [subset for n in counts for subset in itertools.combinations(positions, n)]

@@ -112,8 +112,7 @@ def missing_set(name: str, root: Path) -> str:
 
 
 def split_every(paths: Sequence[Path], nth: int) -> tuple[list[Path], list[Path]]:
-    """(the others, every nth picture in sorted order, or the last one of fewer than n). Raises
-    DataError for fewer than two pictures."""
+    """(the others, every nth picture in sorted order, at least the last). Raises DataError."""
     ordered = sorted(paths)
     if len(ordered) < 2:
         raise DataError(

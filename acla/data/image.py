@@ -92,8 +92,7 @@ def to_array(picture: Image.Image, path: str | Path) -> np.ndarray:
 
 
 def full_scale(levels: np.ndarray, tags: Mapping[int, Any]) -> np.ndarray:
-    """Gray levels as uint16, 0 black and 65535 white. tags: of a TIFF, which may say that 0 is
-    white, or that there are 12 bits."""
+    """Gray levels as uint16, 0 black. tags: of a TIFF, where 0 may be white, or bits be 12."""
     bits = tags.get(ExifTags.Base.BitsPerSample, (16,))[0]
     top = 4095 if bits == 12 else 65535
     if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:

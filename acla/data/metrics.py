@@ -132,8 +132,7 @@ def exact(image: Tensor) -> Tensor:
 
 
 class Scored(NamedTuple):
-    """A picture's prediction and target [C, H, W], PSNR in dB and SSIM as `score` gives them, and
-    the seconds that the prediction took."""
+    """A picture's prediction [C, H, W], with what `score` gives; seconds: of the prediction."""
 
     path: Path
     clean: Tensor

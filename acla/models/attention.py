@@ -162,8 +162,7 @@ class CrossLayerAttention(nn.Module):
 
 
 def zero(layer: nn.Module) -> nn.Module:
-    """The layer with weights and bias of zero: what it ends, a module or a network, initially
-    changes nothing."""
+    """The layer with parameters of zero: what it ends initially changes nothing."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer

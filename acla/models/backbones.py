@@ -70,8 +70,7 @@ class Residual(nn.Module):
 
 
 class ChannelAttention(nn.Module):
-    """RCAN's channel attention: features [B,C,H,W] times a factor 0..1 for each channel, from the
-    channels' means."""
+    """RCAN's: features [B,C,H,W] times a factor 0..1 a channel, from the channels' means."""
 
     def __init__(self, width: int, reduction: int):
         super().__init__()

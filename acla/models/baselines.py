@@ -1,5 +1,4 @@
-"""The baseline attention modules of the paper's comparisons (Section 4.5, A.3): NL, CLNL, SE, MHA,
-and ACLA followed by SE.
+"""The paper's baseline attention modules (Section 4.5, A.3): NL, CLNL, SE, MHA, ACLA with SE.
 
 B batch · L referred layers · K sampled keys per layer and query · H,W grid · N = H·W · C channels
 E embedded channels of NL and CLNL

@@ -37,8 +37,7 @@ def squeezed_width(width: int) -> int:
 
 
 def head_count(width: int) -> int:
-    """Heads of multi-head attention: the most of 8, 4 and 2 that divide the channels into 16 or
-    more each, else 1."""
+    """Heads of multi-head attention: the most of 8, 4 and 2 with 16 channels or more, else 1."""
     return next((h for h in (8, 4, 2) if width % h == 0 and width // h >= 16), 1)
 
 

@@ -1,5 +1,4 @@
-"""Binary Gumbel gates in the network: seeds of the key masks (Eq. 7 to 9) and gates of the insert
-positions (Eq. 10).
+"""Binary Gumbel gates: seeds of the key masks (Eq. 7 to 9), insert positions' gates (Eq. 10).
 
 The gate itself, hard forward and with the sigmoid's gradient at temperature τ backward (the
 straight-through estimator), is `binary_gate` in kernels/reference.py, which gates of insert

@@ -1,5 +1,4 @@
-"""The file format of networks and runs: safetensors with the configuration in the header, written
-atomically, read as untrusted data.
+"""The file format of networks and runs: safetensors with the configuration in the header.
 
 The header holds `format` (FORMAT) and `kind`. A model file (`model`) rebuilds its network alone:
 besides the tensors, under the network's own names, its header holds three JSON texts, `model` (a

@@ -59,8 +59,7 @@ class Architecture:
     front: tuple[Candidate, ...] = ()
 
     def within(self, budget: float) -> Self:
-        """With the best network of the front whose attention has at most `budget` multiply-adds.
-        Raises UsageError where there is none."""
+        """With the front's best network of at most `budget` multiply-adds. Raises UsageError."""
         fitting = [one for one in self.front if one.macs <= budget]
         if not fitting:
             least = f"has {min(one.macs for one in self.front):,}" if self.front else "is missing"

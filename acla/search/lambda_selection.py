@@ -171,8 +171,7 @@ def agreement_table(report: dict[str, Any]) -> str:
 def adopt(
     result: SearchResult, source: Path, out: Path, processes: Processes, notes: dict[str, Any]
 ) -> SearchResult:
-    """Copy the log and network of one of several searches from `source` to `out`, and its arch.json
-    with `notes` in the evidence."""
+    """Copy a search's files from `source` to `out`, arch.json with `notes` in the evidence."""
     evidence = {**result.architecture.evidence, **notes}
     architecture = dataclasses.replace(result.architecture, evidence=evidence)
     if processes.first:

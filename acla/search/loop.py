@@ -116,8 +116,7 @@ class Search:
             self.descend(self.alpha, [self.net.alpha], sum(losses) / len(losses))
 
     def alpha_at(self, step: int) -> Tensor:
-        """α as a step's gates see it: divided by the share of the noise that is left, which makes
-        the same gates as less noise."""
+        """α over the share of the noise that is left: as gates with less noise see it."""
         return self.net.alpha / at(self.config, step, 1.0, self.config.gate_noise_end)
 
     def draw(self, alpha: Tensor, step: int, stream: int, draw: int = 0) -> Tensor:
@@ -130,8 +129,7 @@ class Search:
     def mse_and_cost(
         self, step: int, stream: int, gates: Tensor, expected: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """MSE on 0..255 of this process's patches, and the expected cost in FLOPs at the mask
-        density of all processes' patches."""
+        """This process's MSE on 0..255, and the expected cost in FLOPs at all masks' density."""
         low, target, seeds = self.batch(step, stream)
         restored, kept = self.net(low, gates, seeds if self.config.mask_noise else None)
         mse = trainer.restoration_loss("mse", restored, target)

@@ -1,5 +1,4 @@
-"""The supernet: a module behind every block, each with an architecture parameter (Section 3.2,
-Insert Positions)."""
+"""The supernet: behind every block a module with an architecture parameter (Section 3.2)."""
 
 import contextlib
 from collections.abc import Iterator

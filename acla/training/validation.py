@@ -67,8 +67,7 @@ def each_psnr(
 
 
 def by_set(psnr: Sequence[float], sets: Mapping[str, Sequence[Path]]) -> dict[str, float]:
-    """Mean PSNR of the pictures of several sets in a row: val_psnr of all and, of more than one
-    set, val_psnr_NAME of each."""
+    """Mean PSNR of the sets' pictures: val_psnr of all, and of several sets val_psnr_NAME each."""
     means = {"val_psnr": sum(psnr) / len(psnr)}
     if len(sets) > 1:
         means |= {f"val_psnr_{name}": mean for name, mean in means_by_set(psnr, sets).items()}
