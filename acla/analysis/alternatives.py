@@ -41,8 +41,8 @@ class DnCNN(nn.Sequential):
     """The network of Zhang et al. (IEEE Trans. Image Processing 26, 2017) for JPEGs, as KAIR's
     `dncnn3`: 3×3 convolutions with ReLU, without batch normalisation; the input is added."""
 
-    def __init__(self, layers: int = 20, width: int = 64) -> None:
-        channels = [1, *[width] * (layers - 1), 1]
+    def __init__(self) -> None:
+        channels = [1, *[64] * 19, 1]
         parts = [nn.Conv2d(i, o, 3, padding=1) for i, o in itertools.pairwise(channels)]
         super().__init__(*[part for one in parts for part in (one, nn.ReLU())][:-1])
 

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 WARM_UP = 3  # eager steps, in which libraries choose their kernels and Adam makes its moments
-Step = Callable[..., tuple[Tensor, ...]]
 
 
 class CaptureError(RuntimeError):
@@ -19,7 +18,7 @@ class StepGraph:
 
     Raises what `step` raises, and CaptureError."""
 
-    def __init__(self, step: Step, device: torch.device):
+    def __init__(self, step: Callable[..., tuple[Tensor, ...]], device: torch.device):
         self.step = step
         self.stream = torch.cuda.Stream(device)  # capturing needs another than the default one
         self.graph: torch.cuda.CUDAGraph | None = None
