@@ -1,6 +1,7 @@
 """The result of a search, and its report."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from acla import console
 from acla.config import format_positions
 from acla.models.cost import full_attention_flops
-from acla.search.architecture import SIDE, Architecture, macs
+from acla.search.architecture import SIDE, Architecture, Candidate, macs
 
 MAX_SCORED = 16  # pictures for the PSNR of an epoch and of the last table
 
@@ -46,10 +47,11 @@ class SearchResult:
 
 
 def search_table(result: SearchResult) -> str:
-    """The positions, one a line, or the networks of a front; then the cost of the network and what
+    """The positions or the networks of a front; then the cost of the network and what
     it gains, beside no attention and a module behind every block."""
     architecture, model = result.architecture, result.architecture.model
-    lines = front_lines(architecture) if architecture.front else gate_lines(result)
+    front = architecture.front
+    lines = [front_table(front) if front else gates_table(result), ""]
     size = architecture.patch
     network = model.attention, model.blocks, size**2, model.width, model.keys
     dense = full_attention_flops(*network)
@@ -72,21 +74,21 @@ def search_table(result: SearchResult) -> str:
     return "\n".join([*lines, console.markdown(head, gains)])
 
 
-def gate_lines(result: SearchResult) -> list[str]:
-    lines = ["position   alpha  chance  keys kept  module"]
-    for j, (alpha, chance) in enumerate(
-        zip(result.architecture.alpha, result.chances, strict=True), 1
-    ):
-        kept = f"{result.kept[j]:9.1%}" if j in result.kept else "        –"
-        shown = "open" if j in result.architecture.model.positions else "–"
-        lines.append(f"{j:8d}  {alpha:+.3f}  {chance:6.2f}  {kept}  {shown}")
-    return lines
+def gates_table(result: SearchResult) -> str:
+    """A row for each position."""
+    alphas, rows = zip(result.architecture.alpha, result.chances, strict=True), []
+    for j, (alpha, chance) in enumerate(alphas, 1):
+        kept = f"{result.kept[j]:.1%}" if j in result.kept else "–"
+        module = "open" if j in result.architecture.model.positions else "–"
+        rows.append([str(j), f"{alpha:+.3f}", f"{chance:.2f}", kept, module])
+    return console.markdown(("position", "alpha", "chance", "keys kept", "module"), rows)
 
 
-def front_lines(architecture: Architecture) -> list[str]:
-    lines = ["multiply-adds  held-out PSNR  positions"]
-    for one in architecture.front:
-        ms = f", {one.ms:.2f} ms" if one.ms else ""
-        shown = f"{format_positions(one.positions)}{ms}"
-        lines.append(f"{one.macs / 1e6:11.1f} M  {one.psnr:10.3f} dB  {shown}")
-    return lines
+def front_table(front: Sequence[Candidate]) -> str:
+    """A row for each network."""
+    rows = []
+    for one in front:
+        ms = f"{one.ms:.2f}" if one.ms else "–"
+        positions = format_positions(one.positions)
+        rows.append([f"{one.macs / 1e6:.1f} M", f"{one.psnr:.3f}", ms, positions])
+    return console.markdown(("multiply-adds", "held-out PSNR, dB", "ms", "positions"), rows)
