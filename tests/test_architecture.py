@@ -13,7 +13,7 @@ from acla.errors import AclaError, UsageError
 from acla.search.architecture import (
     Architecture,
     choose_network,
-    even_positions,
+    even_spread,
     paper_positions,
     read_architecture,
 )
@@ -171,7 +171,7 @@ def test_the_others_stand_evenly(attention, arch):
 
 @pytest.mark.parametrize("blocks", range(4, 257))
 def test_even_positions_rise_to_the_last_block(blocks):
-    positions = even_positions(blocks)
+    positions = even_spread(blocks, 4)
     assert ModelConfig(blocks=blocks, positions=positions).positions == positions
     assert len(positions) == 4
     assert positions[-1] == blocks

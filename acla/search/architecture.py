@@ -113,27 +113,22 @@ def paper_positions(task: Task, backbone: str) -> tuple[int, ...]:
     return PAPER_POSITIONS[task.name, backbone]
 
 
-def even_positions(blocks: int) -> tuple[int, ...]:
-    """Four evenly spread positions: after every eighth of 32 blocks. Raises UsageError."""
-    if blocks < EVEN:
-        raise UsageError(
-            f"{EVEN} evenly spread modules do not fit {blocks} blocks: give --positions, or "
-            f"--blocks {EVEN} or more"
-        )
-    return even_spread(blocks, EVEN)
-
-
 def even_spread(blocks: int, count: int) -> tuple[int, ...]:
     """So many positions, at most `blocks`, spread evenly, the last behind the last block."""
     return tuple(round(i * blocks / count) for i in range(1, count + 1))
 
 
 def default_positions(attention: str, task: Task, backbone: str, blocks: int) -> tuple[int, ...]:
-    """The paper's positions: Table 9's for searched attention, evenly spread ones for the others
-    (Section 4.5, A.3). Raises UsageError."""
+    """The paper's positions: Table 9's for searched attention, for the others four evenly spread
+    ones, after every eighth of 32 blocks (Section 4.5, A.3). Raises UsageError."""
     if ATTENTIONS[attention].at_searched:
         return paper_positions(task, backbone)
-    return even_positions(blocks)
+    if blocks < EVEN:
+        raise UsageError(
+            f"{EVEN} evenly spread modules do not fit {blocks} blocks: give --positions, or "
+            f"--blocks {EVEN} or more"
+        )
+    return even_spread(blocks, EVEN)
 
 
 def choose_network(
