@@ -113,9 +113,11 @@ def test_gray_of_12_bits_or_with_zero_as_white_is_read_as_it_looks(tmp_path):
                 assert np.allclose(np.asarray(picture) / 65535, exact, atol=1e-5)
 
 
-def test_signed_values_are_refused(tmp_path):
-    tifffile.imwrite(tmp_path / "a.tif", np.arange(-32, 31, dtype=np.int8).reshape(7, 9))
-    with pytest.raises(PictureError, match=r"a\.tif: signed values of 8 bits; convert"):
+@pytest.mark.parametrize(("bits", "first"), [(8, -32), (8, 0), (16, -32), (16, 0)])
+def test_signed_values_are_refused(tmp_path, bits, first):
+    levels = np.arange(first, first + 63, dtype=f"int{bits}").reshape(7, 9)
+    tifffile.imwrite(tmp_path / "a.tif", levels)
+    with pytest.raises(PictureError, match=rf"a\.tif: signed values of {bits} bits; convert"):
         load(tmp_path / "a.tif")
 
 

@@ -96,6 +96,19 @@ def test_every_format_in_a_folder_is_restored_or_named(tmp_path, capsys, make_sc
     assert "a.gif: several frames: the first is restored" in capsys.readouterr().err
 
 
+def test_pictures_that_are_not_read_are_named(tmp_path, capsys, tree):
+    file = write_network(tmp_path / "net.safetensors", NOISE)
+    (tree / "broken.png").unlink()
+    for name in ("a.heic", "deep/b.AVIF", "raw.bin"):
+        (tree / name).write_bytes(b"no matter what")
+    call(tree, tmp_path / "out", "--checkpoint", file)
+    assert capsys.readouterr().err.splitlines() == [
+        f"{tree}/a.heic: left out, no .heic is read: convert it to PNG or TIFF",
+        f"{tree}/deep/b.AVIF: left out, no .AVIF is read: convert it to PNG or TIFF",
+        f"{tree}: left out, 2 files of other formats",
+    ]
+
+
 def test_out_inside_in_is_no_input(tmp_path, tree):
     file = write_network(tmp_path / "net.safetensors", NOISE)
     (tree / "broken.png").unlink()

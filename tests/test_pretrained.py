@@ -8,7 +8,7 @@ from PIL import Image
 from restoring import DOUBLE, call, failure, stored, write_network
 
 from acla.config import Task
-from acla.restore import pretrained
+from acla.restore import pretrained, progress
 
 
 @pytest.fixture
@@ -135,6 +135,30 @@ def test_a_jpeg_better_than_the_networks_are_for_is_left_as_it_is(
         assert (out.read_bytes() == photo.read_bytes()) == left
         told = f"of quality {quality}, and car-q40-paper is for car q40, so it is left as it is"
         assert (told in capsys.readouterr().err) == left
+
+
+def test_the_estimate_leaves_out_what_is_left_as_it_is(
+    tmp_path, capsys, networks, monkeypatch, make_scene
+):
+    monkeypatch.setitem(progress.TILE, 1, 32)
+    (tmp_path / "in").mkdir()
+    for quality in (10, 46, 90):
+        Image.fromarray(make_scene(40, 35, 1)).save(tmp_path / f"in/{quality}.jpg", quality=quality)
+    Image.fromarray(make_scene(40, 35)).save(tmp_path / "in/rgb.jpg", keep_rgb=True)
+    Image.fromarray(make_scene(40, 35)).save(tmp_path / "in/lossless.png")
+    call(tmp_path / "in", tmp_path / "out")
+    assert capsys.readouterr().err.startswith("1 picture, 0.001 megapixels: about ")
+    call(tmp_path / "in", tmp_path / "out", "--q", 10, "--overwrite")
+    assert capsys.readouterr().err.startswith("5 pictures, 0.007 megapixels: about ")
+
+
+def test_of_an_animation_the_first_frame_is_left_as_it_is(tmp_path, capsys, make_scene):
+    frames = [Image.fromarray(make_scene(10, 12, 1, seed)) for seed in (0, 1)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    call(tmp_path / "a.gif", tmp_path / "a.png")
+    (told,) = capsys.readouterr().err.splitlines()
+    assert "a.gif: not a JPEG with Y, so its first frame is left as it is" in told
+    assert np.array_equal(stored(tmp_path / "a.png")[:, :, 0], np.asarray(frames[0]))
 
 
 def test_the_task_names_the_network(tmp_path, capsys, monkeypatch, make_scene):

@@ -24,13 +24,16 @@ def photos(tmp_path, make_scene):
 
 
 def test_the_bar_counts_what_will_be_restored(photos):
-    assert sizes_of(photos, jpegs_alone=True) == {photos[0]: (30, 41)}
-    sizes = sizes_of(photos, jpegs_alone=False)
+    assert sizes_of(photos, photo.jpeg_quality) == {photos[0]: (30, 41)}
+    sizes = sizes_of(photos, lambda path: True)
     assert sizes == {photos[0]: (30, 41), photos[1]: (70, 45)}
     bar = PixelBar(sizes)
     assert bar.bar.total == pytest.approx((30 * 41 + 70 * 45) / 1e6)
     bar.begin(photos[0], "1/3 a.jpg")
+    bar.bar.start_t -= 60  # of reading
+    bar.advance(0)
     bar.advance(0.75)
+    assert "| 0.001/0.004 MP [00:00<" in str(bar.bar)
     assert bar.bar.n == pytest.approx(0.75 * 30 * 41 / 1e6)
     bar.advance(0.25)  # again, with smaller tiles
     assert bar.bar.n == pytest.approx(0.25 * 30 * 41 / 1e6)
@@ -50,7 +53,7 @@ def test_a_phones_200_megapixels_are_accepted(tmp_path):
         large = header[:1] + height.to_bytes(2) + width.to_bytes(2)
         (tmp_path / f"{height}.jpg").write_bytes(small.replace(header, large))
     paths = [tmp_path / "12240.jpg", tmp_path / "20000.jpg"]
-    assert sizes_of(paths, jpegs_alone=True) == {paths[0]: (12240, 16320)}
+    assert sizes_of(paths, photo.jpeg_quality) == {paths[0]: (12240, 16320)}
     with pytest.raises(PictureError, match=r"20000.jpg: more pixels than Pillow accepts"):
         photo.jpeg_quality(paths[1])
 
@@ -61,7 +64,7 @@ def test_every_tile_is_told_of(tile):
     strips = inference.strips(tiny(CAR), torch.rand(1, 70, 41), tile, False, shares.append)
     assert sum(strip.shape[1] for strip in strips) == 70
     count = 6 if tile else 1  # three rows of two
-    assert shares == pytest.approx([(i + 1) / count for i in range(count)])
+    assert shares == pytest.approx([i / count for i in range(count + 1)])
 
 
 def test_an_estimate_comes_before_the_first_large_photo(tmp_path, photos, capsys, monkeypatch):
@@ -72,7 +75,7 @@ def test_an_estimate_comes_before_the_first_large_photo(tmp_path, photos, capsys
     monkeypatch.setitem(progress.TILE, 1, 32)
     call(*flags, "--overwrite")
     told = capsys.readouterr().err
-    assert re.match(r"1 picture, 0\.0 megapixels: about \d+ s, [\d.]+ s/MP\n", told)
+    assert re.match(r"1 picture, 0\.001 megapixels: about \d+ s, [\d.]+ s/MP\n", told)
 
 
 def test_the_estimate_counts_tiles_that_overlap(tmp_path, capsys, monkeypatch):
@@ -81,7 +84,7 @@ def test_the_estimate_counts_tiles_that_overlap(tmp_path, capsys, monkeypatch):
     announce(tiny(CAR), {tmp_path: (512, 768), tmp_path / "b": (200, 100)}, None, False)
     seconds = 30 * (2 * 3 * 272 * 278 + 200 * 100) / 1e6
     rate = seconds * 1e6 / (512 * 768 + 200 * 100)
-    told = f"2 pictures, 0.4 megapixels: about {seconds:.0f} s, {rate:.3g} s/MP\n"
+    told = f"2 pictures, 0.413 megapixels: about {seconds:.0f} s, {rate:.3g} s/MP\n"
     assert capsys.readouterr().err == told
 
 

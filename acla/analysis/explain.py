@@ -20,7 +20,7 @@ from acla.data.image import load
 from acla.errors import UsageError
 from acla.models.serialization import Checkpoint, load_model
 from acla.restore import photo
-from acla.restore.colour import check_mosaic, network_input
+from acla.restore.colour import NetworkInput, check_mosaic
 
 WINDOW_SIDE = 16  # restored pixels; the window of Gu and Dong
 
@@ -50,7 +50,7 @@ def read_input(path: Path, network: Checkpoint, as_is: bool) -> tuple[Tensor, Te
     if as_is:
         source = photo.read(path, ycc=channels == 1)
         check_mosaic(source, task)
-        low = network_input(source, task, channels)
+        low = NetworkInput(source, task, channels)[:, :, :]
         return low, low, task
     if task.until:  # a range: the setting that the file's name draws
         task = Task(task.name, draw_setting(task, generator_for(path.stem)))

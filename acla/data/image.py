@@ -78,15 +78,17 @@ def opened(
 
 def to_array(picture: Image.Image, path: str | Path) -> np.ndarray:
     """The levels of an opened picture [H, W] or [H, W, 3]: uint16 for 16-bit gray, else uint8."""
+    tags = getattr(picture, "tag_v2", {})
+    bits = max(tags.get(ExifTags.Base.BitsPerSample, (8,)))
+    if SIGNED in tags.get(ExifTags.Base.SampleFormat, ()) and bits <= 16:
+        raise PictureError(f"{path}: signed values of {bits} bits; convert it to unsigned ones")
     if picture.mode.startswith("I"):
         levels = np.asarray(picture)
         if levels.min() < 0 or levels.max() > 65535:
             raise PictureError(f"{path}: gray values outside 16 bits (0..65535)")
-        return full_scale(levels, getattr(picture, "tag_v2", {}))
+        return full_scale(levels, tags)
     if picture.mode == "F":
         raise PictureError(f"{path}: gray values in floating point; convert it to 8 or 16 bits")
-    if SIGNED in getattr(picture, "tag_v2", {}).get(ExifTags.Base.SampleFormat, ()):
-        raise PictureError(f"{path}: signed values of 8 bits; convert it to unsigned ones")
     gray = picture.mode in GRAY_MODES
     return np.asarray(picture.convert("L" if gray else "RGB"))
 

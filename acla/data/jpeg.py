@@ -97,15 +97,13 @@ def whole_blocks(data: bytes, side: int = BLOCK) -> bytes:
     return data[: at + 5] + rounded + data[at + 9 :]
 
 
-def decode_cells(path: str | Path, data: bytes) -> Cells | None:
-    """The cells of the Y of a JPEG's bytes and, where they are stored at the size of Y or at half
-    of it, of its Cb and Cr. None where Y is not at full size. Raises PictureError, which names the
-    path; IndexError where there is no frame header."""
+def decode_cells(path: str | Path, data: bytes) -> Cells:
+    """The cells of the Y, which has full size, of a JPEG's bytes and, where they are stored at the
+    size of Y or at half of it, of its Cb and Cr. Raises PictureError, which names the path;
+    IndexError where there is no frame header."""
     with opened(path, None, whole_blocks(data) + END) as picture:
         sampling = np.array([layer[1:3] for layer in picture.layer])
         steps = [steps_of(picture, component) for component in range(len(sampling))]
-        if (sampling[0] < sampling).any():
-            return None
         picture.draft("L", None)
         y = np.asarray(picture)
     ratio = next((r for r in (1, 2) if (sampling[0] == r * sampling[1:]).all()), None)

@@ -79,7 +79,10 @@ def main(argv: list[str] | None = None) -> None:
     jobs = find_jobs(args.source, args.out, args.suffix, args.overwrite, args.skip_existing)
     for text in jobs.notices:
         notice(printable(text))
-    sizes = sizes_of((path for path, _ in jobs.pairs), jpegs_alone=not args.asked)
+    sizes = sizes_of(
+        (path for path, _ in jobs.pairs),
+        lambda path: not why_left(path, photo.jpeg_quality(path), models, args),
+    )
     if sizes:
         foresee(sizes, models, args)
     bar = PixelBar(sizes)
@@ -97,6 +100,22 @@ def choose_model(
     """The model for a photo, of this JPEG quality. Raises UsageError, PictureError."""
     setting = {"car": quality, "denoise": args.task_sigma and args.task_sigma[0]}
     return models.pick(setting.get(models.task.name), photo.in_colour(path))
+
+
+def why_left(
+    path: Path, own: int | None, models: PretrainedModels, args: argparse.Namespace
+) -> str:
+    """Why a photo, of this JPEG quality, is left as it is, "" if it is restored. Raises UsageError,
+    PictureError."""
+    if args.asked:
+        return ""
+    if own is None or (args.project and not photo.has_cells(path)):
+        return "not a JPEG with Y"
+    chosen = choose_model(path, own, models, args)
+    task = chosen.network.task
+    if args.project and own > (task.until or task.setting + REACH):  # it may lose
+        return f"of quality {own}, and {chosen.path.stem} is for {task}"
+    return ""
 
 
 def foresee(sizes: Sizes, models: PretrainedModels, args: argparse.Namespace) -> None:
@@ -157,16 +176,11 @@ def run_job(
     own = photo.jpeg_quality(path)
     quality = own if args.task_q is None else args.task_q[0]
     target.parent.mkdir(parents=True, exist_ok=True)
-    cells = photo.read_cells(path) if args.project and own and quality == own else None
-    if not args.asked and (own is None or (args.project and cells is None)):
-        return leave(path, target, "not a JPEG with Y")
+    if why := why_left(path, own, models, args):
+        return leave(path, target, why)
     chosen = choose_model(path, quality, models, args)
     network = chosen.network
-    best = network.task.until or network.task.setting + REACH
-    if not args.asked and args.project and own > best:  # it may lose
-        return leave(
-            path, target, f"of quality {own}, and {chosen.path.stem} is for {network.task}"
-        )
+    cells = photo.read_cells(path) if args.project and own and quality == own else None
     ycc = network.config.channels == 1 or network.task.name == "car"
     source = photo.read(path, ycc)
     # A good JPEG, written at quality 95, would lose more than it gained
@@ -193,8 +207,12 @@ def run_job(
 
 def leave(path: Path, target: Path, why: str) -> str:
     """Write a photo as it is, and say why. Raises PictureError."""
-    why += ", so it is left as it is; --task, --q or --checkpoint restores it"
-    print_notices(path, [why, *photo.copy(path, target).notices])
+    notices, what = photo.copy(path, target).notices, "it"
+    if photo.FRAMES in notices:
+        notices.remove(photo.FRAMES)
+        what = "its first frame"
+    why += f", so {what} is left as it is; --task, --q or --checkpoint restores it"
+    print_notices(path, [why, *notices])
     return f"{target}: not restored"
 
 

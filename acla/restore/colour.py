@@ -7,6 +7,7 @@ three channels see RGB; what they make of a JPEG's becomes Y, Cb, Cr again.
 
 import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,8 +23,6 @@ from acla.restore import photo
 from acla.restore.inference import strips, within_memory
 from acla.restore.photo import Photo
 
-ROWS = 256  # converted at a time, so that no whole photo lies in float64
-
 
 def planes(levels: np.ndarray) -> Tensor:
     """Levels [H, W, C] as a float32 picture [C, H, W] in 0..1."""
@@ -35,16 +34,27 @@ def full_luma(levels: np.ndarray, ycc: bool) -> Tensor:
     return planes(levels[:, :, :1]) if ycc else image.to_full(image.luma(planes(levels)))
 
 
-def network_input(photo: Photo, task: Task, channels: int) -> Tensor:
-    """The picture [channels, H, W] in 0..1 that a network sees of a photo; gray as it is."""
-    if photo.levels.shape[2] == 1 or channels == 3:
-        picture = planes(photo.levels)
-        picture = image.ycc_to_rgb(picture).clamp_(0, 1) if photo.ycc else picture
-        return image.to_rgb(picture) if channels == 3 else picture
-    height = photo.levels.shape[0]
-    bands = (photo.levels[top : top + ROWS] for top in range(0, height, ROWS))
-    y = torch.cat([full_luma(band, photo.ycc) for band in bands], 1)
-    return y if task.name == "car" else image.to_studio(y)
+@dataclass
+class NetworkInput:
+    """The picture [channels, H, W] in 0..1 that a network sees of a photo, gray as it is. Its parts
+    are made when they are read, so that no whole photo lies in float32."""
+
+    photo: Photo
+    task: Task
+    channels: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.channels, *self.photo.levels.shape[:2]
+
+    def __getitem__(self, part: tuple[slice, slice, slice]) -> Tensor:
+        levels, ycc = self.photo.levels[part[1:]], self.photo.ycc
+        if levels.shape[2] == 1 or self.channels == 3:
+            picture = planes(levels)
+            picture = image.ycc_to_rgb(picture).clamp_(0, 1) if ycc else picture
+            return image.to_rgb(picture) if self.channels == 3 else picture
+        y = full_luma(levels, ycc)
+        return y if self.task.name == "car" else image.to_studio(y)
 
 
 def output_levels(
@@ -92,7 +102,7 @@ def restore_photo(
     is where they are of Y alone. Raises CheckpointError for an answer that is not finite.
     """
     config, task = network.config, network.task
-    picture = network_input(source, task, config.channels)
+    picture = NetworkInput(source, task, config.channels)
     around = photo.resized(source, config.scale)
 
     def whole(tile: int | None) -> np.ndarray:

@@ -133,29 +133,31 @@ def strips(
     advance: Callable[[float], object] = float,
 ) -> Iterator[Tensor]:
     """The restored picture from top to bottom, in strips [C,rows,w·scale], one for each row of
-    tiles. advance: called with the share of tiles done, 0..1, after each."""
+    tiles. picture: [C,h,w], or what has its shape and gives its parts. advance: called with the
+    share of tiles done, 0..1, before the first and after each."""
     _, h, w = picture.shape
+    advance(0)
     if tile is None or tile >= max(h, w):
-        whole = predict(model, picture, ensemble)
+        whole = predict(model, picture[:, :, :], ensemble)
         advance(1)
         yield whole
         return
     scale, shared = model.config.scale, overlap(tile) * model.config.scale
     (rows, tops), (columns, lefts) = tile_grid(h, tile), tile_grid(w, tile)
-    total = picture.new_zeros(picture.shape[0], 0, w * scale)
+    total = picture[:, :0, :0].new_zeros(picture.shape[0], 0, w * scale)
     weights = total[:1]
     done, tiles = 0, len(tops) * len(lefts)
     for top, following in zip(tops, [*tops[1:], h], strict=True):
         # Total and weights begin at `top`; they already hold what the row of tiles above left
         missing = rows * scale - total.shape[1]
-        zeros = picture.new_zeros(picture.shape[0], missing, w * scale)
+        zeros = total.new_zeros(len(total), missing, w * scale)
         total = torch.cat([total, zeros], 1)
         weights = torch.cat([weights, zeros[:1]], 1)
-        vertical = blend_weights(rows * scale, shared, top > 0, top + rows < h, picture)
+        vertical = blend_weights(rows * scale, shared, top > 0, top + rows < h, total)
         for left in lefts:
             part = picture[:, top : top + rows, left : left + columns]
             ends = left > 0, left + columns < w
-            weight = vertical[:, None] * blend_weights(columns * scale, shared, *ends, picture)
+            weight = vertical[:, None] * blend_weights(columns * scale, shared, *ends, total)
             place = slice(left * scale, (left + columns) * scale)
             total[:, :, place] += weight * predict(model, part, ensemble)
             weights[:, :, place] += weight

@@ -1,5 +1,6 @@
 """Pairs of input and output files: one photo, or a folder whose tree is kept below another."""
 
+import mimetypes
 import os
 from collections import Counter
 from dataclasses import dataclass, field
@@ -106,7 +107,12 @@ def walk(folder: Path, out: Path, jobs: Jobs) -> list[Path]:
         ]
         for path in (Path(here) / name for name in sorted(files) if not name.startswith(".")):
             if path.suffix.lower() not in READ_SUFFIXES:
-                others += 1
+                if str(mimetypes.guess_type(path.name)[0]).startswith("image/"):  # HEIC, AVIF …
+                    jobs.notices.append(
+                        f"{path}: left out, no {path.suffix} is read: convert it to PNG or TIFF"
+                    )
+                else:
+                    others += 1
             elif not Path(os.path.realpath(path)).is_relative_to(root):
                 jobs.notices.append(f"{path}: a link that leaves {folder}, not followed")
             elif path.is_file():

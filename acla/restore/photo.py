@@ -24,6 +24,7 @@ ORIENTATION = ExifTags.Base.Orientation
 JPEG_BEGIN = b"\xff\xd8\xff"
 # Formats of photos; others of Pillow's readers start programs (EPS) or draw (WMF)
 READABLE = ("PNG", "BMP", "DIB", "TIFF", "JPEG", "GIF", "WEBP", "PPM")
+FRAMES = "several frames: the first is restored"
 READ_SUFFIXES = {end for end, kind in Image.registered_extensions().items() if kind in READABLE}
 
 
@@ -106,7 +107,7 @@ def read_whole(path: Path, ycc: bool, data: bytes | None = None) -> Photo:
     with image.opened(path, READABLE, data) as picture:
         notices: list[str] = []
         if getattr(picture, "is_animated", False):
-            notices.append("several frames: the first is restored")
+            notices.append(FRAMES)
         ycc = ycc and stores_ycc(picture)
         if ycc:
             picture.draft("YCbCr", None)
@@ -140,23 +141,27 @@ def read_whole(path: Path, ycc: bool, data: bytes | None = None) -> Photo:
     return Photo(np.atleast_3d(levels), False, alpha, exif, icc, dpi, notices, notes)
 
 
+def has_cells(path: Path) -> bool:
+    """Whether a file is a JPEG that holds Y at full size. Raises PictureError."""
+    with image.opened(path, READABLE) as picture:
+        if not (steps_of(picture) is not None and (picture.mode == "L" or stores_ycc(picture))):
+            return False
+        sampling = np.array([layer[1:3] for layer in picture.layer])
+        return bool((sampling[0] >= sampling).all())
+
+
 def read_cells(path: Path) -> Cells | None:
     """The cells of a JPEG's Y, Cb, Cr, turned as `read` turns it.
 
-    Y alone where those of chroma are not known; None where those of Y are not: it is not in the
-    file, or not at full size. Raises PictureError.
+    Y alone where those of chroma are not known; None where `has_cells` denies those of Y. Raises
+    PictureError.
     """
+    if not has_cells(path):
+        return None
     with image.opened(path, READABLE) as picture:
-        if not (picture.mode == "L" or stores_ycc(picture)):
-            return None
         _, orientation = read_exif(picture, [])
         size = picture.height, picture.width
-    try:
         cells = decode_cells(path, path.read_bytes())
-    except IndexError:
-        return None
-    if cells is None:
-        return None
     down, across = np.subtract(cells.planes[0].levels.shape, size)
     top = {3: down, 4: down, 7: across, 8: across}.get(orientation, 0)
     left = {2: across, 3: across, 6: down, 7: down}.get(orientation, 0)

@@ -1,15 +1,14 @@
 """How far a batch of photos is: a bar over its pixels, and an estimate before it starts."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 
 from acla.console import notice, plural, progress
 from acla.data.image import opened
-from acla.data.jpeg import steps_of
-from acla.errors import PictureError
+from acla.errors import AclaError
 from acla.models.backbones import Backbone
 from acla.restore.inference import TILE, default_tile, predict, tile_grid
 from acla.restore.photo import READABLE
@@ -22,18 +21,23 @@ BAR_FORMAT = (
 TIMED_SIDE = 128  # side, in pixels, of what a CPU is timed on
 
 
-def sizes_of(paths: Iterable[Path], jpegs_alone: bool) -> Sizes:
-    """(height, width) of each photo, as its file says. Left out: what cannot be read, and with
-    `jpegs_alone` other formats."""
+def sizes_of(paths: Iterable[Path], wanted: Callable[[Path], bool]) -> Sizes:
+    """(height, width) of each photo that is `wanted`, as its file says, without what cannot be
+    read."""
     sizes = {}
     for path in paths:
         try:
-            with opened(path, READABLE) as picture:
-                if not jpegs_alone or steps_of(picture) is not None:
+            if wanted(path):
+                with opened(path, READABLE) as picture:
                     sizes[path] = picture.height, picture.width
-        except (PictureError, OSError):
+        except (AclaError, OSError):
             continue  # restoring it says why
     return sizes
+
+
+def digits(megapixels: float) -> int:
+    """Decimals that so many megapixels are shown with."""
+    return 1 if megapixels > 10 else 3
 
 
 class PixelBar:
@@ -44,7 +48,8 @@ class PixelBar:
         self.before = self.own = 0.0  # of the photos before this one, of this one
         total = sum(self.megapixels.values())
         options = {"total": total, "disable": total == 0, "unit": "MP", "leave": False}
-        self.bar = progress(None, bar_format=BAR_FORMAT, smoothing=0, delay=1, **options)
+        form = BAR_FORMAT.replace(".1f", f".{digits(total)}f")
+        self.bar = progress(None, bar_format=form, smoothing=0, delay=1, **options)
 
     def begin(self, path: Path, label: str) -> None:
         """Go on with this photo."""
@@ -53,6 +58,8 @@ class PixelBar:
 
     def advance(self, share: float) -> None:
         """This share, 0..1, of the photo is done; less than before where it had to begin anew."""
+        if self.before == share == 0:  # reading the photo is no rate of its pixels
+            self.bar.start_t = time.time()
         self.bar.update(self.before + share * self.own - self.bar.n)
 
     def end(self, restored: bool) -> None:
@@ -68,8 +75,8 @@ def announce(model: Backbone, sizes: Sizes, tile: int | None, ensemble: bool) ->
     """Announce how long photos of more than one tile take together, from the second of two calls
     on a gray one: of 128 × 128 pixels on a CPU, of a whole tile on a GPU, which small ones leave
     idle. tile: None for the default of each photo."""
-    scale, total = model.config.scale, sum(height * width for height, width in sizes.values())
-    if total <= TILE[scale] ** 2:
+    scale, total = model.config.scale, sum(height * width for height, width in sizes.values()) / 1e6
+    if total * 1e6 <= TILE[scale] ** 2:
         return
     side = TIMED_SIDE if next(model.parameters()).device.type == "cpu" else tile or TILE[scale]
     gray = torch.full((model.config.channels, side, side), 0.5)
@@ -85,8 +92,8 @@ def announce(model: Backbone, sizes: Sizes, tile: int | None, ensemble: bool) ->
         pixels += rows * len(tops) * columns * len(lefts)
     seconds *= pixels / side**2
     notice(
-        f"{plural(len(sizes), 'picture')}, {total / 1e6:.1f} megapixels: about "
-        f"{duration(seconds)}, {seconds * 1e6 / total:.3g} s/MP"
+        f"{plural(len(sizes), 'picture')}, {total:.{digits(total)}f} megapixels: about "
+        f"{duration(seconds)}, {seconds / total:.3g} s/MP"
     )
 
 
