@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from acla.kernels import Attended, attend, logistic_noise
+from acla.kernels.reference import sample
 from torch import Tensor
-
-from kernels import Attended, attend, logistic_noise
-from kernels.reference import sample
 
 Size = tuple[int, int, int, int, int, int]  # B, H, W, L, K, C
 

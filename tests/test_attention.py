@@ -4,11 +4,11 @@ import functools
 
 import pytest
 import torch
+from acla.kernels import binary_gate, logistic_noise, runs_whole, to_rows, why_not
 from torch.nn import functional as F
 
 from acla.models import attention
 from acla.models.attention import CrossLayerAttention, pointwise, rings
-from kernels import binary_gate, logistic_noise, runs_whole, to_rows, why_not
 
 
 def random_module(width, layers, keys, masked, seed=0):

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from acla.kernels import reference, to_rows
 from scipy import ndimage
 from torch import nn
 from torch.nn import functional as F
@@ -14,7 +15,6 @@ from acla.analysis.attribution import diffusion_index, keys_of, local_attributio
 from acla.config import ModelConfig
 from acla.models.backbones import Backbone
 from acla.models.factory import build_network
-from kernels import reference, to_rows
 
 SMALL = {"blocks": 3, "width": 8, "keys": 4, "channels": 1, "group_blocks": 1, "reduction": 4}
 WINDOW = (5, 6, 4)

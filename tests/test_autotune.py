@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from kernels import autotune, launch
+from acla.kernels import autotune, launch
 
 ROOT = Path(__file__).resolve().parents[1]
 BAD_TILE = '{"GPU": {"_plan float32": [32, 0, 4], "key": [24, 0, 4]}}'
@@ -192,7 +192,7 @@ def test_sizes_and_types_can_be_chosen(capsys):
 
 @pytest.mark.parametrize("words", [["autotune", "--show"], ["bench", "--help"]], ids=" ".join)
 def test_a_reader_may_leave_early(words):
-    command = [sys.executable, "-m", f"kernels.{words[0]}", *words[1:]]
+    command = [sys.executable, "-m", f"acla.kernels.{words[0]}", *words[1:]]
     reader, writer = os.pipe()
     os.close(reader)
     options = {"cwd": ROOT, "env": os.environ | {"PYTHONUNBUFFERED": ""}, "check": False}

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from acla.kernels import to_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from acla.config import (
@@ -17,7 +18,6 @@ from acla.config import (
 )
 from acla.models.backbones import Backbone
 from acla.models.factory import build_network, describe
-from kernels import to_rows
 
 SMALL = ModelConfig(blocks=4, width=8, group_blocks=2, reduction=4, keys=4, positions=(1, 3, 4))
 

@@ -8,6 +8,8 @@ from itertools import accumulate
 
 import pytest
 import torch
+from acla.kernels import to_rows
+from acla.kernels.timing import allocations
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -18,8 +20,6 @@ from acla.models import baselines
 from acla.models.attention import CrossLayerAttention
 from acla.models.backbones import Backbone, build_module
 from acla.models.baselines import MultiHeadAttention, NonLocal, SqueezedAttention, SqueezeExcitation
-from kernels import to_rows
-from kernels.timing import allocations
 
 SMALL = ModelConfig(blocks=5, width=8, group_blocks=1, reduction=4, channels=3)
 AWKWARD = [

@@ -4,14 +4,14 @@ import json
 
 import pytest
 import torch
+from acla.kernels import bench
 
-import kernels
+from acla import kernels
 from acla.analysis import benchmark
 from acla.config import ModelConfig
 from acla.models.attention import CrossLayerAttention
 from acla.models.backbones import Backbone
 from acla.training.step_graph import WARM_UP, StepGraph
-from kernels import bench
 
 
 def row(backend, ms, which="network", **others):

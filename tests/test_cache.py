@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from acla.kernels import BACKENDS, attend, build, cache, cpp_backend, dispatch, torch_backend
 from operator_cases import make
-
-from kernels import BACKENDS, attend, build, cache, cpp_backend, dispatch, torch_backend
 
 ROOT = Path(__file__).parents[1]
 POINTS = torch.zeros(1, 1, 1, 1, 3, 1)
@@ -218,7 +217,7 @@ def test_no_compiler_at_all(compiler, monkeypatch, tmp_path):
 def test_two_processes_compile_at_once(compiler):
     compiler("slow")
     program = (
-        "import torch, kernels\n"
+        "import torch; from acla import kernels\n"
         "rows, points = [torch.ones(1, 4, 4, 2)], torch.zeros(1, 2, 2, 1, 3, 2)\n"
         "print(kernels.attend(rows, points, backend='cpp').aggregate.sum().item())"
     )

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from kernels import autotune, compile, launch
+from acla.kernels import autotune, compile, launch
 
 
 def job_of(kernel, target="sm_80", dtype=torch.float32, config=None, C=64):

@@ -6,6 +6,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from acla.kernels import to_rows
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,7 +20,6 @@ from acla.models.cost import (
     output_flops,
     pair_flops,
 )
-from kernels import to_rows
 
 BASELINES = ("nl", "clnl", "se", "mha")
 

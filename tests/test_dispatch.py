@@ -8,7 +8,7 @@ import torch
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-from kernels import dispatch, triton_backend  # noqa: E402
+from acla.kernels import dispatch, triton_backend  # noqa: E402
 
 ON_GPU = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32)
 

@@ -4,9 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
-from kernels import floor
-from kernels.floor import Gpu, Work
+from acla.kernels import floor
+from acla.kernels.floor import Gpu, Work
 
 # B, L, K, H, W, C, share of keys kept: 40 queries, 120 keys, 60 kept; 2·6·7 = 84 pixels with their
 # borders. A pixel has 8 channels and 3 mask values, a query 3·3 numbers for its keys.
@@ -49,7 +48,7 @@ def test_backward_by_hand():
 
 
 def test_flops_are_those_that_torch_counts_when_every_key_is_kept():
-    from kernels.registration import attend_backward_flops, attend_flops
+    from acla.kernels.registration import attend_backward_flops, attend_flops
 
     every = (*SIZE[:-1], 1.0, torch.float32)
     shapes = [(1, 6, 7, 8)] * 2, (1, 4, 5, 2, 3, 3)

@@ -4,11 +4,11 @@ published function is in test_checkpoint."""
 from dataclasses import replace
 
 import torch
+from acla.kernels import to_rows
 
 from acla.config import ModelConfig, Task, model_preset
 from acla.models.factory import build_network
 from acla.models.han import ChannelSpatialAttention, LayerAttention
-from kernels import to_rows
 
 SMALL = ModelConfig("han", blocks=2, width=8, group_blocks=2, reduction=4, keys=4, positions=(1, 2))
 

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PROGRAM = """
 import itertools, torch
-from kernels import attend, attend_module, to_rows
+from acla.kernels import attend, attend_module, to_rows
 
 torch.set_num_threads(2)
 far = [0.0, 0.5, -1.0, 7.0, 1e9, -1e30, float("inf"), float("-inf"), float("nan")]

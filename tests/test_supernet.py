@@ -5,13 +5,13 @@ from itertools import accumulate
 
 import pytest
 import torch
+from acla.kernels.timing import allocations
 
 from acla.config import ATTENTIONS, ModelConfig
 from acla.errors import UsageError
 from acla.models import backbones
 from acla.models.gumbel import draw_gates, expected_gates, position_seeds
 from acla.search.supernet import Supernet
-from kernels.timing import allocations
 
 SMALL = ModelConfig(blocks=4, width=6, group_blocks=1, reduction=2, keys=3, channels=1)
 
