@@ -123,6 +123,18 @@ def test_clipped_pixels_still_give_the_levels(tmp_path):
     assert wrong < (nearest != wanted).sum() / 3
 
 
+def test_steps_of_zero_are_no_trouble(tmp_path, make_scene):
+    file = write_network(tmp_path / "car.safetensors", CAR)
+    path = jpeg(tmp_path / "a.jpg", make_scene(40, 56, 1) // 2 + 60, quality=60)
+    damaged = bytearray(path.read_bytes())
+    at = damaged.index(b"\xff\xdb") + 6
+    damaged[at : at + 3] = bytes(3)
+    path.write_bytes(damaged)
+    with np.errstate(all="raise"):
+        call(path, tmp_path / "out.png", "--checkpoint", file)
+    assert np.abs(luma(tmp_path / "out.png").astype(int) - luma(path)).max() <= 1
+
+
 @pytest.mark.parametrize("level", [0, 90, 255])
 def test_a_flat_area_stays_as_it_is(tmp_path, level):
     file = write_network(tmp_path / "car.safetensors", CAR, shift=-3 / 255 if level else 3 / 255)

@@ -79,7 +79,7 @@ def steps_of(picture: Image.Image, component: int = 0) -> np.ndarray | None:
     if not getattr(picture, "quantization", None):
         return None
     table = picture.quantization[picture.layer[component][3]]  # of (identifier, h, v, table)
-    return np.array(table, np.float32).reshape(BLOCK, BLOCK)
+    return np.array(table, np.float32).clip(1).reshape(BLOCK, BLOCK)  # damaged ones hold 0
 
 
 def whole_blocks(data: bytes, side: int = BLOCK) -> bytes:

@@ -71,7 +71,7 @@ def jpeg_quality(path: Path) -> int | None:
         steps = steps_of(picture)
         if steps is None:
             return None
-        table = np.log(np.maximum(steps.reshape(-1).astype(np.float64), 1))
+        table = np.log(steps.reshape(-1).astype(np.float64))
         return int(((luma_tables() - table) ** 2).sum(1).argmin()) + 1
 
 
