@@ -1,24 +1,27 @@
-"""Export of a model file for use without this package (extra `onnx`):
+"""Export of a model file, as ONNX for use without this package (extra `onnx`), or as a program of
+torch.export, which needs `import acla.kernels` for its attention:
 
     python -m acla.export model.safetensors model.onnx
+    python -m acla.export model.safetensors model.pt2
 
 The network takes `pictures` [B,C,H,W] in 0..1, of any B, H and W, and gives `restored`
-[B,C,H·scale,W·scale], which may pass 0..1 a little. Attention is expressed by standard operators, a
-GridSample for each key. The result is compared with the network in onnxruntime before it is
-written."""
+[B,C,H·scale,W·scale], which may pass 0..1 a little. In ONNX, attention is expressed by standard
+operators, a GridSample for each key. The result is compared with the network at three sizes before
+it is written."""
 
 import argparse
+import io
 import json
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch.export import Dim
+from torch import Tensor
+from torch.export import Dim, ExportedProgram
 
 from acla import cli
 from acla.console import say
@@ -101,42 +104,62 @@ def open_keys(op: Any, mask_map: Value, grid: Value, sizes: list[Value]) -> Valu
     return op.Cast(op.Greater(beta, op.Constant(value_float=0.0)), to=FLOAT)
 
 
-def to_onnx(network: Checkpoint) -> bytes:
-    """The ONNX file of a network, its configuration and task among the metadata. Raises AclaError
-    if onnxruntime's result differs by more than TOLERANCE."""
+def to_program(network: Checkpoint) -> ExportedProgram:
+    """A network for pictures of any batch, height and width."""
     pictures = torch.rand(2, network.config.channels, 12, 14)
     dynamic = ({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},)
+    with torch.enable_grad():  # whose way has no views that ONNX lacks
+        return torch.export.export(network.model, (pictures,), dynamic_shapes=dynamic)
+
+
+def header(network: Checkpoint) -> dict[str, str]:
+    """What an exported file says of its network, as JSON."""
+    return {name: json.dumps(asdict(getattr(network, name))) for name in ("task", "config")}
+
+
+def to_pt2(network: Checkpoint) -> bytes:
+    """The file of a network that torch.export.load reads, with the extra files task and config."""
+    file = io.BytesIO()
+    torch.export.save(to_program(network), file, extra_files=header(network))
+    return file.getvalue()
+
+
+def to_onnx(network: Checkpoint) -> bytes:
+    """The ONNX file of a network, its configuration and task among the metadata."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), torch.enable_grad():  # whose way has no views that ONNX lacks
-        warnings.simplefilter("ignore")
-        exported = torch.onnx.export(
-            torch.export.export(network.model, (pictures,), dynamic_shapes=dynamic),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=["pictures"],
-            output_names=["restored"],
-            custom_translation_table={torch.ops.acla.attend.default: attend},
-            optimize=False,  # onnxruntime does it
-            verbose=False,
-        )
+    exported = torch.onnx.export(
+        to_program(network),
+        dynamo=True,
+        opset_version=OPSET,
+        input_names=["pictures"],
+        output_names=["restored"],
+        custom_translation_table={torch.ops.acla.attend.default: attend},
+        optimize=False,  # onnxruntime does it
+        verbose=False,
+    )
     for node in exported.model.graph.all_nodes():
         node.metadata_props.clear()  # lines of source, with this machine's paths
-    for name in ("task", "config"):
-        exported.model.metadata_props[name] = json.dumps(asdict(getattr(network, name)))
+    exported.model.metadata_props.update(header(network))
     return exported.model_proto.SerializeToString()
 
 
-@torch.no_grad()
-def compare(network: Checkpoint, data: bytes) -> float:
-    """The largest difference between a network and its ONNX file, for noise of several SIZES."""
+def loaded(data: bytes, suffix: str) -> Callable[[Tensor], Tensor]:
+    """The restored pictures of an exported file's bytes."""
+    if suffix == ".pt2":
+        return torch.export.load(io.BytesIO(data)).module()
     import onnxruntime
 
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
-    generator, apart = torch.Generator().manual_seed(0), 0.0
+    return lambda x: torch.from_numpy(session.run(["restored"], {"pictures": x.numpy()})[0])
+
+
+@torch.no_grad()
+def compare(network: Checkpoint, restore: Callable[[Tensor], Tensor]) -> list[float]:
+    """How far exported answers lie from the network's at most, for noise of each of SIZES."""
+    generator, apart = torch.Generator().manual_seed(0), []
     for B, H, W in SIZES:
         pictures = torch.rand(B, network.config.channels, H, W, generator=generator)
-        (restored,) = session.run(["restored"], {"pictures": pictures.numpy()})
-        apart = max(apart, float(np.abs(restored - network.model(pictures).numpy()).max()))
+        apart.append(float((restore(pictures) - network.model(pictures)).abs().max()))
     return apart
 
 
@@ -146,28 +169,32 @@ def compare(network: Checkpoint, data: bytes) -> float:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.parser("acla.export", __doc__)
     parser.add_argument("file", type=Path, metavar="FILE", help="a model file, .safetensors")
-    parser.add_argument("out", type=Path, metavar="OUT", help="the file to write, .onnx")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the file to write, .onnx or .pt2")
     cli.add_overwrite(parser, "OUT")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    cli.check_output(args.out, args.overwrite, ".onnx")
-    network = load_model(args.file)
+    cli.check_output(args.out, args.overwrite, ".onnx", ".pt2")
+    network, suffix = load_model(args.file), args.out.suffix.lower()
     try:
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
+        if suffix == ".onnx":
+            import onnxruntime  # noqa: F401
+            import onnxscript  # noqa: F401
     except ImportError as error:
         raise UsageError(f"{error}: ONNX files need pip install '.[onnx]'") from error
-    data = to_onnx(network)
-    apart = compare(network, data)
-    if not apart <= TOLERANCE:
-        raise AclaError(
-            f"{args.file}: its ONNX form is off by {apart:.2g}, which is a bug: report it"
-        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of torch's own ways
+        data = (to_onnx if suffix == ".onnx" else to_pt2)(network)
+        apart = compare(network, loaded(data, suffix))
+    told = ", ".join(
+        f"{most:.1e} at {B}×{H}×{W}" for most, (B, H, W) in zip(apart, SIZES, strict=True)
+    )
+    if not all(most <= TOLERANCE for most in apart):
+        raise AclaError(f"{args.file}: exported, it is off by {told}, which is a bug: report it")
     write_atomically(args.out, data)
-    say(f"{args.out}: {network.task}, {len(data):,} bytes, within {apart:.1g} of the network")
+    say(f"{args.out}: {network.task}, {len(data):,} bytes; off the network by at most {told}")
 
 
 if __name__ == "__main__":

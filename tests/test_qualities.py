@@ -41,7 +41,13 @@ def test_a_network_that_changes_nothing_gains_nothing(tmp_path, capsys, data):
     for row in rows:
         assert row["jpeg"].keys() == {"Mine-a", "Mine-b"}
         assert qualities.gains(row) == pytest.approx([0, 0], abs=0.1)
-    lines = capsys.readouterr().out.splitlines()
+    flags = ["--q", "10", "--suffix", ".jpg", "--json", "-"]
+    told = capsys.readouterr().out
+    qualities.main([*data(0), *flags])
+    again = json.loads(capsys.readouterr().out)["rows"][0]
+    assert again["jpeg"] == rows[0]["jpeg"]
+    assert qualities.gains(again) != qualities.gains(rows[0])
+    lines = told.splitlines()
     assert lines[0] == "2 pictures of Mine"
     assert [line.split("|")[1].strip() for line in lines[4:]] == ["10", "90"]
     assert np.asarray(Image.open(tmp_path / "r.png")).std() > 1

@@ -1,7 +1,7 @@
 """What `acla.restore` gains on JPEGs of every quality: a table, and a figure (extra `report`).
 
-Each picture, or the middle of it, becomes a JPEG in colour (4:2:0); the command restores it to PNG.
-PSNR of Y in floating point, from RGB of 8 bits, or of RGB."""
+Each picture, or the middle of it, becomes a JPEG in colour (4:2:0); the command restores it to PNG
+or JPEG. PSNR of Y in floating point, from RGB of 8 bits, or of RGB."""
 
 import argparse
 import contextlib
@@ -25,7 +25,9 @@ from acla.restore import __main__ as restore
 HEAD = ("quality", "JPEG, dB", "restored, dB", "gain, dB", "least", "most")
 
 
-def measure(clean: dict[str, Tensor], quality: int, flags: list[str], rgb: bool) -> dict[str, Any]:
+def measure(
+    clean: dict[str, Tensor], quality: int, flags: list[str], rgb: bool, suffix: str = ".png"
+) -> dict[str, Any]:
     """PSNR of JPEGs of a quality and of what is restored, by name. clean: RGB [3, H, W]."""
     with TemporaryDirectory() as folder:
         low, high = Path(folder, "low"), Path(folder, "high")
@@ -33,12 +35,12 @@ def measure(clean: dict[str, Tensor], quality: int, flags: list[str], rgb: bool)
         for name, picture in clean.items():
             Image.fromarray(to_levels(picture)).save(low / f"{name}.jpg", quality=quality)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            restore.main([str(low), str(high), "--suffix", ".png", *flags])
+            restore.main([str(low), str(high), "--suffix", suffix, *flags])
         return {
             "quality": quality,
             "jpeg": {name: file_psnr(low / f"{name}.jpg", x, rgb) for name, x in clean.items()},
             "restored": {
-                name: file_psnr(high / f"{name}.png", x, rgb) for name, x in clean.items()
+                name: file_psnr(high / f"{name}{suffix}", x, rgb) for name, x in clean.items()
             },
         }
 
@@ -86,6 +88,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--crop", type=int, metavar="N", help="of the middle alone (default: all)")
     yes_or_no = argparse.BooleanOptionalAction
     add("--project", action=yes_or_no, default=True, help="as of acla.restore")
+    add("--suffix", choices=(".png", ".jpg"), default=".png", help="of the restored pictures")
     add("--rgb", action="store_true", help="PSNR of RGB, not of Y")
     text = "the network (default: as acla.restore)"
     add("--checkpoint", type=Path, metavar="FILE", help=text)
@@ -108,10 +111,14 @@ def main(argv: list[str] | None = None) -> None:
     flags = ["--device", args.device, "--precision", "fp32"]
     flags += [] if args.project else ["--no-project"]
     flags += ["--checkpoint", str(args.checkpoint)] if args.checkpoint else []
-    rows = [measure(clean, q, flags, args.rgb) for q in console.progress(args.q, unit="quality")]
+    rows = [
+        measure(clean, q, flags, args.rgb, args.suffix)
+        for q in console.progress(args.q, unit="quality")
+    ]
     if args.plot:
         draw_gains(rows, args.plot, args.rgb)
     made_on = {"crop": args.crop, "project": args.project, "rgb": args.rgb}
+    made_on |= {"suffix": args.suffix}
     made_on |= {"checkpoint": args.checkpoint and str(args.checkpoint)}
     made_on |= {"provenance": provenance(cli.pick_device(args.device))}
     text = f"{len(clean)} pictures of {args.dataset}\n\n{gains_table(rows)}"
