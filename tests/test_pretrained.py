@@ -137,6 +137,20 @@ def test_a_jpeg_better_than_the_networks_are_for_is_left_as_it_is(
         assert (told in capsys.readouterr().err) == left
 
 
+@pytest.mark.parametrize(
+    ("quality", "target", "left"), [(94, "a.jpg", False), (95, "a.jpg", True), (95, "a.png", False)]
+)
+def test_a_jpeg_that_a_second_one_may_make_worse_is_left_as_it_is(
+    tmp_path, capsys, monkeypatch, make_scene, quality, target, left
+):
+    provide(tmp_path / "weights", monkeypatch, {"colour": Task("car", 5, 95)}, channels=3)
+    Image.fromarray(make_scene(16, 17)).save(tmp_path / "in.jpg", quality=quality)
+    call(tmp_path / "in.jpg", tmp_path / target)
+    out, err = capsys.readouterr()
+    assert ("not restored" in out) == left
+    assert ("of quality 95, and a second JPEG of it may be worse" in err) == left
+
+
 def test_the_estimate_leaves_out_what_is_left_as_it_is(
     tmp_path, capsys, networks, monkeypatch, make_scene
 ):

@@ -278,6 +278,21 @@ def test_6_megapixels_fit_into_little_memory(tmp_path, make_scene):
     assert peaks[1] < 2 * 2**30
 
 
+def test_no_more_than_a_row_of_tiles_lies_in_float(tmp_path, make_scene, monkeypatch):
+    network = load_model(write_network(tmp_path / "net.safetensors", CAR, channels=3))
+    Image.fromarray(make_scene(190, 60)).save(tmp_path / "in.jpg", quality=20)
+    pixels, original = [], colour.image.from_levels
+
+    def count(levels: np.ndarray) -> torch.Tensor:
+        pixels.append(levels[0].size)
+        return original(levels)
+
+    monkeypatch.setattr(colour.image, "from_levels", count)
+    source = photo.read(tmp_path / "in.jpg", ycc=True)
+    colour.restore_photo(source, network, 32, cells=photo.read_cells(tmp_path / "in.jpg"))
+    assert 0 < max(pixels) <= 60 * 32
+
+
 def test_an_answer_that_is_not_finite_is_refused(tmp_path, capsys, jpeg):
     file = write_network(tmp_path / "net.safetensors", CAR, shift=torch.nan)
     status, err = failure(capsys, jpeg, tmp_path / "out.png", "--checkpoint", file)

@@ -23,6 +23,7 @@ from acla.restore.photo import Photo
 from acla.restore.pretrained import REACH, Choice, PretrainedModels
 from acla.restore.progress import PixelBar, Sizes, announce, sizes_of
 
+BEST_AGAIN = 94  # quality; restored, better JPEGs may lose more as JPEGs than they gained
 BLIND = Task("denoise", 0, 55)  # without --sigma
 
 # The command
@@ -79,9 +80,10 @@ def main(argv: list[str] | None = None) -> None:
     jobs = find_jobs(args.source, args.out, args.suffix, args.overwrite, args.skip_existing)
     for text in jobs.notices:
         notice(printable(text))
+    targets = dict(jobs.pairs)
     sizes = sizes_of(
-        (path for path, _ in jobs.pairs),
-        lambda path: not why_left(path, photo.jpeg_quality(path), models, args),
+        targets,
+        lambda path: not why_left(path, targets[path], photo.jpeg_quality(path), models, args),
     )
     if sizes:
         foresee(sizes, models, args)
@@ -103,7 +105,7 @@ def choose_model(
 
 
 def why_left(
-    path: Path, own: int | None, models: PretrainedModels, args: argparse.Namespace
+    path: Path, target: Path, own: int | None, models: PretrainedModels, args: argparse.Namespace
 ) -> str:
     """Why a photo, of this JPEG quality, is left as it is, "" if it is restored. Raises UsageError,
     PictureError."""
@@ -115,6 +117,8 @@ def why_left(
     task = chosen.network.task
     if args.project and own > (task.until or task.setting + REACH):  # it may lose
         return f"of quality {own}, and {chosen.path.stem} is for {task}"
+    if args.project and own > BEST_AGAIN and FORMATS[target.suffix.lower()] == "JPEG":
+        return f"of quality {own}, and a second JPEG of it may be worse than the first, but no PNG"
     return ""
 
 
@@ -176,7 +180,7 @@ def run_job(
     own = photo.jpeg_quality(path)
     quality = own if args.task_q is None else args.task_q[0]
     target.parent.mkdir(parents=True, exist_ok=True)
-    if why := why_left(path, own, models, args):
+    if why := why_left(path, target, own, models, args):
         return leave(path, target, why)
     chosen = choose_model(path, quality, models, args)
     network = chosen.network
