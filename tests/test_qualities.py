@@ -77,8 +77,9 @@ def test_a_network_of_colour_is_scored_on_rgb(tmp_path, capsys, data):
     assert gain[False] > -1
 
 
-def test_the_table_of_the_document_is_the_measured_one():
-    text = (ROOT / "results/qualities.json").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["qualities", "qualities-jpeg"])
+def test_the_table_of_the_document_is_the_measured_one(name):
+    text = (ROOT / f"results/{name}.json").read_text(encoding="utf-8")
     rows = json.loads(text)["rows"]
     assert qualities.gains_table(rows) in (ROOT / "docs/restoring.md").read_text(encoding="utf-8")
     assert min(min(qualities.gains(row)) for row in rows) > -0.05

@@ -112,7 +112,7 @@ def why_left(
     if args.asked:
         return ""
     if own is None or (args.project and not photo.has_cells(path)):
-        return "not a JPEG with Y"
+        return "not a JPEG" + " with Y" * (own is not None)
     chosen = choose_model(path, own, models, args)
     task = chosen.network.task
     if args.project and own > (task.until or task.setting + REACH):  # it may lose
