@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from acla.kernels import Attended, attend, logistic_noise
 from acla.kernels.reference import sample
-from torch import Tensor
 
 Size = tuple[int, int, int, int, int, int]  # B, H, W, L, K, C
 

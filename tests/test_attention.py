@@ -4,9 +4,9 @@ import functools
 
 import pytest
 import torch
-from acla.kernels import binary_gate, logistic_noise, runs_whole, to_rows, why_not
 from torch.nn import functional as F
 
+from acla.kernels import binary_gate, logistic_noise, runs_whole, to_rows, why_not
 from acla.models import attention
 from acla.models.attention import CrossLayerAttention, pointwise, rings
 

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from acla.kernels import reference, to_rows
 from scipy import ndimage
 from torch import nn
 from torch.nn import functional as F
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 from acla.analysis import attribution
 from acla.analysis.attribution import diffusion_index, keys_of, local_attribution, observe
 from acla.config import ModelConfig
+from acla.kernels import reference, to_rows
 from acla.models.backbones import Backbone
 from acla.models.factory import build_network
 

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from acla.kernels import to_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from acla.config import (
@@ -16,6 +15,7 @@ from acla.config import (
     Task,
     model_preset,
 )
+from acla.kernels import to_rows
 from acla.models.backbones import Backbone
 from acla.models.factory import build_network, describe
 

@@ -8,14 +8,14 @@ from itertools import accumulate
 
 import pytest
 import torch
-from acla.kernels import to_rows
-from acla.kernels.timing import allocations
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
 import train
 from acla.config import ATTENTIONS, ModelConfig
+from acla.kernels import to_rows
+from acla.kernels.timing import allocations
 from acla.models import baselines
 from acla.models.attention import CrossLayerAttention
 from acla.models.backbones import Backbone, build_module

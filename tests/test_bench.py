@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from acla.kernels import bench, timing
 from acla.kernels.baselines import by_grid_sample, make_case
 from acla.kernels.floor import Gpu
-
 from acla.training.step_graph import WARM_UP, StepGraph
 
 TINY = ["--sizes", "1x6x5x8", "--seconds", "0"]

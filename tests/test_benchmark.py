@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from acla.kernels import bench
 
 from acla import kernels
 from acla.analysis import benchmark
 from acla.config import ModelConfig
+from acla.kernels import bench
 from acla.models.attention import CrossLayerAttention
 from acla.models.backbones import Backbone
 from acla.training.step_graph import WARM_UP, StepGraph

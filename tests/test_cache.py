@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from acla.kernels import BACKENDS, attend, build, cache, cpp_backend, dispatch, torch_backend
 from operator_cases import make
+
+from acla.kernels import BACKENDS, attend, build, cache, cpp_backend, dispatch, torch_backend
 
 ROOT = Path(__file__).parents[1]
 POINTS = torch.zeros(1, 1, 1, 1, 3, 1)

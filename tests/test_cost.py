@@ -6,11 +6,11 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from acla.kernels import to_rows
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from acla.config import ATTENTIONS, ModelConfig
+from acla.kernels import to_rows
 from acla.models.backbones import build_module
 from acla.models.cost import (
     attention_flops,

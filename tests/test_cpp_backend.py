@@ -10,11 +10,12 @@ import shutil
 import operator_cases
 import pytest
 import torch
-from acla.kernels import attend, cpp_backend, dispatch, logistic_noise, torch_backend
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from operator_cases import Inputs, far_apart, gate_terms, make, make_clear, sparse_memory
 from torch import Tensor
+
+from acla.kernels import attend, cpp_backend, dispatch, logistic_noise, torch_backend
 
 BACKENDS = ["cpp", "torch"]
 TYPES = [torch.float64, torch.float32, torch.bfloat16]

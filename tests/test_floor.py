@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from acla.kernels import floor
 from acla.kernels.floor import Gpu, Work
 

@@ -4,9 +4,9 @@ published function is in test_checkpoint."""
 from dataclasses import replace
 
 import torch
-from acla.kernels import to_rows
 
 from acla.config import ModelConfig, Task, model_preset
+from acla.kernels import to_rows
 from acla.models.factory import build_network
 from acla.models.han import ChannelSpatialAttention, LayerAttention
 

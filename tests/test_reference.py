@@ -8,10 +8,11 @@ import math
 import operator_cases
 import pytest
 import torch
-from acla.kernels import attend, logistic_noise, to_rows
-from acla.kernels.reference import sample
 from torch import Tensor
 from torch.nn.functional import grid_sample, pad
+
+from acla.kernels import attend, logistic_noise, to_rows
+from acla.kernels.reference import sample
 
 SIZES = [  # B, H, W, L, K, C
     pytest.param((1, 1, 1, 1, 1, 1), id="one-pixel-one-of-everything"),

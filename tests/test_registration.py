@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from acla.kernels import attend, attend_module, to_rows, why_not
 from torch.utils.flop_counter import FlopCounterMode
+
+from acla.kernels import attend, attend_module, to_rows, why_not
 
 B, L, K, H, W, C = 2, 3, 4, 5, 4, 8
 

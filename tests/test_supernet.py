@@ -5,10 +5,10 @@ from itertools import accumulate
 
 import pytest
 import torch
-from acla.kernels.timing import allocations
 
 from acla.config import ATTENTIONS, ModelConfig
 from acla.errors import UsageError
+from acla.kernels.timing import allocations
 from acla.models import backbones
 from acla.models.gumbel import draw_gates, expected_gates, position_seeds
 from acla.search.supernet import Supernet

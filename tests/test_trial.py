@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from acla.scripts import train
 
 from acla.analysis import trial
 from acla.errors import AclaError, UsageError
 from acla.models.serialization import load_model
+from acla.scripts import train
 
 FLAGS = ["--preset", "tiny", "--task", "demosaic", "--blocks", "2", "--width", "4", "--steps", "2"]
 FLAGS += ["--batch-size", "2", "--patch-size", "16", "--val-every", "1", "--device", "cpu"]

@@ -28,13 +28,14 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
+from operator_cases import FAR, Inputs, far_apart, gate_terms, sparse_memory  # noqa: E402
+from triton.runtime import interpreter  # noqa: E402
+from triton_cases import CASES, NAMES, Case, small_cases  # noqa: E402
+
 from acla.kernels import accounting, padding, to_rows, triton_backend  # noqa: E402
 from acla.kernels.inputs import Inputs as Arguments  # noqa: E402
 from acla.kernels.inputs import Leaves  # noqa: E402
 from acla.kernels.primitives import logistic_noise  # noqa: E402
-from operator_cases import FAR, Inputs, far_apart, gate_terms, sparse_memory  # noqa: E402
-from triton.runtime import interpreter  # noqa: E402
-from triton_cases import CASES, NAMES, Case, small_cases  # noqa: E402
 
 
 def named(features, points, mask_maps, gates) -> dict[str, torch.Tensor]:

@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from acla.scripts import train
 from torch import nn
 
 from acla.analysis import variants
 from acla.config import ModelConfig, TrainConfig
 from acla.distributed import Processes
 from acla.errors import UsageError
+from acla.scripts import train
 from acla.training.trainer import Trainer
 
 NETWORK = ModelConfig(blocks=2, width=4, attention="acla", keys=16, positions=(1, 2))
