@@ -14,6 +14,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts are modules too
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+from acla import cli  # noqa: E402
+
 with torch.device("meta"):
     torch.empty(0)  # torch notes its constructors at the first use, which must be the real ones
 
@@ -46,6 +48,13 @@ def interruptible() -> None:
 def same_threads() -> None:
     """Every test begins with as many threads, whatever the one before did: bits depend on them."""
     torch.set_num_threads(THREADS)
+
+
+@pytest.fixture(autouse=True)
+def commands_take_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands run on the CPU unless a test names a GPU, where bits vary from run to run."""
+    pick = cli.pick_device
+    monkeypatch.setattr(cli, "pick_device", lambda name: pick("cpu" if name == "auto" else name))
 
 
 @pytest.fixture(scope="session")

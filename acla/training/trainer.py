@@ -46,7 +46,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
         self.averaged = None
         if config.ema:
-            self.averaged = AveragedModel(self.model, multi_avg_fn=self.average)
+            self.averaged = AveragedModel(self.model)
         self.parts: Parts = {
             "model": self.model,
             "optimizer": self.optimizer,
@@ -96,7 +96,7 @@ class Trainer:
         self.losses.append(loss)
         self.norms += norm
         if self.averaged:
-            self.averaged.update_parameters(self.model)
+            self.average()
 
     def update(
         self, low: Tensor, target: Tensor, seeds: Tensor | None = None
@@ -120,10 +120,17 @@ class Trainer:
         self.scaler.update()
         return loss.detach(), *norms
 
-    def average(self, averages: list[Tensor], weights: list[Tensor], _: Tensor) -> None:
-        """Move the averages towards the weights. The count of steps lies on the CPU; reading its
-        copy on the device would wait for it."""
-        torch._foreach_lerp_(averages, weights, ema_share(self.averaged.n_averaged))
+    @torch.no_grad()
+    def average(self) -> None:
+        """Move the averages towards the weights, the first time onto them. (`update_parameters`
+        copies the count of steps to the device, which waits for it.)"""
+        count = self.averaged.n_averaged  # on the CPU
+        averages, weights = (list(m.parameters()) for m in (self.averaged.module, self.model))
+        if count:
+            torch._foreach_lerp_(averages, weights, ema_share(count))
+        else:
+            torch._foreach_copy_(averages, weights)
+        count += 1
 
     def statistics(self) -> tuple[list[float], list[float]]:
         """The losses of the steps since the last validation, over all processes, and, with
