@@ -213,7 +213,7 @@ def scatter(plan: KeyPlan, gates: Tensor | None, grad: Tensor) -> list[Tensor]:
     return outs
 
 
-@triton.jit(do_not_specialize=["N", "L", "W"])
+@triton.jit(do_not_specialize=["L", "H", "W"])
 def _sum_rows(
     order_ptr,  # [B·L·N·K] int64, entries sorted by their corner's pixel
     first_ptr,  # [L·B·(H+2)·(W+2) + 1] int64, where in it the entries of each pixel begin
@@ -221,8 +221,8 @@ def _sum_rows(
     gates_ptr,  # [L], or None
     grad_ptr,  # [B,N,L,C]
     outs,  # L × [B,H+2,W+2,C] float32
-    N,
     L,
+    H,
     W,
     K: tl.constexpr,
     C: tl.constexpr,
@@ -234,23 +234,25 @@ def _sum_rows(
     l = tl.program_id(1).to(tl.int64)
     pixel = (tl.program_id(0) // CHUNKS).to(tl.int64)  # of [B,H+2,W+2]
     of_all = l * (tl.num_programs(0) // CHUNKS) + pixel
+    b = pixel // ((H + 2) * (W + 2))
+    N = H * W
     c = tl.program_id(0) % CHUNKS * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]  # [1,BLOCK_C]
-    total = tl.zeros([1, BLOCK_C], tl.float32)
+    total = tl.zeros([BLOCK_E, BLOCK_C], tl.float32)
     for corner in tl.static_range(4):
         begin, end = entries_of(first_ptr, of_all, corner, W)
         for e in range(begin, end, BLOCK_E):
             at = e + tl.arange(0, BLOCK_E)  # [BLOCK_E]
             valid = at < end
             entry = tl.load(order_ptr + at, mask=valid, other=0)
-            query = entry // K  # (b·L + l)·N + n
+            n = entry // K - (b * L + l) * N
             f = tl.load(plan.weight + entry, mask=valid, other=0.0)
             f *= share_of(plan, entry, valid, corner)
-            grad_row = (query // N // L * N + query % N) * L + l
+            grad_row = (b * N + n) * L + l
             mask = valid[:, None] & (c < C)
             grad = tl.load(grad_ptr + ((grad_row * C)[:, None] + c), mask=mask, other=0.0)
-            total += tl.sum(f[:, None] * grad.to(tl.float32), 0)[None, :]
-    gate = gate_of(gates_ptr, l)
-    tl.store(pointer_of(outs, l) + (pixel * C + c), gate * total, mask=c < C)
+            total += f[:, None] * grad.to(tl.float32)
+    whole = gate_of(gates_ptr, l) * tl.sum(total, 0)[None, :]
+    tl.store(pointer_of(outs, l) + (pixel * C + c), whole, mask=c < C)
 
 
 def sum_rows(plan: KeyPlan, gates: Tensor | None, grad: Tensor) -> list[Tensor]:
@@ -264,6 +266,6 @@ def sum_rows(plan: KeyPlan, gates: Tensor | None, grad: Tensor) -> list[Tensor]:
     outs = new_sums(L, (B, H + 2, W + 2, C), grad.device, zero=False)
     arguments = {"plan": plan, "gates_ptr": gates, "grad_ptr": grad, "outs": fill_up(outs)}
     arguments |= {"order_ptr": order, "first_ptr": first}
-    sizes = {"N": H * W, "L": L, "W": W, "K": K, "C": C}
+    sizes = {"L": L, "H": H, "W": W, "K": K, "C": C}
     launch(_sum_rows, (B * (H + 2) * (W + 2), L, 1), rows_block=None, **arguments, **sizes)
     return outs

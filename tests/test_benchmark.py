@@ -28,7 +28,7 @@ def test_ratios_by_hand():
     rows += [row("supernet step, half shut, skipped", 2.0, "both", peak_mb=40.0)]
     rows += [row("grid_sample, saved tensors", None, "both", peak_mb=1600.0)]
     rows += [row("tiles", 4.0, "tiles"), row("tiles, compiled", 3.0, "tiles", first_s=20.5)]
-    rows += [{"backend": "loader, 1 workers", "patches_per_second": 300.0}]
+    rows += [{"backend": "loader, 1 workers", "patches_per_second": 300.0, "own_ms": 0.5}]
     rows += [{"backend": "training", "patches_per_second": 10.0}]
     network, replayed, step, parts, compiled, memory, skipped, loader = benchmark.ratios(rows)
     assert "edsr + acla takes 1.060 of edsr's time at 48² (" in network
@@ -40,6 +40,7 @@ def test_ratios_by_hand():
     assert "1/16.0 of" in memory
     assert "0.25 of the time, 0.50 of the memory" in skipped
     assert loader.startswith("loader, 1 workers: 30.0×")
+    assert loader.endswith(", 0.50 ms a batch in this process")
 
 
 def test_networks_on_a_gpu_run_piece_by_piece_and_as_graphs(monkeypatch, capsys):

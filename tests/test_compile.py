@@ -48,6 +48,19 @@ def test_strides_of_one_compile_too():
         assert compile.compile_job(compile.job_of(call, "sm_90", config)).registers > 0
 
 
+def test_a_picture_of_another_size_compiles_nothing():
+    """With 16 keys and a multiple of 16 channels."""
+
+    def signatures(B, H, W):
+        inputs = autotune.problem((B, H, W, 64, 3, 16), torch.float32, "cpu")
+        calls = autotune.trace(inputs, run=False)
+        jobs = [compile.job_of(call, "sm_90", launch.CONFIGS[call.name][0]) for call in calls]
+        return [(job.kernel, job.signature, job.constants, job.attributes) for job in jobs]
+
+    first, *others = (signatures(*size) for size in ((1, 48, 48), (3, 5, 7), (2, 1, 1), (1, 6, 3)))
+    assert all(other == first for other in others)
+
+
 def test_the_full_list_holds_every_configuration():
     todo = compile.jobs(["sm_80"], quick=False)
     compiled = {(job.kernel, job.config) for job in todo}

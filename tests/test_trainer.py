@@ -1,8 +1,10 @@
 """One step of training: clipping, number formats, compiling, averages; and all of it resumed."""
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,8 @@ from acla.errors import AclaError, CheckpointError, UsageError
 from acla.training import step_graph, trainer
 from acla.training.trainer import Trainer
 
-ALONE = Processes(torch.device("cpu"))
+CPU = torch.device("cpu")
+ALONE = Processes(CPU)
 PLAIN = ModelConfig(attention="none", keys=0, blocks=2, width=4, channels=1)
 CONFIG = TrainConfig(batch_size=2, lr=1e-2)
 
@@ -293,16 +296,58 @@ def test_where_no_graph_can_be_the_step_runs_without(capsys):
     assert same(plain, graph)
 
 
-def test_a_step_that_cannot_be_captured_runs_without(monkeypatch, capsys):
-    def refuse(*_):
-        raise step_graph.CaptureError("operation not permitted\nmore")
+class Graphs:
+    """CUDA graphs on a CPU: a replay does what the step left in `work` when it was captured."""
 
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, failure: str = ""):
+        self.failure, self.work, self.captured = failure, None, 0
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        for name, value in {
+            "Stream": lambda device: stream,
+            "current_stream": lambda: stream,
+            "stream": contextlib.nullcontext,
+            "CUDAGraph": lambda: SimpleNamespace(replay=lambda: self.work()),
+            "graph": self.capture,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    @contextlib.contextmanager
+    def capture(self, graph: object, stream: object, capture_error_mode: str) -> Iterator[None]:
+        self.captured += 1
+        if self.failure:
+            raise RuntimeError(self.failure)
+        yield
+
+
+def test_a_step_is_captured_once_and_replayed_on_new_patches(monkeypatch):
+    graphs, seen = Graphs(monkeypatch), []
+
+    def double(given: Tensor) -> tuple[Tensor]:
+        if graphs.captured:
+            out = torch.zeros_like(given)
+            graphs.work = lambda: out.copy_(given * 2)
+            return (out,)
+        seen.append(given)
+        return (given * 2,)
+
+    graph = step_graph.StepGraph(double, CPU)
+    given = [torch.tensor([float(i)]) for i in range(6)]
+    results = [graph(one) for one in given]
+    assert graphs.captured == 1
+    assert [id(one) for one in seen] == [id(one) for one in given[: step_graph.WARM_UP]]
+    for one, (result,) in zip(given, results, strict=True):  # a later step changes no result
+        assert result == one * 2
+
+
+def test_a_step_that_cannot_be_captured_runs_without(monkeypatch, capsys):
+    Graphs(monkeypatch, "operation not permitted\nmore")
     plain, graph = (Trainer(PLAIN, CONFIG, ALONE) for _ in range(2))
-    monkeypatch.setattr(graph, "graph", refuse)
-    for one in (plain, graph):
-        step(one, 0)
-        step(one, 1)
-    assert "--cuda-graph is left out: operation not permitted" in capsys.readouterr().err
+    graph.graph = step_graph.StepGraph(graph.update, CPU)
+    for number in range(step_graph.WARM_UP + 2):
+        for one in (plain, graph):
+            step(one, number)
+    assert capsys.readouterr().err.count("--cuda-graph is left out: operation not permitted") == 1
+    assert graph.graph is None
     assert same(plain, graph)
 
 

@@ -238,7 +238,8 @@ def saved_mb(implementation: Implementation, case: Case) -> float:
 
 
 def loader_rows(args: argparse.Namespace) -> Iterator[bench.Row]:
-    """Patches per second: of the loader by number of workers, of training steps on one batch."""
+    """Patches per second, and this process's processor time for a batch: of the loader by number of
+    workers, of training steps on one batch."""
     device = torch.device(args.device)
     task = Task()
     config = train_preset("small")
@@ -254,20 +255,24 @@ def loader_rows(args: argparse.Namespace) -> Iterator[bench.Row]:
     calls = {f"loader, {n} workers": (Loader(sampler, device, n).batch, BATCHES) for n in WORKERS}
     calls["training"] = (lambda step: trainer.step(step, sampler.indices, *batch), STEPS)
     for name, (call, times) in calls.items():
-        rate = round(per_second(call, times, device) * config.batch_size, 1)
-        yield row | {"backend": name, "patches_per_second": rate}
+        seconds, busy = seconds_of(call, times, device)
+        rate = round(config.batch_size / seconds, 1)
+        yield row | {"backend": name, "patches_per_second": rate, "own_ms": round(busy * 1e3, 2)}
 
 
-def per_second(call: Callable[[int], object], times: int, device: torch.device) -> float:
-    """Calls a second, with 0, 1, 2 …; the first call, which reads files, is not counted."""
+def seconds_of(
+    call: Callable[[int], object], times: int, device: torch.device
+) -> tuple[float, float]:
+    """Wall and processor time of a call, with 0, 1, 2 …; the first, which reads files, is not
+    counted."""
     wait = functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else bool
     call(0)
     wait()
-    begun = time.perf_counter()
+    begun, busy = time.perf_counter(), time.process_time()
     for i in range(1, times + 1):
         call(i)
     wait()
-    return times / (time.perf_counter() - begun)
+    return (time.perf_counter() - begun) / times, (time.process_time() - busy) / times
 
 
 def ratios(rows: list[bench.Row]) -> Iterator[str]:
@@ -303,7 +308,8 @@ def ratios(rows: list[bench.Row]) -> Iterator[str]:
         for row in rows:
             if row["backend"].startswith("loader"):
                 times = row["patches_per_second"] / training["patches_per_second"]
-                yield f"{row['backend']}: {times:.1f}× the patches that training consumes"
+                line = f"{times:.1f}× the patches that training consumes"
+                yield f"{row['backend']}: {line}, {row['own_ms']:.2f} ms a batch in this process"
 
 
 BENCHMARKS = {
