@@ -177,6 +177,33 @@ def test_times_on_a_gpu_are_those_of_the_benchmark():
         assert shown == pytest.approx(expected, rel=0.006, abs=0.006)
 
 
+def test_the_targets_stand_beside_the_benchmarks_figures():
+    table = TEXT["docs/kernels.md"].partition("\n## Targets")[2]
+    rows = re.findall(r"^\| (.*) \| .* \| (.*) \| (.*) \|$", table, re.MULTILINE)
+    shown = {label: [re.findall(r"\d+\.\d+", cell) for cell in cells] for label, *cells in rows}
+    wide, narrow = ("1×48×48×256", "1×96×96×128"), ("16×48×48×64", "1×256×256×64")
+
+    def span(file: str, sizes: tuple[str, ...], which: str, ours: str, other: str) -> list[float]:
+        ratios = []
+        for size in sizes:
+            found = benchmark_rows(file, size, which, "float32")
+            beside = [row["ms_p50"] for name, row in found.items() if name.startswith(other)]
+            ratios.append(min(beside) / found[ours]["ms_p50"])
+        return pytest.approx([min(ratios), max(ratios)], abs=0.051)
+
+    for column, file, ours in ((0, "bench-cpu.jsonl", "cpp"), (1, "bench-h200.jsonl", "triton")):
+        for label, sizes, which, name, other in (
+            ("forward, C ≥ 128", wide, " forward ", ours, "grid_sample"),
+            ("forward, C 64", narrow, " forward ", ours, "grid_sample"),
+            ("forward, backward", wide + narrow, "both", ours, "grid_sample"),
+            ("`torch`, forward", wide + narrow, " forward ", "torch", "grid_sample"),
+            ("`torch`, forward, backward", wide + narrow, "both", "torch", "grid_sample"),
+            ("forward against `deform_conv2d`", wide + narrow, " forward ", ours, "deform"),
+        ):
+            if figures := shown[label][column]:
+                assert [*map(float, figures)] == span(file, sizes, which, name, other), label
+
+
 def anchors(text: str) -> set[str]:
     """What links to the headings of a document end in."""
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
