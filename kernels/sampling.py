@@ -295,7 +295,7 @@ def _sum_maps(
     pixel = tl.program_id(0).to(tl.int64)  # of [B,H+2,W+2]
     of_all = l.to(tl.int64) * tl.num_programs(0) + pixel
     key = tl.arange(0, BLOCK_K)[None, :]  # [1,BLOCK_K]
-    total = tl.zeros([BLOCK_E, BLOCK_K], tl.float32)
+    total = tl.zeros([BLOCK_K], tl.float32)
     for corner in tl.static_range(4):
         begin, end = entries_of(first_ptr, of_all, corner, W)
         for e in range(begin, end, BLOCK_E):
@@ -305,8 +305,9 @@ def _sum_maps(
             share = share_of(plan, entry, valid, corner)
             sent = share * tl.load(grad_mask_ptr + entry, mask=valid, other=0.0)
             channel = tl.load(plan.key + entry, mask=valid, other=0)
-            total += tl.where(channel[:, None] == key, sent[:, None], 0.0)
-    tl.store(pointer_of(outs, l) + (pixel * K + key), tl.sum(total, 0)[None, :], mask=key < K)
+            total += tl.sum(tl.where(channel[:, None] == key, sent[:, None], 0.0), 0)
+    at = pointer_of(outs, l) + (pixel * K + tl.arange(0, BLOCK_K))
+    tl.store(at, total, mask=tl.arange(0, BLOCK_K) < K)
 
 
 def sum_maps(plan: KeyPlan, grad_mask: Tensor, H: int, W: int) -> list[Tensor]:
