@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -50,11 +50,13 @@ def same_threads() -> None:
     torch.set_num_threads(THREADS)
 
 
-@pytest.fixture(autouse=True)
-def commands_take_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def commands_take_the_cpu() -> Iterator[None]:
     """Commands run on the CPU unless a test names a GPU, where bits vary from run to run."""
     pick = cli.pick_device
-    monkeypatch.setattr(cli, "pick_device", lambda name: pick("cpu" if name == "auto" else name))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "pick_device", lambda name: pick("cpu" if name == "auto" else name))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -26,9 +26,10 @@ SMALL += ["--batch-size", "4", "--patch-size", "12", "--steps", "4", "--data", "
 WORDS = {
     "search": [*SMALL, "--train-set", "T", "--epoch-steps", "4", "--warmup", "0.25", "--lambda"],
     "train": [*SMALL, "--train-set", "T", "--val-set", "V", "--positions", "1,2", "--ema"],
-    "evaluate": ["--dataset", "T", "--sigma", "25", "--baseline", "--data", ".", "--json"],
+    "evaluate": ["--dataset", "T", "--sigma", "25", "--baseline", "--data", ".", "--device", "cpu"],
 }
 WORDS["search"] += ["5"]
+WORDS["evaluate"] += ["--json"]
 WORDS["train"] += ["--clip", "10", "--val-every", "4"]
 # All scripts one after the other, in two processes that import once, each with a port of its own,
 # since the store of the script before may still listen. (torchrun sets the same variables.)
