@@ -41,6 +41,10 @@ def test_every_network_of_the_package_on_the_sets_of_its_task(tmp_path, capsys, 
         assert abs(row["change"]) < 0.1
     out = capsys.readouterr().out
     assert f"{rows[0]['change']:+.4f}" in out
+    monkeypatch.setattr(precision, "SETS", {})
+    named = ["--checkpoint", str(tmp_path / "sr.safetensors"), "--dataset", "sample"]
+    precision.main([*named, "--crop", "33", "--json", str(tmp_path / "one.jsonl")])
+    assert json.loads((tmp_path / "one.jsonl").read_text()) == rows[1]
 
 
 def test_without_a_short_format_nothing_changes(tmp_path):

@@ -63,7 +63,7 @@ def measured_rows(args: argparse.Namespace, device: torch.device) -> Iterator[Ro
         network = load_model(path)
         network.model.to(device)
         for task in tasks(network.task):
-            for name in SETS[task.name]:
+            for name in args.dataset.split(",") if args.dataset else SETS[task.name]:
                 score = functools.partial(
                     psnrs, network, task, paths=find_set(name, args.data), crop=args.crop
                 )
@@ -95,6 +95,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--precision", choices=short, default="bf16", help="(default: bf16)")
     text = "networks (default: all that come with the package)"
     add("--checkpoint", type=Path, nargs="+", metavar="FILE", help=text)
+    add("--dataset", metavar="NAME[,NAME...]", help="sets (default: those of the task)")
     add("--crop", type=int, metavar="N", help="the middle N pixels alone (default: all)")
     cli.add_json(parser, "the rows")
     cli.add_common_flags(parser)
