@@ -1,6 +1,5 @@
 """Our networks beside others: what is timed, counted and scored."""
 
-import functools
 import json
 from pathlib import Path
 
@@ -50,8 +49,6 @@ def test_a_row_for_each_network_format_and_number_of_cores(
         Image.fromarray(make_scene(40, 51, seed=seed)).save(tmp_path / f"LIVE1/{seed}.png")
     monkeypatch.setattr(pretrained, "FOLDERS", (tmp_path,))
     write_network(tmp_path / "car-q10-tiny.safetensors", CAR, **ATTENTION)
-    small = functools.partial(alternatives.DnCNN, 2, 8)
-    monkeypatch.setattr(alternatives, "DnCNN", small)
     threads = torch.get_num_threads()
     flags = ["--data", str(tmp_path), "--crop", "24", "--side", "32", "--seconds", "0"]
     alternatives.main([*flags, "--json", str(tmp_path / "rows.jsonl")])
