@@ -135,6 +135,17 @@ def test_steps_of_zero_are_no_trouble(tmp_path, make_scene):
     assert np.abs(luma(tmp_path / "out.png").astype(int) - luma(path)).max() <= 1
 
 
+@pytest.mark.parametrize("stray", [b"\xff\xd0", b"\xff\xff\xff"], ids=["restart", "filling"])
+def test_stray_markers_before_the_frame_hide_no_cells(tmp_path, make_scene, stray):
+    path = jpeg(tmp_path / "a.jpg", make_scene(40, 56, 1), quality=60)
+    expected = photo.read_cells(path).planes[0]
+    data = path.read_bytes()
+    path.write_bytes(data[:2] + stray + data[2:])
+    plane = photo.read_cells(path).planes[0]
+    np.testing.assert_array_equal(plane.levels, expected.levels)
+    np.testing.assert_array_equal(plane.steps, expected.steps)
+
+
 @pytest.mark.parametrize("level", [0, 90, 255])
 def test_a_flat_area_stays_as_it_is(tmp_path, level):
     file = write_network(tmp_path / "car.safetensors", CAR, shift=-3 / 255 if level else 3 / 255)

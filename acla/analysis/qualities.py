@@ -26,7 +26,7 @@ HEAD = ("quality", "JPEG, dB", "restored, dB", "gain, dB", "least", "most")
 
 
 def measure(
-    clean: dict[str, Tensor], quality: int, flags: list[str], rgb: bool, suffix: str = ".png"
+    clean: dict[str, Tensor], quality: int, flags: list[str], rgb: bool, suffix: str
 ) -> dict[str, Any]:
     """PSNR of JPEGs of a quality and of what is restored, by name. clean: RGB [3, H, W]."""
     with TemporaryDirectory() as folder:

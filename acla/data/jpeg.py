@@ -23,6 +23,7 @@ END = b"\xff\xd9"  # the last two bytes of a JPEG; those of a damaged one may be
 WIDEST, TRUST = 0.7, 0.2  # width of a cell; width · distance of an answer far away, all in steps
 CLIPPED_ROUNDS = 30
 FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers of frame headers
+ALONE = {0, 1, *range(0xD0, 0xD8), 0xFF}  # filling, and markers without a segment
 
 
 @dataclass
@@ -85,13 +86,11 @@ def steps_of(picture: Image.Image, component: int = 0) -> np.ndarray | None:
 def whole_blocks(data: bytes, side: int = BLOCK) -> bytes:
     """A JPEG whose size is rounded up to multiples of `side`, that of a component's blocks in
     pixels of the picture: the same compressed blocks of that component, none cut off.
-
-    Raises IndexError where there is no frame header.
     """
     at = 2
     while (marker := data[at + 1]) not in FRAMES:
-        filling = data[at] != 0xFF or marker in (0, 0xFF)
-        at += 1 if filling else 2 + int.from_bytes(data[at + 2 : at + 4])
+        alone = data[at] != 0xFF or marker in ALONE
+        at += 1 if alone else 2 + int.from_bytes(data[at + 2 : at + 4])
     sides = [int.from_bytes(data[place : place + 2]) for place in (at + 5, at + 7)]
     rounded = b"".join((-(-length // side) * side).to_bytes(2) for length in sides)
     return data[: at + 5] + rounded + data[at + 9 :]
@@ -99,8 +98,7 @@ def whole_blocks(data: bytes, side: int = BLOCK) -> bytes:
 
 def decode_cells(path: str | Path, data: bytes) -> Cells:
     """The cells of the Y, which has full size, of a JPEG's bytes and, where they are stored at the
-    size of Y or at half of it, of its Cb and Cr. Raises PictureError, which names the path;
-    IndexError where there is no frame header."""
+    size of Y or at half of it, of its Cb and Cr. Raises PictureError, which names the path."""
     with opened(path, None, whole_blocks(data) + END) as picture:
         sampling = np.array([layer[1:3] for layer in picture.layer])
         steps = [steps_of(picture, component) for component in range(len(sampling))]
