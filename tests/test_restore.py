@@ -135,6 +135,24 @@ def test_other_gray_networks_see_the_y_they_were_trained_on(tmp_path, make_scene
     assert np.abs((after - stored(path)).mean() - 2.55) < 0.5
 
 
+@pytest.mark.parametrize("task", [CAR, NOISE], ids=str)
+def test_of_a_large_photo_one_tile_at_a_time_is_made_float(tmp_path, make_scene, monkeypatch, task):
+    path, made = tmp_path / "in.jpg", []
+    Image.fromarray(make_scene(130, 101)).save(path, quality=60)
+    network = load_model(write_network(tmp_path / "net.safetensors", task))
+    source, whole = photo.read(path, ycc=task == CAR), NetworkInput.__getitem__
+    expected = colour.restore_photo(source, network).levels
+
+    def recorded(self, part):
+        made.append(whole(self, part))
+        return made[-1]
+
+    monkeypatch.setattr(NetworkInput, "__getitem__", recorded)
+    levels = colour.restore_photo(source, network, tile=48).levels
+    assert max(part.shape[1] * part.shape[2] for part in made) <= 48 * 48
+    np.testing.assert_allclose(levels, expected, atol=1)
+
+
 def test_a_photo_is_turned_once(tmp_path, make_scene):
     file = write_network(tmp_path / "car.safetensors", CAR)
     exif = Image.Exif()
