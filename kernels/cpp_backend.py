@@ -39,7 +39,7 @@ class Problem(ctypes.Structure):
     """The argument of every function in the library; mirrors `Problem` in plan.h."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("B", "H", "W", "L", "K", "C", "O", "threads")),
+        *((name, ctypes.c_int64) for name in ("B", "H", "W", "L", "K", "C", "threads")),
         ("temperature", ctypes.c_double),
         *(
             (name, ctypes.c_void_p)
@@ -47,7 +47,9 @@ class Problem(ctypes.Structure):
                 *("features", "feature_strides", "points", "mask_maps", "mask_strides", "gates"),
                 *("seeds", "aggregate", "coverage", "kept"),
                 *("grad_features", "grad_points", "grad_mask_maps", "grad_gates"),
-                *("query", "query_strides", "weight", "bias", "output", "output_bias", "result"),
+                *("query", "query_strides", "weight", "bias"),
+                *("mask_weight", "mask_bias", "mask_memory"),
+                *("output", "output_bias", "result"),
             )
         ),
     )
@@ -72,29 +74,23 @@ def forward(inputs: Inputs, counts: bool = True) -> tuple[Tensor, Tensor, Tensor
     return aggregate, coverage, kept
 
 
-def attend_module(
-    query: Tensor,
-    features: Sequence[Tensor],
-    mask_maps: Sequence[Tensor] | None,
-    weight: Tensor,
-    bias: Tensor,
-    output: Tensor,
-    output_bias: Tensor,
-) -> Tensor:
+def attend_module(query: Tensor, features: Sequence[Tensor], *weights: Tensor | None) -> Tensor:
     """`kernels.attend_module`."""
-    B, H, W, _ = query.shape
-    L, _, O = output.shape
-    call = LibraryCall(
-        Inputs(features, None, mask_maps), (B, H, W, L, 3, len(bias) // (3 * L)), outputs=O
-    )
+    B, H, W, C = query.shape
+    L = len(features)
+    K = len(weights[1]) // (3 * L)
+    call = LibraryCall(Inputs(features, None, None), (B, H, W, L, 3, K))
     query = rows(query, call.storage)
-    weights = {"weight": weight, "bias": bias, "output": output, "output_bias": output_bias}
-    result = torch.empty(B, H, W, O, dtype=call.arithmetic)
+    names = "weight", "bias", "mask_weight", "mask_bias", "output", "output_bias"
+    given = dict(zip(names, weights, strict=True))
+    result = torch.empty(B, H, W, C, dtype=call.storage)
+    masked = given["mask_weight"] is not None
     call.run(
         "module",
         query=query,
         query_strides=strides([query]),
-        **{name: tensor.to(call.arithmetic).contiguous() for name, tensor in weights.items()},
+        **{n: None if t is None else t.to(call.arithmetic).contiguous() for n, t in given.items()},
+        mask_memory=torch.empty(L, H + 2, W + 2, K, dtype=call.arithmetic) if masked else None,
         result=result,
     )
     return result
@@ -137,14 +133,14 @@ def backward(
 class LibraryCall:
     """One call of the library: the inputs in the types and layouts it reads, kept alive."""
 
-    def __init__(self, inputs: Inputs, shape: Sequence[int], outputs: int = 0) -> None:
-        """shape: that of the points, which need not be there; outputs: a module's channels."""
+    def __init__(self, inputs: Inputs, shape: Sequence[int]) -> None:
+        """shape: that of the points, which need not be there."""
         B, H, W, L, _, K = shape
         features, points, mask_maps, gates, seeds, temperature = inputs
         dtype = features[0].dtype
         self.storage = dtype if dtype in TYPE_NAMES else torch.float32
         self.arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
-        sizes = B, H, W, L, K, features[0].shape[-1], outputs
+        sizes = B, H, W, L, K, features[0].shape[-1]
         self.problem = Problem(*sizes, torch.get_num_threads(), temperature)
         self.alive: list[object] = []
         self.set("features", [rows(f, self.storage) for f in features])

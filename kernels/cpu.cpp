@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -152,9 +153,10 @@ void forward(const Problem& p) {
           if (gate == 0) std::memset(aggregate + pair * p.C, 0, sizeof(T) * p.C);
         }
         if (gate != 0)
-          gather(p, tile, image, [&](auto part, int q, int c, Vector<A> v, int count) {
-            store<A, part>(aggregate + tile.pair(p, q) * p.C + c, v, count);
-          });
+          gather(p, tile, image, nullptr,
+                 [&](auto block, auto part, int q, int c, const Vector<A>* sums, int count) {
+                   store_block<A, block, part>(aggregate + tile.pair(p, q) * p.C + c, sums, count);
+                 });
       });
 #pragma omp atomic
       p.kept[item / strips] += double(kept);  // whole numbers: exact in any order
@@ -164,58 +166,138 @@ void forward(const Problem& p) {
 
 // ---- a whole module in inference: points, attention and output of a tile stay in the cache
 
-// Adds layer tile.l's part of h(y) to the results of a tile's queries.
 template <class T, class A>
-void add_layer(const Problem& p, Tile<A>& tile, std::vector<A>& sums) {
-  const int C = int(p.C), O = int(p.O), N = tile.queries(), columns = 3 * tile.K;
-  const int64_t* strides = p.query_strides;
-  const T* query = static_cast<const T*>(p.query) + tile.b * strides[0];
-  A* result = static_cast<A*>(p.result);
-  const auto feature = [&](int q) {
-    return query + tile.y(q) * strides[1] + tile.x(q) * strides[2];
-  };
-  const auto out = [&](int q) {
-    return result + ((int64_t(tile.b) * p.H + tile.y(q)) * p.W + tile.x(q)) * O;
-  };
+struct Matrices {
+  explicit Matrices(const Problem& p)
+      : points(factors<T, A>(p.weight, 1, p.C, p.L * 3 * p.K, memory[0])),
+        output(factors<T, A>(p.output, p.L, p.C + 1, p.C, memory[1])),
+        masks(p.mask_weight ? factors<T, A>(p.mask_weight, p.L, p.C, p.K, memory[2]) : nullptr) {}
+
+  Buffer<Factor<T, A>> memory[3];
+  const Factor<T, A>*points, *output, *masks;
+};
+
+// Masks of image b on one row of layer l, border included. Returns whether they keep every key.
+template <class T, class A>
+bool find_masks(const Problem& p, const Matrices<T, A>& matrices, int64_t b, int64_t l, int64_t y) {
+  const int64_t *strides = p.feature_strides + l * 3, count = (p.W + 2) * p.K;
+  const T* row = static_cast<const T*>(p.features[l]) + b * strides[0] + y * strides[1];
+  const A* bias = static_cast<const A*>(p.mask_bias) + l * p.K;
+  A* masks = static_cast<A*>(p.mask_memory) + (l * (p.H + 2) + y) * count;
+  product<T, A>(
+      int(p.W + 2), int(p.C), matrices.masks + l * steps<T>(p.C) * p.K, p.K, int(p.K),
+      [&](int x) { return row + x * strides[2]; }, [&](int) { return bias; },
+      [&](int x) { return masks + x * p.K; });
+  int open = 1;
+#pragma omp simd reduction(& : open)
+  for (int64_t i = 0; i < count; ++i) open &= masks[i] > 0;
+  return open;
+}
+
+// The rows of a tile's queries.
+template <class T, class A>
+struct Rows {
+  Rows(const Problem& p, const Tile<A>& tile)
+      : width(p.C + kVectorBytes / sizeof(T)), points(kTile * kTile * 3 * p.K),
+        totals(kTile * kTile * p.C), sums(kTile * kTile * width),
+        pairs(kPairs<T> ? 2 * tile.size : 0) {}
+
+  int64_t width;  // of a row of sums: aggregate, coverage and zeros
+  Buffer<A> points, totals;
+  Buffer<T> sums;
+  Buffer<uint32_t> pairs;  // the weights of the keys' corners, see `sum_pairs`
+};
+
+// Adds layer tile.l's part of h(y) to the totals; before the first one, they are h's bias.
+template <class T, class A, class F>
+void add_layer(const Problem& p, const Matrices<T, A>& matrices, Tile<A>& tile, Rows<T, A>& rows,
+               F&& query) {
+  const int C = int(p.C), N = tile.queries(), columns = 3 * tile.K;
+  const auto total = [&](int q) { return rows.totals.data() + q * C; };
+  const auto sum = [&](int q) { return rows.sums.data() + q * rows.width; };
   const T* image =
       static_cast<const T*>(p.features[tile.l]) + tile.b * p.feature_strides[tile.l * 3];
   ask_ahead(p, tile, image);
   const int64_t first = int64_t(tile.l) * columns;
-  product<A>(
-      N, C, static_cast<const A*>(p.weight) + first, p.L * columns, columns, feature,
-      [&](int) { return static_cast<const A*>(p.bias) + first; },
-      [&](int q) { return tile.points.data() + q * columns; });
+  const A* bias = static_cast<const A*>(p.bias) + first;
+  const A* begin = static_cast<const A*>(p.output_bias);
+  product<T, A>(
+      N, C, matrices.points + first, p.L * columns, columns, query, [&](int) { return bias; },
+      [&](int q) { return rows.points.data() + q * columns; });
+  tile.points = rows.points.data();
   plan(p, tile, A(1));
-  gather(p, tile, image, [&](auto part, int q, int c, Vector<A> v, int count) {
-    store<A, decltype(part)::value>(sums.data() + q * (C + 1) + c, v, count);
+  if constexpr (kPairs<T>)
+    for (int i = 0; i < N * tile.slots; i += kLanes<A>) {
+      const Entries<A>& at = tile.at;
+      uint32_t* to = rows.pairs.data() + i;
+      put<uint32_t>(to, pair_up(get(at.w0 + i), get(at.w1 + i)));
+      put<uint32_t>(to + tile.size, pair_up(get(at.w2 + i), get(at.w3 + i)));
+    }
+  gather(p, tile, image, kPairs<T> ? rows.pairs.data() : nullptr,
+         [&](auto block, auto part, int q, int c, const Vector<A>* v, int count) {
+           store_block<A, block, part>(sum(q) + c, v, count);
+         });
+  for (int q = 0; q < N; ++q) narrow(tile.inside[q], sum(q)[C]);
+  product<T, A>(
+      N, C + 1, matrices.output + tile.l * steps<T>(C + 1) * C, C, C, sum,
+      [&](int q) { return tile.l ? total(q) : begin; }, total);
+}
+
+// x + h(y) of a query, whose pixel is counted in [B,H,W].
+template <class T, class A>
+void add_query(const Problem& p, Rows<T, A>& rows, const T* query, int64_t pixel, int q) {
+  const A* total = rows.totals.data() + q * p.C;
+  T* result = static_cast<T*>(p.result) + pixel * p.C;
+  over_channels<kLanes<A>>(int(p.C), [&](auto block, auto part, int first) {
+    for (int v = 0, c = first; v < block; ++v, c += kLanes<A>) {
+      const int count = int(p.C) - c;
+      const Vector<A> sum = load<A, part>(query + c, count) + load<A, part>(total + c, count);
+      store<A, part>(result + c, sum, count);
+    }
   });
-  for (int q = 0; q < N; ++q) sums[q * (C + 1) + C] = tile.inside[q];
-  product<A>(
-      N, C + 1, static_cast<const A*>(p.output) + int64_t(tile.l) * (C + 1) * O, O, O,
-      [&](int q) -> const A* { return sums.data() + q * (C + 1); },
-      [&](int q) { return tile.l ? out(q) : static_cast<const A*>(p.output_bias); }, out);
 }
 
 template <class T, class A>
-void module(const Problem& p) {
-  const int64_t strips = (p.H + kTile - 1) / kTile;
-  std::vector<char> open(p.B * p.L);
-  expect_writes(p.result, p.B * p.H * p.W * p.O * int64_t(sizeof(A)));
+void module(const Problem& given) {
+  Problem p = given;
+  const int64_t strips = (p.H + kTile - 1) / kTile, *strides = p.query_strides;
+  const int64_t pixels = (p.H + 2) * (p.W + 2);
+  const Matrices<T, A> matrices(p);
+  std::vector<const void*> maps(p.L);
+  std::vector<int64_t> map_strides;
+  for (int64_t l = 0; p.mask_weight && l < p.L; ++l) {
+    maps[l] = static_cast<A*>(p.mask_memory) + l * pixels * p.K;
+    map_strides.insert(map_strides.end(), {0, (p.W + 2) * p.K, p.K});
+  }
+  if (p.mask_weight) p.mask_maps = maps.data(), p.mask_strides = map_strides.data();
+  std::vector<char> open(p.B * p.L * (p.H + 2), 1);
+  expect_writes(p.mask_memory, p.L * pixels * p.K * int64_t(sizeof(A)));
+  expect_writes(p.result, p.B * p.H * p.W * p.C * int64_t(sizeof(T)));
 #pragma omp parallel num_threads(int(p.threads))
   {
     Tile<A> tile(p);
-    tile.points.resize(kTile * kTile * 3 * p.K);
-    std::vector<A> sums(kTile * kTile * (p.C + 1));
-    find_open(p, tile, open);
+    Rows<T, A> rows(p, tile);
+    const auto query = [&](int q) {
+      return static_cast<const T*>(p.query) + tile.b * strides[0] + tile.y(q) * strides[1] +
+             tile.x(q) * strides[2];
+    };
+    for (tile.b = 0; tile.b < p.B; ++tile.b) {
+      const int64_t lines = p.mask_maps ? p.L * (p.H + 2) : 0;
+      char* of_image = open.data() + tile.b * p.L * (p.H + 2);
+#pragma omp for schedule(dynamic, 8)
+      for (int64_t item = 0; item < lines; ++item)
+        of_image[item] = find_masks(p, matrices, tile.b, item / (p.H + 2), item % (p.H + 2));
 #pragma omp for schedule(dynamic)
-    for (int64_t item = 0; item < p.B * strips; ++item) {
-      tile.b = int(item / strips);
-      over_tiles(p, tile, int(item % strips), [&] {
-        for (tile.l = 0; tile.l < p.L; ++tile.l) {
-          tile.masked = !open[tile.b * p.L + tile.l];
-          add_layer<T>(p, tile, sums);
-        }
-      });
+      for (int64_t strip = 0; strip < strips; ++strip) {
+        over_tiles(p, tile, int(strip), [&] {
+          for (tile.l = 0; tile.l < p.L; ++tile.l) {
+            const char* rows_open = of_image + tile.l * (p.H + 2);
+            tile.masked = std::memchr(rows_open, 0, p.H + 2);
+            add_layer(p, matrices, tile, rows, query);
+          }
+          for (int q = 0; q < tile.queries(); ++q) add_query(p, rows, query(q), tile.pixel(p, q), q);
+        });
+      }
     }
   }
 }
@@ -252,13 +334,14 @@ double shut_gate_gradient(const Share<T, A>& share, const Tile<A>& tile) {
   for (int q = 0; p.coverage && q < tile.queries(); ++q)
     gradient += static_cast<const A*>(p.coverage)[tile.pair(p, q)] * tile.inside[q];
   if (p.aggregate)
-    gather(p, tile, share.image, [&](auto part, int q, int c, Vector<A> sent, int count) {
-      const T* row = static_cast<const T*>(p.aggregate) + tile.pair(p, q) * p.C + c;
-      const Vector<A> product = sent * load<A, part>(row, count);
-      A sum = 0;
-      for (int i = 0; i < kLanes<A>; ++i) sum += product[i];
-      gradient += sum;
-    });
+    gather(p, tile, share.image, nullptr,
+           [&](auto block, auto part, int q, int c, const Vector<A>* sent, int count) {
+             Vector<A> row[block], sum = {};
+             load_block<A, block, part>(
+                 static_cast<const T*>(p.aggregate) + tile.pair(p, q) * p.C + c, count, row);
+             for (int v = 0; v < block; ++v) sum += sent[v] * row[v];
+             gradient += total_of<A>(sum)[0];
+           });
   return gradient;
 }
 
@@ -317,6 +400,7 @@ void forward_float32(const Problem* p) { forward<float, float>(*p); }
 void forward_bfloat16(const Problem* p) { forward<bfloat16, float>(*p); }
 void forward_float64(const Problem* p) { forward<double, double>(*p); }
 void module_float32(const Problem* p) { module<float, float>(*p); }
+void module_bfloat16(const Problem* p) { module<bfloat16, float>(*p); }
 void module_float64(const Problem* p) { module<double, double>(*p); }
 void backward_float32(const Problem* p) { backward<float, float>(*p); }
 void backward_bfloat16(const Problem* p) { backward<bfloat16, float>(*p); }

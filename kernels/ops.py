@@ -98,38 +98,42 @@ def attend(
 def attend_module(
     query: Tensor,
     features: Sequence[Tensor],
-    mask_maps: Sequence[Tensor] | None,
     weight: Tensor,
     bias: Tensor,
+    mask_weight: Tensor | None,
+    mask_bias: Tensor | None,
     output: Tensor,
     output_bias: Tensor,
 ) -> Tensor:
-    """The points of `attend` by one product, `attend` without gates and noise, and its results'
-    product, tile by tile: what lies between stays in the processor's cache. No gradients; where
-    `runs_whole` allows it.
+    """A module in inference, added to its query: masks and points by products, `attend` without
+    gates and noise, and its results' product, tile by tile, so that what lies between stays in the
+    processor's cache. No gradients; where `runs_whole` allows it.
 
     Args:
         query: [B,H,W,C], what the points are computed from.
-        features, mask_maps: those of `attend`.
+        features: those of `attend`.
         weight, bias: [C,L·3·K] and [L·3·K], of the points.
-        output, output_bias: [L,C+1,O] and [O]; C rows for a layer's aggregate, the last one for its
+        mask_weight, mask_bias: [L,C,K] and [L,K], of the mask maps; None keeps every key.
+        output, output_bias: [L,C+1,C] and [C]; C rows for a layer's aggregate, the last one for its
             coverage.
 
-    Returns [B,H,W,O].
+    Returns [B,H,W,C] of the query's type. With bfloat16, sums are float32 and what is multiplied is
+    bfloat16 (the weights of a key's corners too, where the processor multiplies it in pairs), as in
+    automatic mixed precision.
     """
     return torch.ops.acla.attend_module(
-        query, list(features), list(mask_maps or ()), weight, bias, output, output_bias
+        query, list(features), weight, bias, mask_weight, mask_bias, output, output_bias
     )
 
 
 def runs_whole(query: Tensor, features: Sequence[Tensor]) -> bool:
     """Whether `attend_module` computes what `attend` and its products would, and faster."""
     kinds = {tensor.dtype for tensor in (query, *features)}
+    even = features[0].shape[-1] % 2 == 0  # bfloat16 is multiplied in pairs
     return (
         query.device.type == "cpu"
-        and kinds in ({torch.float32}, {torch.float64})
+        and kinds in ({torch.float32}, {torch.float64}, {torch.bfloat16 if even else None})
         and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and (os.environ.get("ACLA_BACKEND") or "auto") in ("auto", "cpp")
         and why_not("cpp", query) is None

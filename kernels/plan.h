@@ -6,12 +6,11 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 #include "vectors.h"
 
 extern "C" struct Problem {  // mirrored in cpp_backend.py, field by field
-  int64_t B, H, W, L, K, C, O, threads;  // O: channels that a whole module gives, else 0
+  int64_t B, H, W, L, K, C, threads;
   double temperature;
   const void* const* features;     // [L] pointers to T [B,H+2,W+2,C], the last stride is 1
   const int64_t* feature_strides;  // [L,3] of image, row and column, in elements
@@ -27,14 +26,17 @@ extern "C" struct Problem {  // mirrored in cpp_backend.py, field by field
   void* grad_points;               // A [B,H,W,L,3,K], or null
   void* const* grad_mask_maps;     // [L] pointers to A [B,H+2,W+2,K], each may be null
   double* grad_gates;              // [B,L], to be summed over B, or null
-  // Of a whole module; there are no points and no aggregate then:
-  const void* query;             // T [B,H,W,C], the last stride is 1
+  // Of a whole module; there are no points, no masks and no aggregate then:
+  const void* query;             // T [B,H,W,C], the last stride is 1; C is even for bfloat16
   const int64_t* query_strides;  // [3] of image, row and column
   const void* weight;            // A [C,L·3·K], of the points; their bias A [L·3·K]
   const void* bias;
-  const void* output;       // A [L,C+1,O], g behind h, and in the last row what coverage is times
-  const void* output_bias;  // A [O]
-  void* result;             // A [B,H,W,O], contiguous
+  const void* mask_weight;  // A [L,C,K], of the masks, or null; their bias A [L,K]
+  const void* mask_bias;
+  void* mask_memory;        // A [L,H+2,W+2,K], for an image's masks
+  const void* output;       // A [L,C+1,C], g behind h, and in the last row what coverage is times
+  const void* output_bias;  // A [C]
+  void* result;             // T [B,H,W,C], contiguous
 };
 
 namespace {
@@ -60,7 +62,7 @@ template <class A>
 struct Tile {
   explicit Tile(const Problem& p)
       : K(int(p.K)), slots((K + kLanes<A> - 1) / kLanes<A> * kLanes<A>),
-        size(kTile * kTile * slots), reals(size * 14), longs(size), ints(size * 3),
+        size(kTile * kTile * slots + kLanes<A>), reals(size * 14), longs(size), ints(size * 3),
         list(size + kSlack) {
     A** arrays[] = {&at.y,  &at.x,  &at.f,  &at.logit, &at.slope_y, &at.slope_x,
                     &at.w0, &at.w1, &at.w2, &at.w3,    &at.d};
@@ -73,26 +75,26 @@ struct Tile {
   int b, l, top, left, height, width;  // queries from (top, left) of image b, keys on layer l
   bool masked = false;                 // whether masks are read, rather than known to be open
   int K, slots;                        // keys of a query, and entries: whole vectors
-  int64_t size;
+  int64_t size;  // of an array, and a line more: not all of a query's entries fall into one set
   int first[kTile * kTile + 1];  // picked[first[q] .. first[q + 1] - 1]: query q's open entries
   A inside[kTile * kTile];       // gate · Σ of f · share in the image, over the open keys
   Entries<A> at;
-  std::vector<A> points;  // [q,3,K] of this layer, if the module computes them itself
-  std::vector<A> reals;
-  std::vector<int64_t> longs;
-  std::vector<Integer<A>> ints;
-  std::vector<int32_t> list;
+  const A* points = nullptr;  // [q,3,K] of this layer, if the module computes them itself
+  Buffer<A> reals;
+  Buffer<int64_t> longs;
+  Buffer<Integer<A>> ints;
+  Buffer<int32_t> list;
 
   const A* points_of(const Problem& p, int q) const {
-    return points.empty() ? static_cast<const A*>(p.points) + pair(p, q) * 3 * K
-                          : points.data() + q * 3 * K;
+    return points ? points + q * 3 * K : static_cast<const A*>(p.points) + pair(p, q) * 3 * K;
   }
   int queries() const { return height * width; }
   int y(int q) const { return top + q / width; }
   int x(int q) const { return left + q % width; }
-  int64_t pair(const Problem& p, int q) const {  // index in [B,H,W,L]
-    return ((int64_t(b) * p.H + y(q)) * p.W + x(q)) * p.L + l;
+  int64_t pixel(const Problem& p, int q) const {  // index in [B,H,W]
+    return (int64_t(b) * p.H + y(q)) * p.W + x(q);
   }
+  int64_t pair(const Problem& p, int q) const { return pixel(p, q) * p.L + l; }  // in [B,H,W,L]
 };
 
 // Softmax, and the four corners, of the keys of queries begin .. end - 1, which share a row.
@@ -158,12 +160,13 @@ bool all_open(const Problem& p, const Tile<A>& tile) {
   const int64_t* strides = p.mask_strides + tile.l * 3;
   const A* map = mask_map(p, tile);
   bool open = !p.seeds;
-  for (int64_t y = 0; open && y < p.H + 2; ++y)
-    for (int64_t x = 0; x < p.W + 2; ++x) {
-      const A* from = map + y * strides[1] + x * strides[2];
-#pragma omp simd reduction(& : open)
-      for (int k = 0; k < tile.K; ++k) open &= from[k] > 0;
-    }
+  for (int64_t y = 0; open && y < p.H + 2; ++y) {
+    Integers<A> all = ~Integers<A>{};
+    for (int64_t x = 0; x < p.W + 2; ++x)
+      for (int k = 0; k < tile.K; k += kLanes<A>)
+        all &= get_some(map + y * strides[1] + x * strides[2] + k, tile.K - k, A(1)) > 0;
+    for (int i = 0; i < kLanes<A>; ++i) open &= all[i] != 0;
+  }
   return open;
 }
 
@@ -185,9 +188,7 @@ void look_up(const Problem& p, Tile<A>& tile, int begin, int end) {
   for (int q = begin; p.seeds && q < end; ++q) {
     const uint64_t seed = uint64_t(p.seeds[tile.b]);
     const uint64_t counter = ((int64_t(tile.y(q)) * p.W + tile.x(q)) * p.L + tile.l) * K;
-#pragma omp simd
-    for (int k = 0; k < K; ++k)
-      at.logit[q * tile.slots + k] = A(logistic_noise(seed, counter + k));
+    draw_noise(seed, counter, K, at.logit + q * tile.slots);
   }
 }
 
@@ -260,7 +261,7 @@ void ask_ahead(const Problem& p, const Tile<A>& tile, const T* image) {
         ask(from + y * strides[1] + x * strides[2], count);
   };
   ask_for(image, p.feature_strides + tile.l * 3, p.C);
-  if (p.mask_maps) ask_for(mask_map(p, tile), p.mask_strides + tile.l * 3, p.K);
+  if (tile.masked) ask_for(mask_map(p, tile), p.mask_strides + tile.l * 3, p.K);
   const A* points = static_cast<const A*>(p.points);
   for (int y = tile.top; points && y < tile.top + tile.height; ++y)
     for (int64_t x = tile.left + kTile; x < least(tile.left + 2 * kTile, p.W); ++x)

@@ -21,8 +21,8 @@ LIBRARY.define(
     "float temperature, str backend, bool counts) -> (Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(
-    "attend_module(Tensor query, Tensor[] features, Tensor[] mask_maps, Tensor weight, "
-    "Tensor bias, Tensor output, Tensor output_bias) -> Tensor"
+    "attend_module(Tensor query, Tensor[] features, Tensor weight, Tensor bias, "
+    "Tensor? mask_weight, Tensor? mask_bias, Tensor output, Tensor output_bias) -> Tensor"
 )
 LIBRARY.define(
     "attend_backward(Tensor[] features, Tensor points, Tensor[] mask_maps, Tensor? gates, "
@@ -46,15 +46,15 @@ def attend(features, points, mask_maps, gates, seeds, temperature, backend, coun
 
 
 @functools.partial(LIBRARY.impl, "attend_module", dispatch_key="CPU")
-def attend_module(query, features, mask_maps, *weights):
+def attend_module(query, features, *weights):
     from . import cpp_backend
 
-    return cpp_backend.attend_module(query, features, mask_maps or None, *weights)
+    return cpp_backend.attend_module(query, features, *weights)
 
 
 @torch.library.register_fake("acla::attend_module", lib=LIBRARY)
-def attend_module_shape(query, features, mask_maps, weight, bias, output, output_bias):
-    return query.new_empty(*query.shape[:3], len(output_bias))
+def attend_module_shape(query, *_):
+    return query.new_empty(query.shape)
 
 
 def uncounted(points: Tensor) -> Tensor:
@@ -159,11 +159,12 @@ def attend_flops(features, points, *_, **__) -> int:
 
 
 @register_flop_formula(torch.ops.acla.attend_module)
-def attend_module_flops(query, features, mask_maps, weight, bias, output, *_, **__) -> int:
-    """The points' product, every key kept, and the output's."""
+def attend_module_flops(query, features, weight, bias, mask_weight, _, output, *__, **___) -> int:
+    """The products of points, masks and output, and every key kept."""
     N, L = query[:3].numel(), len(features)
     K = bias[0] // (3 * L)
-    return N * (2 * weight.numel() + 6 * query[-1] * L * K + 2 * output.numel())
+    masks = 2 * features[0][:3].numel() * mask_weight.numel() if mask_weight else 0
+    return N * (2 * weight.numel() + 6 * query[-1] * L * K + 2 * output.numel()) + masks
 
 
 @register_flop_formula(torch.ops.acla.attend_backward)

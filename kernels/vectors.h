@@ -10,6 +10,7 @@
 #include <cstring>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -51,6 +52,20 @@ using Integer = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
 template <class A>
 using Integers = Vector<Integer<A>>;  // as many as Vector<A> has lanes; what comparisons give
 
+// Memory that begins with a cache line.
+template <class T>
+class Buffer {
+  struct alignas(64) Line {
+    char bytes[64];
+  };
+  std::vector<Line> lines;
+
+ public:
+  explicit Buffer(int64_t size = 0) : lines((size * int64_t(sizeof(T)) + 63) / 64) {}
+  T* data() { return reinterpret_cast<T*>(lines.data()); }
+};
+
+inline uint32_t widen(uint32_t v) { return v; }  // pairs of bfloat16
 inline float widen(float v) { return v; }
 inline double widen(double v) { return v; }
 inline float widen(bfloat16 v) { return bit_cast<float>(uint32_t(v.bits) << 16); }
@@ -64,7 +79,18 @@ inline void narrow(float v, bfloat16& to) {  // to nearest, ties to even
 
 using Floats = Vector<float>;
 using Words = Vector<uint32_t>;
+using Longs = Vector<uint64_t>;
 using Halves = typename Simd<uint16_t, kLanes<float>>::Vector;
+
+// The bits of floats whose upper halves are theirs in bfloat16, to nearest, ties to even.
+inline Words rounded(Floats v) {
+  const Words bits = bit_cast<Words>(v), number = bit_cast<Words>(v == v);
+  return ((bits + 0x7FFFu + (bits >> 16 & 1u)) & number) | (0x7FC00000u & ~number);
+}
+
+inline Words pair_up(Floats low, Floats high) {  // two of bfloat16 in every word
+  return rounded(low) >> 16 | (rounded(high) & 0xFFFF0000u);
+}
 
 // Reads and writes a vector of arithmetic type, or its first `count` lanes where `part` is true.
 template <class A, bool part, class T>
@@ -87,13 +113,90 @@ inline void store(T* to, Vector<A> v, int count) {
   if constexpr (part) {
     for (int i = 0; i < count; ++i) narrow(v[i], to[i]);
   } else if constexpr (std::is_same_v<T, bfloat16>) {
-    const Words bits = bit_cast<Words>(v), number = bit_cast<Words>(v == v);
-    const Words rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
-    const Halves halves = __builtin_convertvector((rounded & number) | (0x7FC0u & ~number), Halves);
+    const Halves halves = __builtin_convertvector(rounded(v) >> 16, Halves);
     std::memcpy(to, &halves, sizeof halves);
   } else {
     std::memcpy(to, &v, sizeof v);
   }
+}
+
+// Keeps something in a register of its own. GCC would make pointers of one and distances, and read
+// vectors again and again; either way it runs out of registers or of loads.
+template <class T>
+inline void hold(T*& pointer) {
+  asm("" : "+r"(pointer));
+}
+template <class A>
+inline void hold_vector(Vector<A>& v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__x86_64__) || defined(__aarch64__)
+  asm("" : "+x"(v));
+#endif
+  (void)v;
+}
+
+// Reads and writes blocks of V vectors of channels. Whole blocks of bfloat16 come two vectors at a
+// time, the even channels before the odd ones: a shift and a mask in place of a conversion.
+template <class T, int V, bool part>
+constexpr bool kPaired = std::is_same_v<T, bfloat16> && V % 2 == 0 && !part;
+
+template <class A, int V, bool part, class T>
+inline void load_block(const T* from, int count, Vector<A>* to) {
+  constexpr int lanes = kLanes<A>;
+  if constexpr (kPaired<T, V, part>) {
+#pragma GCC unroll 16
+    for (int v = 0; v < V; v += 2) {
+      Words both;
+      std::memcpy(&both, from + v * lanes, sizeof both);
+      hold_vector<uint32_t>(both);
+      to[v] = bit_cast<Floats>(both << 16), to[v + 1] = bit_cast<Floats>(both & 0xFFFF0000u);
+    }
+  } else {
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) to[v] = load<A, part>(from + v * lanes, count - v * lanes);
+  }
+}
+
+template <class A, int V, bool part, class T>
+inline void store_block(T* to, const Vector<A>* from, int count) {
+  constexpr int lanes = kLanes<A>;
+  if constexpr (kPaired<T, V, part>) {
+#pragma GCC unroll 16
+    for (int v = 0; v < V; v += 2) {
+      const Words both = pair_up(from[v], from[v + 1]);
+      std::memcpy(to + v * lanes, &both, sizeof both);
+    }
+  } else {
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) store<A, part>(to + v * lanes, from[v], count - v * lanes);
+  }
+}
+
+// Where the processor adds the products of pairs of bfloat16 to floats, rows of T are multiplied
+// as 32 bits for two channels each.
+#if defined(__AVX512BF16__)
+template <class T>
+constexpr bool kPairs = std::is_same_v<T, bfloat16>;
+#else
+template <class T>
+constexpr bool kPairs = false;
+#endif
+template <class T>
+constexpr int64_t steps(int64_t terms) {
+  return kPairs<T> ? (terms + 1) / 2 : terms;
+}
+template <class T, class A>
+using Factor = std::conditional_t<kPairs<T>, uint32_t, A>;
+
+template <class A, class F>
+inline Vector<A> add_product(Vector<A> sum, Vector<F> a, Vector<F> b) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<F, uint32_t>)
+    return Floats(_mm512_dpbf16_ps(__m512(sum), (__m512bh)a, (__m512bh)b));
+  else
+#endif
+    return sum + a * b;
 }
 
 // A vector's loads and stores where all lanes count, and loads of the first `count` of many.
@@ -126,20 +229,6 @@ inline void ask(const T* from, int64_t count) {
   asm volatile("");  // GCC removes calls of functions that do nothing but ask
 }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Keeps something in a register of its own. GCC would make pointers of one and distances, and read
-// vectors again and again; either way it runs out of registers or of loads.
-template <class T>
-inline void hold(T*& pointer) {
-  asm("" : "+r"(pointer));
-}
-template <class A>
-inline void hold_vector(Vector<A>& v) {
-#if defined(__x86_64__) || defined(__aarch64__)
-  asm("" : "+x"(v));
-#endif
-  (void)v;
-}
 
 // Lane i of the result is lane I[i] of a followed by b.
 template <class A, int... I>
@@ -263,56 +352,96 @@ inline void over_channels(int C, F&& body) {
   if (c < C) body(std::integral_constant<int, 1>{}, std::true_type{}, c);
 }
 
+// Matrices [n,rows,columns] for `product` with rows of T; kept in `memory` if not as they are.
+template <class T, class A>
+const Factor<T, A>* factors(const void* matrices, int64_t n, int64_t rows, int64_t columns,
+                            Buffer<Factor<T, A>>& memory) {
+  const A* from = static_cast<const A*>(matrices);
+  if constexpr (kPairs<T>) {
+    memory = Buffer<uint32_t>(n * steps<T>(rows) * columns);
+    uint32_t* to = memory.data();
+    for (int64_t i = 0; i < n; ++i, from += rows * columns)
+      for (int64_t r = 0; r < rows; r += 2, to += columns)
+        for (int64_t c = 0; c < columns; c += kLanes<A>) {
+          const A* first = from + r * columns + c;
+          const int count = int(least(columns - c, kLanes<A>));
+          const Floats second = r + 1 < rows ? get_some(first + columns, count, A(0)) : Floats{};
+          put_some<uint32_t>(to + c, pair_up(get_some(first, count, A(0)), second), count);
+        }
+    return memory.data();
+  } else {
+    return from;
+  }
+}
+
 // out[r] = start[r] + Σ in[r][c] · weight[c] for R rows and V vectors of columns. Not inline, so that
 // the sums have all registers.
-template <int R, int V, bool part, class T, class A>
-__attribute__((noinline)) void multiply(const T* const (&in)[R], int inner, const A* weight,
+template <int R, int V, bool part, class T, class W, class A>
+__attribute__((noinline)) void multiply(const T* const (&in)[R], int64_t terms, const W* weight,
                                         int64_t step, const A* const (&start)[R],
                                         A* const (&out)[R], int count) {
   constexpr int lanes = kLanes<A>;
+  const auto term = [](const T* from, int64_t c) {
+    if constexpr (kPairs<T>) {
+      W both;
+      std::memcpy(&both, from + 2 * c, sizeof both);
+      return both;
+    } else {
+      return widen(from[c]);
+    }
+  };
   Vector<A> sum[R * V];
 #pragma GCC unroll 16
   for (int i = 0; i < R * V; ++i) sum[i] = load<A, part>(start[i / V] + i % V * lanes, count);
-  for (int c = 0; c < inner; ++c, weight += step) {
-    Vector<A> w[V];
+  for (int64_t c = 0; c < terms; ++c, weight += step) {
+    Vector<W> w[V];
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) {
-      w[v] = load<A, part>(weight + v * lanes, count);
-      hold_vector<A>(w[v]);
+      w[v] = load<W, part>(weight + v * lanes, count);
+      hold_vector<W>(w[v]);
     }
 #pragma GCC unroll 16
-    for (int i = 0; i < R * V; ++i) sum[i] += widen(in[i / V][c]) * w[i % V];
+    for (int i = 0; i < R * V; ++i)
+      sum[i] = add_product<A, W>(sum[i], term(in[i / V], c) - Vector<W>{}, w[i % V]);
   }
 #pragma GCC unroll 16
   for (int i = 0; i < R * V; ++i) store<A, part>(out[i / V] + i % V * lanes, sum[i], count);
 }
 
-// The same for all queries of a tile and all columns. in(q), start(q) and out(q) are rows.
-template <class A, class In, class Start, class Out>
-void product(int queries, int inner, const A* weight, int64_t step, int columns, In&& in,
+// The same for all queries of a tile and all columns. in(q), start(q) and out(q) are rows; the
+// columns of `weight`, of `factors`, are `step` apart.
+template <class T, class A, class In, class Start, class Out>
+void product(int queries, int inner, const Factor<T, A>* weight, int64_t step, int columns, In&& in,
              Start&& start, Out&& out) {
-  constexpr int lanes = kLanes<A>, R = 4;  // with three vectors, sums fit in 16 registers
+  constexpr int lanes = kLanes<A>, widest = kBlock / 4;  // sums of four rows, in half the registers
   const auto rows = [&](auto some, int q) {
     constexpr int N = decltype(some)::value;
-    std::decay_t<decltype(in(0))> from[N];
+    const T* from[N];
     const A* begin[N];
     A* to[N];
     for (int r = 0; r < N; ++r) from[r] = in(q + r), begin[r] = start(q + r), to[r] = out(q + r);
     int o = 0;
     const auto block = [&](auto wide, auto part) {
       constexpr int V = decltype(wide)::value;
-      multiply<N, V, decltype(part)::value>(from, inner, weight + o, step, begin, to, columns - o);
+      multiply<N, V, decltype(part)::value>(from, steps<T>(inner), weight + o, step, begin, to,
+                                            columns - o);
       for (int r = 0; r < N; ++r) begin[r] += V * lanes, to[r] += V * lanes;
       o += V * lanes;
     };
     constexpr auto whole = std::false_type{};
-    while (columns - o >= 3 * lanes) block(std::integral_constant<int, 3>{}, whole);
-    if (columns - o >= 2 * lanes) block(std::integral_constant<int, 2>{}, whole);
+    if constexpr (N <= 4) {
+      if constexpr (widest > 3)
+        while (columns - o >= 4 * lanes) block(std::integral_constant<int, 4>{}, whole);
+      while (columns - o >= 3 * lanes) block(std::integral_constant<int, 3>{}, whole);
+      if (columns - o >= 2 * lanes) block(std::integral_constant<int, 2>{}, whole);
+    }
     if (columns - o >= lanes) block(std::integral_constant<int, 1>{}, whole);
     if (o < columns) block(std::integral_constant<int, 1>{}, std::true_type{});
   };
   int q = 0;
-  for (; q + R <= queries; q += R) rows(std::integral_constant<int, R>{}, q);
+  if (columns < 2 * lanes)
+    for (; q + 8 <= queries; q += 8) rows(std::integral_constant<int, 8>{}, q);
+  for (; q + 4 <= queries; q += 4) rows(std::integral_constant<int, 4>{}, q);
   for (; q < queries; ++q) rows(std::integral_constant<int, 1>{}, q);
 }
 
@@ -356,18 +485,45 @@ inline float logarithm(float x) {  // for 0 < x < 1, normal
   return m + small + e * 0.693359375f;
 }
 
-inline float logistic_noise(uint64_t seed, uint64_t counter) {  // Philox4x32-10, see philox.py
-  uint32_t c0 = uint32_t(counter), c1 = uint32_t(counter >> 32), c2 = 0, c3 = 0;
-  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+inline Longs low_product(Longs a, uint32_t b) {  // of the lower halves of 64 bits
+#if defined(__AVX512F__)
+  return Longs(_mm512_mul_epu32(__m512i(a), _mm512_set1_epi64(b)));
+#elif defined(__AVX2__)
+  return Longs(_mm256_mul_epu32(__m256i(a), _mm256_set1_epi64x(b)));
+#else
+  return (a & 0xFFFFFFFFu) * uint64_t(b);
+#endif
+}
+
+// Logistic noise for counters from `counter` on, at least `count`, whole vectors of float.
+// Philox4x32-10, see philox.py; what the upper halves hold never reaches a lower one.
+template <class A>
+inline void draw_noise(uint64_t seed, uint64_t counter, int count, A* to) {
+  constexpr int lanes = kLanes<uint64_t>, pair = 2 * lanes;  // two hide each other's latency
+  for (int i = 0; i < count; i += pair) {
+    Longs c0[2], c1[2], c2[2] = {}, c3[2] = {}, k0 = seed - Longs{}, k1 = k0 >> 32;
+    for (int h = 0; h < 2; ++h) {
+      c0[h] = counter + uint64_t(i + h * lanes) + bit_cast<Longs>(kLane<double>);
+      c1[h] = c0[h] >> 32;
+    }
 #pragma GCC unroll 10
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = uint64_t(c0) * 0xD2511F53u, p1 = uint64_t(c2) * 0xCD9E8D57u;
-    c0 = uint32_t(p1 >> 32) ^ c1 ^ k0, c2 = uint32_t(p0 >> 32) ^ c3 ^ k1;
-    c1 = uint32_t(p1), c3 = uint32_t(p0);
-    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+    for (int round = 0; round < 10; ++round) {
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; ++h) {
+        const Longs p0 = low_product(c0[h], 0xD2511F53u), p1 = low_product(c2[h], 0xCD9E8D57u);
+        c0[h] = p1 >> 32 ^ c1[h] ^ k0, c2[h] = p0 >> 32 ^ c3[h] ^ k1;
+        c1[h] = p1, c3[h] = p0;
+      }
+      k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+    }
+    uint64_t bits[pair];
+    std::memcpy(bits, c0, sizeof bits);
+#pragma omp simd
+    for (int lane = 0; lane < pair; ++lane) {
+      const float u = (float(int32_t(uint32_t(bits[lane]) >> 9)) + 0.5f) * (1.0f / (1 << 23));
+      to[i + lane] = A(logarithm(u) - logarithm(1.0f - u));
+    }
   }
-  const float u = (float(int32_t(c0 >> 9)) + 0.5f) * (1.0f / (1 << 23));
-  return logarithm(u) - logarithm(1.0f - u);
 }
 
 }  // namespace

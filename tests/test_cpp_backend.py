@@ -3,6 +3,7 @@
 B batch · L referred layers · K sampled keys per layer and query · H,W grid · C channels
 """
 
+import itertools
 import math
 import platform
 import shutil
@@ -15,7 +16,15 @@ from hypothesis import strategies as st
 from operator_cases import Inputs, far_apart, gate_terms, make, make_clear, sparse_memory
 from torch import Tensor
 
-from acla.kernels import attend, cpp_backend, dispatch, logistic_noise, torch_backend
+from acla.kernels import (
+    attend,
+    attend_module,
+    cpp_backend,
+    dispatch,
+    logistic_noise,
+    to_rows,
+    torch_backend,
+)
 
 BACKENDS = ["cpp", "torch"]
 TYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -178,6 +187,24 @@ def test_other_processors_vectors_are_right_too(narrow_vectors):
     for size in ((2, 9, 17, 2, 3, 19), (1, 3, 2, 3, 17, 5), (1, 3, 5, 1, 4, 300)):
         for dtype in TYPES:
             judge("cpp", make_clear(size, gates=[1.0] * size[3], seeds=True), dtype)
+    for size, dtype in itertools.product(((2, 3, 9, 2, 5, 20), (1, 9, 2, 1, 16, 64)), TYPES):
+        judge_module(size, dtype)
+
+
+def judge_module(size: tuple[int, ...], dtype: torch.dtype) -> None:
+    """`attend_module` beside the reference in float64 and products, without masks."""
+    B, H, W, L, K, C = size
+    rows = [to_rows(torch.randn(B, C, H, W)).to(dtype) for _ in range(L)]
+    query, weight = torch.randn(B, H, W, C).to(dtype), torch.randn(C, L * 3 * K) / 9
+    bias, output = torch.randn(L * 3 * K), torch.randn(L, C + 1, C)
+    given = query, rows, weight, bias, None, None, output, torch.zeros(C)
+    points = (query.double() @ weight.double() + bias).view(B, H, W, L, 3, K)
+    out = attend([one.double() for one in rows], points, backend="reference")
+    expected = query.double() + out.aggregate.flatten(3) @ output[:, :-1].flatten(0, 1).double()
+    expected = expected + out.coverage @ output[:, -1].double()
+    tolerance = 16 * torch.finfo(dtype).eps * expected.abs().max().item()
+    found = attend_module(*given)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance)
 
 
 # ---- layouts, subsets, work left out

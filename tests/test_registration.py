@@ -47,18 +47,19 @@ def test_opcheck_of_rows():
 @pytest.mark.skipif(bool(why_not("cpp", torch.zeros(1))), reason="no C++ compiler")
 @pytest.mark.parametrize("masked", [True, False])
 def test_a_module_in_one_pass_has_its_shape_and_the_flops_of_its_parts(masked):
-    features, _, maps, _ = inputs(masked)
-    rows, maps = [f.detach() for f in features], [m.detach() for m in maps]
+    rows = [f.detach() for f in inputs()[0]]
     query, columns = torch.randn(B, H, W, C), L * 3 * K
-    weight, output = torch.randn(C, columns), torch.randn(L, C + 1, 7)
-    given = query, rows, maps, weight, torch.randn(columns), output, torch.randn(7)
+    weight, output = torch.randn(C, columns), torch.randn(L, C + 1, C)
+    masks = (torch.randn(L, C, K), torch.randn(L, K)) if masked else (None, None)
+    given = query, rows, weight, torch.randn(columns), *masks, output, torch.randn(C)
     result = torch.library.opcheck(torch.ops.acla.attend_module.default, given)
     assert set(result.values()) == {"SUCCESS"}
     with torch.no_grad(), FlopCounterMode(display=False) as whole:
         attend_module(*given)
     with torch.no_grad(), FlopCounterMode(display=False) as parts:
         points = (query @ weight).view(B, H, W, L, 3, K)
-        out = attend(rows, points, maps or None)
+        maps = [one @ mask for one, mask in zip(rows, masks[0], strict=True)] if masked else None
+        out = attend(rows, points, maps)
         out.aggregate.flatten(3) @ output[:, :-1].flatten(0, 1)
         out.coverage @ output[:, -1]
     assert whole.get_total_flops() == parts.get_total_flops()

@@ -30,12 +30,13 @@ for (B, H, W, L, K, C), dtype in itertools.product(
     (out.aggregate.sum() + out.coverage.sum() + out.kept.sum()).backward()
     assert out.aggregate.isfinite().all()
     assert all(tensor.grad is not None for tensor in [*features, points, *maps, gates])
-    if dtype != torch.bfloat16:
-        query, weight = torch.randn(B, H, W, C, dtype=dtype), torch.randn(C, L * 3 * K) * 9
-        bias, output = points[0, 0, 0].detach().flatten(), torch.randn(L, C + 1, 7)
-        rows, open_maps = [f.detach() for f in features], [m.detach() for m in maps]
-        given = query, rows, open_maps, weight, bias, output, torch.randn(7)
-        assert attend_module(*given).isfinite().all()
+    if dtype != torch.bfloat16 or C % 2 == 0:
+        rows = [f.detach() for f in features]
+        weight, bias = torch.randn(C, L * 3 * K) * 9, points[0, 0, 0].detach().flatten()
+        for masks in ((torch.randn(L, C, K), torch.randn(L, K)), (None, None)):
+            given = weight, bias, *masks, torch.randn(L, C + 1, C), torch.randn(C)
+            query = torch.randn(B, H, W, C, dtype=dtype)
+            assert attend_module(query, rows, *given).isfinite().all()
 print("clean")
 """
 

@@ -24,7 +24,7 @@ from acla import cli
 from acla.config import PAPER_POSITIONS, ModelConfig, Task, model_preset, train_preset
 from acla.data.datasets import Loader, PatchSampler, Pictures, sample_set
 from acla.distributed import Processes
-from acla.kernels import attend, bench, to_rows
+from acla.kernels import attend, bench, runs_whole, to_rows
 from acla.kernels.baselines import Case, Implementation, by_grid_sample, make_case
 from acla.models.attention import CrossLayerAttention, mask_maps
 from acla.models.backbones import Backbone
@@ -146,8 +146,15 @@ def attention_parts(
         "planning": lambda: [attend(*arguments, counts=False) for arguments in shut],
         "planning, gather": lambda: [attend(*arguments, counts=False) for arguments in given],
         "output": lambda: [m.combine(one) for m, one in zip(modules, attended, strict=True)],
-        "modules": lambda: [m(f, of, maps=own, counts=False) for m, f, (of, _, own) in joined],
+        "modules": lambda: [run_module(m, f, of) for m, f, (of, _, _) in joined],
     }
+
+
+def run_module(module: CrossLayerAttention, query: Tensor, rows: list[Tensor]) -> Tensor:
+    """x + h(y) as a network computes it, masks included."""
+    if runs_whole(query, rows):
+        return module.whole(query, rows)
+    return query + module(query, rows, counts=False)[0]
 
 
 def without_gradients(net: torch.nn.Module, picture: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from acla.kernels import Attended, attend, attend_module, runs_whole
+from acla.kernels import Attended, attend, attend_module
 
 RING_KEYS = 8
 LARGE_PRODUCT = 2**29  # multiply-adds that take a GPU longer in float32 than a launch does
@@ -103,20 +103,25 @@ class CrossLayerAttention(nn.Module):
         layers [B,H+2,W+2,K], where `mask_maps` has computed those of several modules together.
 
         Returns h(y) [B,C,H,W] and the keys kept [B,L], over all queries, None without `counts`."""
-        whole = gates is None and seeds is None and not counts and runs_whole(query, rows)
-        points = None if whole else self.locate(query)
+        points = self.locate(query)
         if maps is None and self.mask is not None:
             maps = [mask_maps([self], layer, one)[0] for layer, one in enumerate(rows)]
-        if whole:  # in one pass of the CPU kernel
-            query = query.permute(0, 2, 3, 1)
-            located = fused(self, "points", transpose, self.points.weight, self.points.bias)
-            parts = self.output.weight, self.value, self.value_bias, self.output.bias
-            output = fused(self, "h∘g, stacked", stack, *parts)
-            return attend_module(query, rows, maps, *located, *output).permute(0, 3, 1, 2), None
         attended = attend(
             rows, points, maps, gates, seeds=seeds, temperature=temperature, counts=counts
         )
         return self.combine(attended), attended.kept
+
+    def whole(self, query: Tensor, rows: Sequence[Tensor]) -> Tensor:
+        """x + h(y) [B,C,H,W] (Eq. 2) of the same query and rows in one pass of the CPU kernel, in
+        inference and where `runs_whole` allows it."""
+        located = fused(self, "points", transpose, self.points.weight, self.points.bias)
+        masks = None, None
+        if self.mask is not None:
+            masks = fused(self, "M", transpose, self.mask, self.mask_bias)
+        parts = self.output.weight, self.value, self.value_bias, self.output.bias
+        output = fused(self, "h∘g, stacked", stack, *parts)
+        query = query.permute(0, 2, 3, 1)
+        return attend_module(query, rows, *located, *masks, *output).permute(0, 3, 1, 2)
 
     def locate(self, query: Tensor) -> Tensor:
         """Offsets and weights of all keys (Eq. 5), `attend`'s points: [B,C,H,W] → [B,H,W,L,3,K]."""
@@ -174,8 +179,8 @@ def fold(output: Tensor, value: Tensor, value_bias: Tensor) -> tuple[Tensor, Ten
 
 
 def transpose(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """The weight of a 1×1 convolution [out,C] as [C,out], and its bias."""
-    return weight.T.contiguous(), bias
+    """Weights of 1×1 convolutions [...,out,C] as [...,C,out], and their bias."""
+    return weight.mT.contiguous(), bias
 
 
 def stack(output: Tensor, *parts: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,6 +229,8 @@ def mask_maps(
     weight, bias = fused(modules[0], f"M {layer} {len(modules)}", concatenate, *parts)
     # Full precision: TF32 would open keys that the CPU closes.
     maps = pointwise(rows, weight, bias, full=True)
+    if maps.device.type == "cpu":  # as its kernel reads them; once, not in every module
+        maps = maps.to(weight.dtype)
     return maps.split([module.keys for module in modules], -1)
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from acla.config import ATTENTIONS, ModelConfig
-from acla.kernels import to_rows
+from acla.kernels import runs_whole, to_rows
 from acla.models.attention import CrossLayerAttention, full_precision, mask_maps, zero
 from acla.models.baselines import MultiHeadAttention, NonLocal, SqueezedAttention, SqueezeExcitation
 from acla.models.gumbel import position_seeds
@@ -186,10 +186,15 @@ class Backbone(nn.Module):
         x = self.shallow(pictures.contiguous(memory_format=torch.channels_last))
         y, outputs, rows, maps, kept = x, [], [], [], {}
         masked = [p for p in self.config.positions if self.config.kind.masked and p not in shut]
+        plain = gates is None and seeds is None and not counts and self.config.keys
         for position, block in enumerate(self.blocks, 1):
             y = block(y)
             if str(position) in self.attention:
                 rows.append(to_rows(y))
+                if plain and runs_whole(y, rows):
+                    y, kept[position] = self.attention[str(position)].whole(y, rows), None
+                    outputs = [*outputs, y] if self.collects else [y]
+                    continue
                 later = [p for p in masked if p >= position]
                 if later:
                     modules = [self.attention[str(p)] for p in later]

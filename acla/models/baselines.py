@@ -186,6 +186,11 @@ class SqueezedAttention(CrossLayerAttention):
         added, kept = super().forward(query, rows, *others, **named)
         return added + self.excitation(query + added, rows)[0], kept
 
+    def whole(self, query: Tensor, rows: Sequence[Tensor]) -> Tensor:
+        """As CrossLayerAttention's."""
+        z = super().whole(query, rows)
+        return z + self.excitation(z, rows)[0]
+
 
 def gated_attention(query: Tensor, keys: Tensor, values: Tensor, gates: Tensor) -> Tensor:
     """Σ_n s_n f_n v_n / Σ_n s_n f_n with f = exp(q·k), for gates s [n,1] that need a gradient, shut
