@@ -18,6 +18,7 @@ from acla.config import SearchConfig, Task
 from acla.distributed import Processes, join
 from acla.errors import UsageError
 from acla.files import write_atomically
+from acla.restore.inference import keep_memory
 from acla.search import lambda_selection, loop
 from acla.search.architecture import for_task
 from acla.search.loop import SearchPlan, Sets
@@ -42,6 +43,7 @@ class Selection:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     processes = join(cli.pick_device(args.device))
+    keep_memory(processes.device)
     begun = run_dir.open_run(args.out, PLAN, args.resume)
     if begun:
         values = json.loads(begun.read_text(encoding="utf-8"))

@@ -25,6 +25,7 @@ from acla.distributed import Processes, join
 from acla.errors import UsageError
 from acla.models.factory import describe
 from acla.models.serialization import compatible_weights, load_model, load_state
+from acla.restore.inference import keep_memory
 from acla.search.architecture import Architecture, choose_network, read_architecture
 from acla.training import run_dir, validation
 from acla.training.run_dir import BEST, LOG, MODEL, STATE, Progress, RunDir, Stop, TrainPlan
@@ -39,6 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.log:
         run_dir.tensorboard()
     processes = join(cli.pick_device(args.device))
+    keep_memory(processes.device)
     path = None if args.describe else run_dir.open_run(args.out, STATE, args.resume)
     if path:
         tensors, values = load_state(path)

@@ -109,10 +109,14 @@ def backward(
         for gradient, dtype in zip(gradients, types, strict=True)
     ]
 
-    def empty_like(tensor: Tensor, wanted: bool) -> Tensor | None:
-        return torch.empty(tensor.shape, dtype=call.arithmetic) if wanted else None
+    def empty_like(
+        tensor: Tensor, wanted: bool, dtype: torch.dtype = call.arithmetic
+    ) -> Tensor | None:
+        return torch.empty(tensor.shape, dtype=dtype) if wanted else None
 
-    grad_features = [empty_like(f, w) for f, w in zip(features, wanted.features, strict=True)]
+    grad_features = [
+        empty_like(f, w, call.storage) for f, w in zip(features, wanted.features, strict=True)
+    ]
     grad_points = empty_like(points, wanted.points)
     grad_maps = [empty_like(m, w) for m, w in zip(mask_maps or (), wanted.mask_maps, strict=True)]
     shape = points.shape[0], len(features)

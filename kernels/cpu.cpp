@@ -309,20 +309,38 @@ struct Share {
   A gate, kept_gradient;
   const T* image;
   A *features, *mask;  // gradients, null where not wanted
+  T* result;           // the features' gradient, of which `features` is the sum before rounding
   bool reads, shut_gate, flows;
 
-  Share(const Problem& p, int64_t b, int64_t l) : p(p) {
+  Share(const Problem& p, int64_t b, int64_t l, Buffer<A>& memory) : p(p) {
     const int64_t pixels = (p.H + 2) * (p.W + 2);
     gate = A(p.gates ? p.gates[l] : 1);
     kept_gradient = A(p.kept && p.mask_maps ? p.kept[b * p.L + l] : 0);
     image = static_cast<const T*>(p.features[l]) + b * p.feature_strides[l * 3];
-    features = static_cast<A*>(p.grad_features[l]);
+    T* sent = static_cast<T*>(p.grad_features[l]);
+    features = nullptr;
+    if (sent) result = sent + b * pixels * p.C, features = summed(memory);
     mask = p.mask_maps ? static_cast<A*>(p.grad_mask_maps[l]) : nullptr;
-    if (features) std::memset(features += b * pixels * p.C, 0, sizeof(A) * pixels * p.C);
+    if (features) std::memset(features, 0, sizeof(A) * pixels * p.C);
     if (mask) std::memset(mask += b * pixels * p.K, 0, sizeof(A) * pixels * p.K);
     reads = gate != 0 && p.aggregate && (p.grad_points || mask || p.grad_gates);
     shut_gate = gate == 0 && p.grad_gates;    // its gradient is what the layer would have sent
     flows = gate != 0 || kept_gradient != 0;  // else every other gradient is zero
+  }
+
+  A* summed(Buffer<A>& memory) const {
+    if constexpr (std::is_same_v<T, A>)
+      return result;
+    else
+      return memory.data();
+  }
+
+  void round() const {
+    if (std::is_same_v<T, A> || !features) return;
+    const int64_t size = (p.H + 2) * (p.W + 2) * p.C;
+    int64_t i = 0;
+    for (; i + kLanes<A> <= size; i += kLanes<A>) store<A, false>(result + i, get(features + i), 0);
+    for (; i < size; ++i) narrow(features[i], result[i]);
   }
 };
 
@@ -373,21 +391,23 @@ void backward(const Problem& p) {
   const int strips = int((p.H + kTile - 1) / kTile);
   const int64_t pixels = p.B * (p.H + 2) * (p.W + 2);
   for (int64_t l = 0; l < p.L; ++l) {
-    expect_writes(p.grad_features[l], pixels * p.C * int64_t(sizeof(A)));
+    expect_writes(p.grad_features[l], pixels * p.C * int64_t(sizeof(T)));
     if (p.mask_maps) expect_writes(p.grad_mask_maps[l], pixels * p.K * int64_t(sizeof(A)));
   }
   expect_writes(p.grad_points, p.B * p.H * p.W * p.L * p.K * 3 * int64_t(sizeof(A)));
 #pragma omp parallel num_threads(int(p.threads))
   {
     Tile<A> tile(p);
+    Buffer<A> memory(std::is_same_v<T, A> ? 0 : (p.H + 2) * (p.W + 2) * p.C);
 #pragma omp for schedule(dynamic)
     for (int64_t item = 0; item < p.B * p.L; ++item) {
       tile.b = int(item / p.L), tile.l = int(item % p.L);
-      const Share<T, A> share(p, tile.b, tile.l);
+      const Share<T, A> share(p, tile.b, tile.l, memory);
       tile.masked = p.mask_maps;
       double gate = 0;
       for (int strip = 0; strip < strips; ++strip)
         over_tiles(p, tile, strip, [&] { gate += backward_tile(share, tile); });
+      share.round();
       if (p.grad_gates) p.grad_gates[item] = gate;
     }
   }

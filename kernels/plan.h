@@ -22,7 +22,7 @@ extern "C" struct Problem {  // mirrored in cpp_backend.py, field by field
   void* aggregate;                 // T [B,H,W,L,C]  } results of the forward pass; their gradients,
   void* coverage;                  // A [B,H,W,L]    } or null, in the backward pass; contiguous
   double* kept;                    // [B,L]          }
-  void* const* grad_features;      // [L] pointers to A [B,H+2,W+2,C], each may be null
+  void* const* grad_features;      // [L] pointers to T [B,H+2,W+2,C], each may be null
   void* grad_points;               // A [B,H,W,L,3,K], or null
   void* const* grad_mask_maps;     // [L] pointers to A [B,H+2,W+2,K], each may be null
   double* grad_gates;              // [B,L], to be summed over B, or null
