@@ -165,6 +165,21 @@ def test_mixed_precision_stays_near():
     assert (half - full).abs().max() < 0.05 * full.abs().max()
 
 
+@pytest.mark.parametrize("backbone", ["edsr", "rcan", "a2n"])
+def test_what_no_block_changes_keeps_its_digits_in_mixed_precision(backbone):
+    net = build_network(replace(SMALL, backbone=backbone)).eval()
+    for parameter in net.body[-1].parameters():
+        torch.nn.init.zeros_(parameter)
+    torch.nn.init.normal_(net.tail[-1].weight)
+    pictures = torch.rand(1, 3, 7, 5)
+    with torch.no_grad():
+        full = net(pictures)
+        with torch.autocast("cpu", torch.bfloat16):
+            short = net(pictures)
+    assert (full - pictures).abs().max() > 0.1
+    assert torch.equal(short, full)
+
+
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_the_mean_colour_keeps_its_digits_in_mixed_precision(backbone):
     net = build_network(replace(SMALL, backbone=backbone, scale=2)).eval()

@@ -119,7 +119,7 @@ class A2N(Backbone):
         return self.head(pictures)
 
     def finish(self, pictures: Tensor, x: Tensor, outputs: Sequence[Tensor]) -> Tensor:
-        restored = self.tail(self.body[-1](outputs[-1]) + x)
+        restored = self.enlarge(self.body[-1](outputs[-1]) + x)
         scale = self.config.scale
         if scale > 1:
             pictures = F.interpolate(pictures, scale_factor=scale, mode="bilinear")

@@ -216,8 +216,19 @@ def fused(
 
 def full_precision(tensor: Tensor) -> torch.autocast:
     """A context without automatic mixed precision on the tensor's device."""
-    kind = "cpu" if tensor.is_meta else tensor.device.type  # autocast lacks meta
-    return torch.autocast(kind, enabled=False)
+    return torch.autocast(autocast_kind(tensor), enabled=False)
+
+
+def as_autocast(tensor: Tensor) -> Tensor:
+    """The tensor in the format of automatic mixed precision, where that is on."""
+    kind = autocast_kind(tensor)
+    if not torch.is_autocast_enabled(kind):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(kind))
+
+
+def autocast_kind(tensor: Tensor) -> str:
+    return "cpu" if tensor.is_meta else tensor.device.type  # autocast lacks meta
 
 
 def mask_maps(

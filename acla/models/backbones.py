@@ -17,7 +17,13 @@ from torch.utils.checkpoint import checkpoint
 
 from acla.config import ATTENTIONS, ModelConfig
 from acla.kernels import runs_whole, to_rows
-from acla.models.attention import CrossLayerAttention, full_precision, mask_maps, zero
+from acla.models.attention import (
+    CrossLayerAttention,
+    as_autocast,
+    full_precision,
+    mask_maps,
+    zero,
+)
 from acla.models.baselines import MultiHeadAttention, NonLocal, SqueezedAttention, SqueezeExcitation
 from acla.models.gumbel import position_seeds
 
@@ -148,8 +154,14 @@ class Backbone(nn.Module):
     def finish(self, pictures: Tensor, x: Tensor, outputs: Sequence[Tensor]) -> Tensor:
         """The restored pictures from the input, the shallow features x, and the outputs of the
         blocks with the attention behind them: all of them if `collects`, else the last."""
-        restored = self.tail(self.body[-1](outputs[-1]) + x)
+        restored = self.enlarge(self.body[-1](outputs[-1]) + x)
         return pictures + restored if self.add_mean is None else self.add_mean(restored)
+
+    def enlarge(self, x: Tensor) -> Tensor:
+        """The tail, features to colours; its last convolution in full precision."""
+        x, last = self.tail[:-1](x), self.tail[-1]
+        with full_precision(x):
+            return last(x.to(last.weight.dtype))
 
     def forward(
         self, pictures: Tensor, seeds: Tensor | None = None, temperature: float = 1.0
@@ -183,8 +195,10 @@ class Backbone(nn.Module):
         shut: set[int] = set()
         if gates is not None and not gates.requires_grad:
             shut = {p for p, s in zip(self.config.positions, gates.tolist(), strict=True) if s == 0}
-        x = self.shallow(pictures.contiguous(memory_format=torch.channels_last))
-        y, outputs, rows, maps, kept = x, [], [], [], {}
+        # What a picture's values go through, rather than their changes, is never in a short format
+        with full_precision(pictures):
+            x = self.shallow(pictures.contiguous(memory_format=torch.channels_last))
+        y, outputs, rows, maps, kept = as_autocast(x), [], [], [], {}
         masked = [p for p in self.config.positions if self.config.kind.masked and p not in shut]
         plain = gates is None and seeds is None and not counts and self.config.keys
         for position, block in enumerate(self.blocks, 1):

@@ -75,5 +75,5 @@ class HAN(Backbone):
         deep = self.body[-1](outputs[-1])
         layers = torch.stack([deep, *reversed(outputs)], 1)  # the last one first, as published
         mixed = self.last_conv(self.la(layers).flatten(1, 2))
-        restored = self.tail(self.last(torch.cat([self.csa(deep), mixed], 1)) + x)
+        restored = self.enlarge(self.last(torch.cat([self.csa(deep), mixed], 1)) + x)
         return pictures + restored if self.add_mean is None else self.add_mean(restored)

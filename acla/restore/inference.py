@@ -26,23 +26,22 @@ AUTOCAST_TYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = ("auto", *AUTOCAST_TYPES)
 
 
-def pick_precision(name: str, device: torch.device, task: Task) -> str:
+def pick_precision(name: str, device: torch.device) -> str:
     """The number format that a network computes in: "auto" is the short one that this device
     multiplies faster than fp32, without timing anything. GPUs with tensor cores: fp16, which has
-    eight times bf16's precision at its speed; CPUs with instructions for bf16: bf16, except for
-    demosaicing, where the network's output is no small correction and its rounding shows."""
+    eight times bf16's precision at its speed; CPUs with instructions for bf16: bf16."""
     if name != "auto":
         return name
     if device.type == "cuda":
         return "fp16" if torch.cuda.get_device_capability(device) >= (7, 0) else "fp32"
     capable = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    fits = device.type == "cpu" and capable and task.name != "demosaic"
-    return "bf16" if fits else "fp32"
+    return "bf16" if device.type == "cpu" and capable else "fp32"
 
 
 def computing_in(precision: str, device: torch.device) -> torch.autocast:
     """A context in which networks compute in "fp32", "bf16" or "fp16" on this device. Sampling
-    positions, the mean colour and the addition to the input stay in float32."""
+    positions, the mean colour, a backbone's first and last convolution and its long shortcuts stay
+    in float32."""
     dtype = AUTOCAST_TYPES[precision]
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
