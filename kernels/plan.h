@@ -133,7 +133,7 @@ void locate(const Problem& p, Tile<A>& tile, int begin, int end) {
       put<A>(at.y + i, y - __builtin_convertvector(row, Reals));
       put<A>(at.x + i, x - __builtin_convertvector(column, Reals));
     }
-    const Reals scale = 1 / total_of<A>(sum);
+    const A scale = 1 / total_of<A>(sum)[0];
     for (int i = q * tile.slots; i < (q + 1) * tile.slots; i += lanes)
       put<A>(at.f + i, get(at.f + i) * scale);
   }
@@ -248,15 +248,17 @@ int plan(const Problem& p, Tile<A>& tile, A gate) {
   return tile.first[tile.queries()];
 }
 
-// Asks for what coming tiles read first: the next one's points, and the features and masks half a
-// tile beyond it, to the right and below. Keys reach them in no order that a processor could guess.
+// Asks for what coming tiles read first: the next one's points, and the features and masks in the
+// columns half a tile beyond it (those above, which the last strip read, have left the cache by
+// now). Keys reach them in no order that a processor could guess.
 template <class T, class A>
 void ask_ahead(const Problem& p, const Tile<A>& tile, const T* image) {
   constexpr int beyond = kTile + kTile / 2;
+  const int64_t top = tile.top > kTile / 2 ? tile.top - kTile / 2 : 0;
   const int64_t bottom = least(tile.top + beyond + kTile, p.H + 2);
   const int64_t right = least(tile.left + beyond + kTile, p.W + 2);
   const auto ask_for = [&](const auto* from, const int64_t* strides, int64_t count) {
-    for (int64_t y = tile.top + beyond; y < bottom; ++y)
+    for (int64_t y = top; y < bottom; ++y)
       for (int64_t x = tile.left + beyond; x < right; ++x)
         ask(from + y * strides[1] + x * strides[2], count);
   };

@@ -88,8 +88,21 @@ inline Words rounded(Floats v) {
   return ((bits + 0x7FFFu + (bits >> 16 & 1u)) & number) | (0x7FC00000u & ~number);
 }
 
+template <class A, int... I>
+constexpr Integers<A> count_up(std::integer_sequence<int, I...>) {
+  return Integers<A>{I...};
+}
+template <class A>
+constexpr Integers<A> kLane = count_up<A>(std::make_integer_sequence<int, kLanes<A>>{});  // 0, 1 …
+
 inline Words pair_up(Floats low, Floats high) {  // two of bfloat16 in every word
+#if defined(__AVX512BF16__)
+  const Words alternate = bit_cast<Words>(kLane<float>) * 0x10001u + 0x100000u;  // 0, 16, 1, 17 …
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(__m512(high), __m512(low));
+  return Words(_mm512_permutexvar_epi16(__m512i(alternate), both));
+#else
   return rounded(low) >> 16 | (rounded(high) & 0xFFFF0000u);
+#endif
 }
 
 // Reads and writes a vector of arithmetic type, or its first `count` lanes where `part` is true.
@@ -262,13 +275,6 @@ inline void add_totals(Vector<A> a, Vector<A> b, Vector<A> c, Vector<A> d, A* to
     to[0] += v[0], to[1] += v[N / 2], to[2] += v[N / 4], to[3] += v[N / 4 * 3];
   }
 }
-
-template <class A, int... I>
-constexpr Integers<A> count_up(std::integer_sequence<int, I...>) {
-  return Integers<A>{I...};
-}
-template <class A>
-constexpr Integers<A> kLane = count_up<A>(std::make_integer_sequence<int, kLanes<A>>{});  // 0, 1 …
 
 // Joins the lanes pairwise, `step` and fewer apart; every lane gets the result.
 template <class A, int step, class F, int... I>

@@ -69,7 +69,7 @@ class CrossLayerAttention(nn.Module):
         self.mask = nn.Parameter(torch.empty(layers, keys, width)) if masked else None
         self.mask_bias = nn.Parameter(torch.empty(layers, keys)) if masked else None
         self.output = nn.Linear(width, width)
-        self.cache: dict[str, tuple[list, tuple[Tensor, Tensor]]] = {}  # see `fused`
+        self.cache: dict[str, tuple[list, tuple[Tensor | None, ...]]] = {}  # see `fused`
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -114,14 +114,12 @@ class CrossLayerAttention(nn.Module):
     def whole(self, query: Tensor, rows: Sequence[Tensor]) -> Tensor:
         """x + h(y) [B,C,H,W] (Eq. 2) of the same query and rows in one pass of the CPU kernel, in
         inference and where `runs_whole` allows it."""
-        located = fused(self, "points", transpose, self.points.weight, self.points.bias)
-        masks = None, None
+        parts = self.points.weight, self.points.bias, self.output.weight, self.value
+        parts += self.value_bias, self.output.bias
         if self.mask is not None:
-            masks = fused(self, "M", transpose, self.mask, self.mask_bias)
-        parts = self.output.weight, self.value, self.value_bias, self.output.bias
-        output = fused(self, "h∘g, stacked", stack, *parts)
-        query = query.permute(0, 2, 3, 1)
-        return attend_module(query, rows, *located, *masks, *output).permute(0, 3, 1, 2)
+            parts += self.mask, self.mask_bias
+        given = fused(self, "whole", arrange, *parts)
+        return attend_module(query.permute(0, 2, 3, 1), rows, *given).permute(0, 3, 1, 2)
 
     def locate(self, query: Tensor) -> Tensor:
         """Offsets and weights of all keys (Eq. 5), `attend`'s points: [B,C,H,W] → [B,H,W,L,3,K]."""
@@ -178,16 +176,20 @@ def fold(output: Tensor, value: Tensor, value_bias: Tensor) -> tuple[Tensor, Ten
     return output @ rearrange(value, "l out c -> out (l c)"), value_bias @ output.T
 
 
-def transpose(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights of 1×1 convolutions [...,out,C] as [...,C,out], and their bias."""
-    return weight.mT.contiguous(), bias
-
-
-def stack(output: Tensor, *parts: Tensor) -> tuple[Tensor, Tensor]:
-    """`fold`'s results for `attend_module`: [L,C+1,C], and h's bias."""
-    value, value_bias, bias = parts
-    weight = (output @ value).mT, (value_bias @ output.T).unsqueeze(1)
-    return torch.cat(weight, 1).contiguous(), bias
+def arrange(
+    points: Tensor,
+    points_bias: Tensor,
+    output: Tensor,
+    value: Tensor,
+    value_bias: Tensor,
+    bias: Tensor,
+    mask: Tensor | None = None,
+    mask_bias: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
+    """A module's parameters as the arguments of `attend_module`."""
+    h = torch.cat([(output @ value).mT, (value_bias @ output.T).unsqueeze(1)], 1)
+    masks = None if mask is None else mask.mT.contiguous()
+    return points.T.contiguous(), points_bias, masks, mask_bias, h, bias
 
 
 def concatenate(*parts: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,9 +200,9 @@ def concatenate(*parts: Tensor) -> tuple[Tensor, Tensor]:
 def fused(
     module: CrossLayerAttention,
     name: str,
-    function: Callable[..., tuple[Tensor, Tensor]],
+    function: Callable[..., tuple[Tensor | None, ...]],
     *parts: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor | None, ...]:
     """function(*parts) of a module's weights, in their precision. Without gradients the module
     keeps it until one of them changes, or it is set to train or evaluate. (Torch counts no change
     by fused optimisers, or of `weight.data`.)"""
