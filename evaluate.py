@@ -152,7 +152,7 @@ def network(file: Path, device: torch.device, args: argparse.Namespace) -> Metho
     if args.project and checkpoint.task.name != "car":
         raise UsageError(f"--project is for JPEG artifacts, and {file} for {checkpoint.task}")
     checkpoint.model.to(device)
-    precision = inference.pick_precision(args.precision, device)
+    precision = inference.pick_precision(args.precision, device, checkpoint.task)
 
     def restored(clean: Tensor, path: Path, task: Task) -> tuple[Tensor, Tensor]:
         generator = generator_for(path.stem, args.seed)

@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from acla.config import ModelConfig
+from acla.config import ModelConfig, Task
 from acla.errors import AclaError, UsageError
 from acla.models.backbones import Backbone
 from acla.restore import inference
@@ -30,15 +30,16 @@ def shallow(scale: int) -> Backbone:
 
 
 def test_automatic_precision_is_the_devices_fast_one(monkeypatch):
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    cpu, gpu, task = torch.device("cpu"), torch.device("cuda"), Task("denoise", 30)
     for bf16, amx, expected in ((0, 0, "fp32"), (1, 0, "bf16"), (0, 1, "bf16")):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda yes=bf16: bool(yes))
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda yes=amx: bool(yes))
-        assert inference.pick_precision("auto", cpu) == expected
+        assert inference.pick_precision("auto", cpu, task) == expected
+        assert inference.pick_precision("auto", cpu, Task("demosaic", 0)) == "fp32"
     for capability, expected in (((9, 0), "fp16"), ((7, 0), "fp16"), ((6, 1), "fp32")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
-        assert inference.pick_precision("auto", gpu) == expected
-    assert inference.pick_precision("fp16", cpu) == "fp16"
+        assert inference.pick_precision("auto", gpu, task) == expected
+    assert inference.pick_precision("fp16", cpu, task) == "fp16"
 
 
 @pytest.mark.parametrize("scale", [1, 2, 3, 4])

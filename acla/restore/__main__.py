@@ -130,7 +130,7 @@ def foresee(sizes: Sizes, models: PretrainedModels, args: argparse.Namespace) ->
         network = choose_model(path, quality, models, args).network
     except UsageError:
         return  # each photo says why
-    precision = inference.pick_precision(args.precision, models.device)
+    precision = inference.pick_precision(args.precision, models.device, network.task)
     with inference.computing_in(precision, models.device):
         announce(network.model, sizes, args.tile, args.ensemble)
 
@@ -193,7 +193,7 @@ def run_job(
     tile = args.tile or inference.default_tile(network.config.scale, *source.levels.shape[:2])
     jpeg = FORMATS[target.suffix.lower()] == "JPEG"
     cells = cells if network.task.name == "car" else None
-    precision = inference.pick_precision(args.precision, models.device)
+    precision = inference.pick_precision(args.precision, models.device, network.task)
     with inference.computing_in(precision, models.device):
         restored = restore_photo(source, network, tile, args.ensemble, jpeg, advance, cells=cells)
     photo.save(restored, target)
