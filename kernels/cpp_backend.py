@@ -90,7 +90,7 @@ def attend_module(query: Tensor, features: Sequence[Tensor], *weights: Tensor | 
         query=query,
         query_strides=strides([query]),
         **{n: None if t is None else t.to(call.arithmetic).contiguous() for n, t in given.items()},
-        mask_memory=torch.empty(L, H + 2, W + 2, K, dtype=call.arithmetic) if masked else None,
+        mask_memory=torch.empty(L, B, H + 2, W + 2, K, dtype=call.arithmetic) if masked else None,
         result=result,
     )
     return result

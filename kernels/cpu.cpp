@@ -177,13 +177,13 @@ struct Matrices {
   const Factor<T, A>*points, *output, *masks;
 };
 
-// Masks of image b on one row of layer l, border included. Returns whether they keep every key.
+// Masks on one row of layer l's image b, border included. Returns whether they keep every key.
 template <class T, class A>
-bool find_masks(const Problem& p, const Matrices<T, A>& matrices, int64_t b, int64_t l, int64_t y) {
+bool find_masks(const Problem& p, const Matrices<T, A>& matrices, int64_t l, int64_t b, int64_t y) {
   const int64_t *strides = p.feature_strides + l * 3, count = (p.W + 2) * p.K;
   const T* row = static_cast<const T*>(p.features[l]) + b * strides[0] + y * strides[1];
   const A* bias = static_cast<const A*>(p.mask_bias) + l * p.K;
-  A* masks = static_cast<A*>(p.mask_memory) + (l * (p.H + 2) + y) * count;
+  A* masks = static_cast<A*>(p.mask_memory) + ((l * p.B + b) * (p.H + 2) + y) * count;
   product<T, A>(
       int(p.W + 2), int(p.C), matrices.masks + l * steps<T>(p.C) * p.K, p.K, int(p.K),
       [&](int x) { return row + x * strides[2]; }, [&](int) { return bias; },
@@ -261,43 +261,39 @@ template <class T, class A>
 void module(const Problem& given) {
   Problem p = given;
   const int64_t strips = (p.H + kTile - 1) / kTile, *strides = p.query_strides;
-  const int64_t pixels = (p.H + 2) * (p.W + 2);
+  const int64_t lines = p.H + 2, map = lines * (p.W + 2) * p.K;
   const Matrices<T, A> matrices(p);
   std::vector<const void*> maps(p.L);
   std::vector<int64_t> map_strides;
   for (int64_t l = 0; p.mask_weight && l < p.L; ++l) {
-    maps[l] = static_cast<A*>(p.mask_memory) + l * pixels * p.K;
-    map_strides.insert(map_strides.end(), {0, (p.W + 2) * p.K, p.K});
+    maps[l] = static_cast<A*>(p.mask_memory) + l * p.B * map;
+    map_strides.insert(map_strides.end(), {map, (p.W + 2) * p.K, p.K});
   }
   if (p.mask_weight) p.mask_maps = maps.data(), p.mask_strides = map_strides.data();
-  std::vector<char> open(p.B * p.L * (p.H + 2), 1);
-  expect_writes(p.mask_memory, p.L * pixels * p.K * int64_t(sizeof(A)));
+  std::vector<char> open(p.L * p.B * lines, 1);
+  expect_writes(p.mask_memory, p.L * p.B * map * int64_t(sizeof(A)));
   expect_writes(p.result, p.B * p.H * p.W * p.C * int64_t(sizeof(T)));
 #pragma omp parallel num_threads(int(p.threads))
   {
     Tile<A> tile(p);
     Rows<T, A> rows(p, tile);
+#pragma omp for schedule(dynamic, 8)
+    for (int64_t item = 0; item < (p.mask_maps ? p.L * p.B * lines : 0); ++item)
+      open[item] = find_masks(p, matrices, item / lines / p.B, item / lines % p.B, item % lines);
     const auto query = [&](int q) {
       return static_cast<const T*>(p.query) + tile.b * strides[0] + tile.y(q) * strides[1] +
              tile.x(q) * strides[2];
     };
-    for (tile.b = 0; tile.b < p.B; ++tile.b) {
-      const int64_t lines = p.mask_maps ? p.L * (p.H + 2) : 0;
-      char* of_image = open.data() + tile.b * p.L * (p.H + 2);
-#pragma omp for schedule(dynamic, 8)
-      for (int64_t item = 0; item < lines; ++item)
-        of_image[item] = find_masks(p, matrices, tile.b, item / (p.H + 2), item % (p.H + 2));
 #pragma omp for schedule(dynamic)
-      for (int64_t strip = 0; strip < strips; ++strip) {
-        over_tiles(p, tile, int(strip), [&] {
-          for (tile.l = 0; tile.l < p.L; ++tile.l) {
-            const char* rows_open = of_image + tile.l * (p.H + 2);
-            tile.masked = std::memchr(rows_open, 0, p.H + 2);
-            add_layer(p, matrices, tile, rows, query);
-          }
-          for (int q = 0; q < tile.queries(); ++q) add_query(p, rows, query(q), tile.pixel(p, q), q);
-        });
-      }
+    for (int64_t item = 0; item < p.B * strips; ++item) {
+      tile.b = int(item / strips);
+      over_tiles(p, tile, int(item % strips), [&] {
+        for (tile.l = 0; tile.l < p.L; ++tile.l) {
+          tile.masked = std::memchr(open.data() + (tile.l * p.B + tile.b) * lines, 0, lines);
+          add_layer(p, matrices, tile, rows, query);
+        }
+        for (int q = 0; q < tile.queries(); ++q) add_query(p, rows, query(q), tile.pixel(p, q), q);
+      });
     }
   }
 }
@@ -386,6 +382,14 @@ double backward_tile(const Share<T, A>& share, Tile<A>& tile) {
   return gate;
 }
 
+// Whether gradients of features are wanted that are summed elsewhere, before they are rounded.
+template <class T, class A>
+bool sums_features(const Problem& p) {
+  bool wanted = false;
+  for (int64_t l = 0; l < p.L; ++l) wanted |= p.grad_features[l] != nullptr;
+  return wanted && !std::is_same_v<T, A>;
+}
+
 template <class T, class A>
 void backward(const Problem& p) {
   const int strips = int((p.H + kTile - 1) / kTile);
@@ -398,7 +402,7 @@ void backward(const Problem& p) {
 #pragma omp parallel num_threads(int(p.threads))
   {
     Tile<A> tile(p);
-    Buffer<A> memory(std::is_same_v<T, A> ? 0 : (p.H + 2) * (p.W + 2) * p.C);
+    Buffer<A> memory(sums_features<T, A>(p) ? (p.H + 2) * (p.W + 2) * p.C : 0);
 #pragma omp for schedule(dynamic)
     for (int64_t item = 0; item < p.B * p.L; ++item) {
       tile.b = int(item / p.L), tile.l = int(item % p.L);

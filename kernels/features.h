@@ -18,7 +18,7 @@ template <int V, bool part, class T, class A>
 __attribute__((noinline)) void sum_keys(const Entries<A>& at, int begin, int end, const T* image,
                                         int64_t down, int64_t right, int count, Vector<A>* total) {
   // With few vectors to a key, more sums hide the latency of the additions.
-  constexpr int lanes = kLanes<A>, S = V >= 8 ? 1 : V == 4 ? 2 : 4;
+  constexpr int S = V >= 8 ? 1 : V == 4 ? 2 : 4;
   const int32_t *next = at.picked + begin, *last = at.picked + end;
   const int64_t* corner = at.corner;
   const A* w = at.w0;
@@ -102,7 +102,7 @@ void gather(const Problem& p, const Tile<A>& tile, const T* image, const uint32_
       Vector<A> sum[V];
       const int begin = tile.first[q], end = tile.first[q + 1];
 #if defined(__AVX512BF16__)
-      if constexpr (kPaired<T, V, part>)
+      if constexpr (kEvenOdd<T, V, part>)
         if (pairs) {
           sum_pairs<V>(tile.at, begin, end, image + c, down, right, pairs, tile.size, sum);
           sink(block, part, q, c, sum, count);
@@ -120,10 +120,9 @@ void gather(const Problem& p, const Tile<A>& tile, const T* image, const uint32_
 template <int V, bool part, class T, class A>
 __attribute__((noinline)) void dot_keys(const Entries<A>& at, int begin, int end, const T* image,
                                         int64_t down, int64_t right, int count, const T* row) {
-  constexpr int lanes = kLanes<A>;
   const int64_t *corner = at.corner + begin, *last = at.corner + end;
   A* d = at.d + begin * 4;
-  using F = std::conditional_t<kPaired<T, V, part>, Factor<T, A>, A>;
+  using F = std::conditional_t<kEvenOdd<T, V, part>, Factor<T, A>, A>;
   constexpr int N = std::is_same_v<F, A> ? V : V / 2;
   const auto read = [&](const T* from, Vector<F>* to) {
     if constexpr (N == V)

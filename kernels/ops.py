@@ -117,17 +117,36 @@ def attend_module(
         output, output_bias: [L,C+1,C] and [C]; C rows for a layer's aggregate, the last one for its
             coverage.
 
-    Returns [B,H,W,C] of the query's type. With bfloat16, sums are float32 and what is multiplied is
-    bfloat16 (the weights of a key's corners too, where the processor multiplies it in pairs), as in
-    automatic mixed precision.
+    Returns [B,H,W,C] of the query's type. With bfloat16, sums and positions are float32; where the
+    processor multiplies bfloat16 in pairs, all weights are rounded to it (those of the points, the
+    masks and a key's corners too), as in automatic mixed precision.
+
+    Raises ValueError: shapes or types that do not fit together.
     """
+    B, H, W, C = query.shape
+    L, K = len(features), len(bias) // (3 * len(features))
+    wanted = {
+        "features": ([list(one.shape) for one in features], L * [[B, H + 2, W + 2, C]]),
+        "weight": (list(weight.shape), [C, L * 3 * K]),
+        "output": (list(output.shape), [L, C + 1, C]),
+        "output_bias": (list(output_bias.shape), [C]),
+    }
+    if mask_weight is not None:
+        wanted["mask_weight"] = list(mask_weight.shape), [L, C, K]
+        wanted["mask_bias"] = list(mask_bias.shape), [L, K]
+    for name, (shape, expected) in wanted.items():
+        if shape != expected:
+            raise ValueError(f"{name} must be {expected}, not {shape}")
+    if query.dtype == torch.bfloat16 and C % 2:
+        raise ValueError(f"bfloat16 needs an even number of channels, not {C}")
     return torch.ops.acla.attend_module(
         query, list(features), weight, bias, mask_weight, mask_bias, output, output_bias
     )
 
 
 def runs_whole(query: Tensor, features: Sequence[Tensor]) -> bool:
-    """Whether `attend_module` computes what `attend` and its products would, and faster."""
+    """Whether `attend_module` computes what `attend` and its products would, to the rounding of the
+    format, and faster."""
     kinds = {tensor.dtype for tensor in (query, *features)}
     even = features[0].shape[-1] % 2 == 0  # bfloat16 is multiplied in pairs
     return (

@@ -33,7 +33,7 @@ extern "C" struct Problem {  // mirrored in cpp_backend.py, field by field
   const void* bias;
   const void* mask_weight;  // A [L,C,K], of the masks, or null; their bias A [L,K]
   const void* mask_bias;
-  void* mask_memory;        // A [L,H+2,W+2,K], for an image's masks
+  void* mask_memory;        // A [L,B,H+2,W+2,K], for the masks
   const void* output;       // A [L,C+1,C], g behind h, and in the last row what coverage is times
   const void* output_bias;  // A [C]
   void* result;             // T [B,H,W,C], contiguous

@@ -52,7 +52,7 @@ using Integer = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
 template <class A>
 using Integers = Vector<Integer<A>>;  // as many as Vector<A> has lanes; what comparisons give
 
-// Memory that begins with a cache line.
+// Zeros that begin with a cache line.
 template <class T>
 class Buffer {
   struct alignas(64) Line {
@@ -143,8 +143,10 @@ template <class A>
 inline void hold_vector(Vector<A>& v) {
 #if defined(__AVX512F__)
   asm("" : "+v"(v));
-#elif defined(__x86_64__) || defined(__aarch64__)
+#elif defined(__x86_64__)
   asm("" : "+x"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
 #endif
   (void)v;
 }
@@ -152,12 +154,12 @@ inline void hold_vector(Vector<A>& v) {
 // Reads and writes blocks of V vectors of channels. Whole blocks of bfloat16 come two vectors at a
 // time, the even channels before the odd ones: a shift and a mask in place of a conversion.
 template <class T, int V, bool part>
-constexpr bool kPaired = std::is_same_v<T, bfloat16> && V % 2 == 0 && !part;
+constexpr bool kEvenOdd = std::is_same_v<T, bfloat16> && V % 2 == 0 && !part;
 
 template <class A, int V, bool part, class T>
 inline void load_block(const T* from, int count, Vector<A>* to) {
   constexpr int lanes = kLanes<A>;
-  if constexpr (kPaired<T, V, part>) {
+  if constexpr (kEvenOdd<T, V, part>) {
 #pragma GCC unroll 16
     for (int v = 0; v < V; v += 2) {
       Words both;
@@ -174,7 +176,7 @@ inline void load_block(const T* from, int count, Vector<A>* to) {
 template <class A, int V, bool part, class T>
 inline void store_block(T* to, const Vector<A>* from, int count) {
   constexpr int lanes = kLanes<A>;
-  if constexpr (kPaired<T, V, part>) {
+  if constexpr (kEvenOdd<T, V, part>) {
 #pragma GCC unroll 16
     for (int v = 0; v < V; v += 2) {
       const Words both = pair_up(from[v], from[v + 1]);

@@ -165,6 +165,25 @@ def test_mixed_precision_stays_near():
     assert (half - full).abs().max() < 0.05 * full.abs().max()
 
 
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_mixed_precision_takes_pictures_of_every_format(backbone):
+    net, pictures = build_network(replace(SMALL, backbone=backbone)).eval(), torch.rand(1, 3, 6, 7)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert net(pictures.bfloat16()).isfinite().all()
+        double = net.double()(pictures.double())
+    assert torch.equal(double, net(pictures.double()))
+
+
+def test_hooks_on_attention_run_in_inference():
+    net, seen = Backbone(SMALL).eval(), []
+    with torch.no_grad():
+        expected = net(torch.ones(1, 3, 6, 7))
+        for module in net.attention.values():
+            module.register_forward_hook(lambda module, given, result: seen.append(result[0]))
+        torch.testing.assert_close(net(torch.ones(1, 3, 6, 7)), expected)
+    assert len(seen) == len(SMALL.positions)
+
+
 @pytest.mark.parametrize("backbone", ["edsr", "rcan", "a2n"])
 def test_what_no_block_changes_keeps_its_digits_in_mixed_precision(backbone):
     net = build_network(replace(SMALL, backbone=backbone)).eval()

@@ -169,12 +169,13 @@ def test_noise_is_the_reference_s(backend):
         assert (attend(rows, points, maps, seeds=seeds, backend=backend).kept == kept).all()
 
 
-@pytest.fixture
-def narrow_vectors(tmp_path, monkeypatch):
-    """The C++ kernel compiled, into a cache of its own, for a processor without AVX-512."""
+@pytest.fixture(params=["-mno-avx512f", "-mno-avx512bf16"])
+def other_processor(request, tmp_path, monkeypatch):
+    """The C++ kernel compiled, into a cache of its own, for a processor without AVX-512, or without
+    its products of bfloat16."""
     if platform.machine() not in ("x86_64", "AMD64") or not shutil.which("g++"):
         pytest.skip("this is about g++ on x86-64")
-    monkeypatch.setenv("CXX", "g++ -mno-avx512f")
+    monkeypatch.setenv("CXX", f"g++ {request.param}")
     monkeypatch.setenv("ACLA_CACHE", str(tmp_path))
     cpp_backend.library.cache_clear()
     assert not isinstance(cpp_backend.library(), str), cpp_backend.library()
@@ -183,19 +184,43 @@ def narrow_vectors(tmp_path, monkeypatch):
     cpp_backend.library.cache_clear()
 
 
-def test_other_processors_vectors_are_right_too(narrow_vectors):
+def test_other_processors_vectors_are_right_too(other_processor):
     for size in ((2, 9, 17, 2, 3, 19), (1, 3, 2, 3, 17, 5), (1, 3, 5, 1, 4, 300)):
         for dtype in TYPES:
             judge("cpp", make_clear(size, gates=[1.0] * size[3], seeds=True), dtype)
-    for size, dtype in itertools.product(((2, 3, 9, 2, 5, 20), (1, 9, 2, 1, 16, 64)), TYPES):
+    for size, dtype in itertools.product(MODULES, TYPES):
         judge_module(size, dtype)
 
 
+MODULES = ((2, 3, 9, 2, 5, 20), (1, 9, 2, 1, 16, 64))  # B, H, W, L, K, C
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("size", MODULES)
+def test_a_module_of_a_view(size, dtype):
+    if reason := dispatch.why_not("cpp", torch.zeros(1)):
+        pytest.skip(reason)
+    judge_module(size, dtype)
+
+
+def test_a_module_refuses_what_does_not_fit():
+    rows, query = [torch.zeros(1, 4, 5, 3)], torch.zeros(1, 2, 3, 3)
+    given = torch.zeros(3, 12), torch.zeros(12), None, None, torch.zeros(1, 4, 3), torch.zeros(3)
+    with pytest.raises(ValueError, match=r"features must be \[\[1, 4, 6, 3\]\]"):
+        attend_module(torch.zeros(1, 2, 4, 3), rows, *given)
+    masks = torch.zeros(1, 3, 4), torch.zeros(1, 3)
+    with pytest.raises(ValueError, match=r"mask_bias must be \[1, 4\], not \[1, 3\]"):
+        attend_module(query, rows, *given[:2], *masks, *given[4:])
+    with pytest.raises(ValueError, match="even number of channels, not 3"):
+        attend_module(query.bfloat16(), [rows[0].bfloat16()], *given)
+
+
 def judge_module(size: tuple[int, ...], dtype: torch.dtype) -> None:
-    """`attend_module` beside the reference in float64 and products, without masks."""
+    """`attend_module` of a view, without masks, beside the reference in float64 and products."""
     B, H, W, L, K, C = size
     rows = [to_rows(torch.randn(B, C, H, W)).to(dtype) for _ in range(L)]
-    query, weight = torch.randn(B, H, W, C).to(dtype), torch.randn(C, L * 3 * K) / 9
+    query = torch.randn(B, H + 1, W + 2, C + 2).to(dtype)[:, 1:, :W, :C]
+    weight = torch.randn(C, L * 3 * K) / 9
     bias, output = torch.randn(L * 3 * K), torch.randn(L, C + 1, C)
     given = query, rows, weight, bias, None, None, output, torch.zeros(C)
     points = (query.double() @ weight.double() + bias).view(B, H, W, L, 3, K)

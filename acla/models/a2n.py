@@ -116,7 +116,7 @@ class A2N(Backbone):
             zero(self.tail[-1])
 
     def shallow(self, pictures: Tensor) -> Tensor:
-        return self.head(pictures)
+        return self.head(pictures.to(self.head[0].weight.dtype))
 
     def finish(self, pictures: Tensor, x: Tensor, outputs: Sequence[Tensor]) -> Tensor:
         restored = self.enlarge(self.body[-1](outputs[-1]) + x)

@@ -222,9 +222,9 @@ def full_precision(tensor: Tensor) -> torch.autocast:
 
 
 def as_autocast(tensor: Tensor) -> Tensor:
-    """The tensor in the format of automatic mixed precision, where that is on."""
+    """The tensor in the format of automatic mixed precision, where that is on, but for float64."""
     kind = autocast_kind(tensor)
-    if not torch.is_autocast_enabled(kind):
+    if not torch.is_autocast_enabled(kind) or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(torch.get_autocast_dtype(kind))
 

@@ -200,12 +200,14 @@ class Backbone(nn.Module):
             x = self.shallow(pictures.contiguous(memory_format=torch.channels_last))
         y, outputs, rows, maps, kept = as_autocast(x), [], [], [], {}
         masked = [p for p in self.config.positions if self.config.kind.masked and p not in shut]
-        plain = gates is None and seeds is None and not counts and self.config.keys
+        whole = self.config.keys and gates is None and seeds is None and not counts
+        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self.attention.values())
         for position, block in enumerate(self.blocks, 1):
             y = block(y)
             if str(position) in self.attention:
                 rows.append(to_rows(y))
-                if plain and runs_whole(y, rows):
+                whole = whole and not hooked and runs_whole(y, rows)
+                if whole:
                     y, kept[position] = self.attention[str(position)].whole(y, rows), None
                     outputs = [*outputs, y] if self.collects else [y]
                     continue

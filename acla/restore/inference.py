@@ -42,8 +42,8 @@ def pick_precision(name: str, device: torch.device, task: Task) -> str:
 
 def computing_in(precision: str, device: torch.device) -> torch.autocast:
     """A context in which networks compute in "fp32", "bf16" or "fp16" on this device. Sampling
-    positions, the mean colour, a backbone's first and last convolution and its long shortcuts stay
-    in float32."""
+    positions (from rounded weights in `attend_module`), the mean colour, a backbone's first and
+    last convolution and its long shortcuts stay in float32."""
     dtype = AUTOCAST_TYPES[precision]
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
@@ -57,7 +57,7 @@ def keep_memory(device: torch.device) -> None:
     kernel, which clears every page of them again. Nothing changes with other C libraries."""
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 256 << 20)  # M_MMAP_THRESHOLD
+        mallopt(-3, 256 << 20) or mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD; old ones' limit
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free memory at the heap's end
 
 
