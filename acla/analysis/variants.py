@@ -9,7 +9,7 @@ those that are no flags of train.py are here alone: a network's file does not ho
 
 import argparse
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +32,8 @@ ATTENDED = "--attention acla --positions 2,4,6,8"
 class OfQuery(CrossLayerAttention):
     """The module with the offsets and logits of a changed query, by `change` [B,C,H,W]."""
 
-    def forward(self, *inputs):
-        return super().forward(*inputs[:6])  # always with counts, so that it calls `locate`
+    def whole(self, query: Tensor, rows: Sequence[Tensor]) -> Tensor:
+        return query + self(query, rows, counts=False)[0]  # part by part, so that it calls `locate`
 
     def locate(self, query: Tensor) -> Tensor:
         return super().locate(self.change(query))
