@@ -7,6 +7,7 @@ Where each equation is computed:
 
     Eq. 1, 3   NL and CLNL                 `NonLocal` in baselines.py
     Eq. 2      z = x + h(y)                h in `CrossLayerAttention.forward`, x + in backbones.py
+                                           both in `whole`, on CPUs in inference
     Eq. 5, 6   y, weighted sum of keys     sampling, softmax, sum: `kernels.attend`; g in `forward`
     Eq. 7, 9   binary Gumbel gate with its straight-through estimator
                                            `binary_gate` in kernels/reference.py; the fast backends
