@@ -207,16 +207,14 @@ class Backbone(nn.Module):
             if str(position) in self.attention:
                 rows.append(to_rows(y))
                 whole = whole and not hooked and runs_whole(y, rows)
-                if whole:
-                    y, kept[position] = self.attention[str(position)].whole(y, rows), None
-                    outputs = [*outputs, y] if self.collects else [y]
-                    continue
-                later = [p for p in masked if p >= position]
+                later = [] if whole else [p for p in masked if p >= position]
                 if later:
                     modules = [self.attention[str(p)] for p in later]
                     of_layer = mask_maps(modules, len(rows) - 1, rows[-1])
                     maps.append(dict(zip(later, of_layer, strict=True)))
-                if position not in shut:
+                if whole:
+                    y, kept[position] = self.attention[str(position)].whole(y, rows), None
+                elif position not in shut:
                     # A module refers to its own layer whenever it is open, so its own gate is a
                     # factor of its output alone.
                     own = referred = None
